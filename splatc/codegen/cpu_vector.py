@@ -1,0 +1,113 @@
+"""Vectors of TIRx for the CPU kernel: loads, stores, registers, a transpose, and exp2 from arithmetic only.
+
+Every function emits into the IRBuilder that is active when it is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+Expr = Any  # TVM's expressions carry no static types
+
+LOG2E = 1.0 / math.log(2.0)
+LN2 = math.log(2.0)
+
+
+def vector_type(lanes: int, dtype: str = "float32") -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def constant(value: float, lanes: int, dtype: str = "float32") -> Expr:
+    scalar = getattr(T, dtype)(value)
+    return scalar if lanes == 1 else T.Broadcast(scalar, lanes)
+
+
+def lane_range(base: Expr, lanes: int) -> Expr:
+    """The last index of a buffer access that reads or writes `lanes` neighbours from `base`."""
+    return base if lanes == 1 else T.Ramp(base, 1, lanes)
+
+
+def load(buffer: Expr, base: Expr, lanes: int) -> Expr:
+    return buffer[lane_range(base, lanes)]
+
+
+def store(buffer: Expr, base: Expr, value: Expr, lanes: int) -> None:
+    I.buffer_store(buffer, value, [lane_range(base, lanes)])
+
+
+def pieces(size: int, lanes: int) -> Iterator[tuple[int, int]]:
+    """Cut [0, size) into (offset, width), each width a power of two and at most `lanes`."""
+    at = 0
+    while at < size:
+        width = min(lanes, 1 << ((size - at).bit_length() - 1))
+        yield at, width
+        at += width
+
+
+def scratch(size: int, dtype: str = "float32") -> Expr:
+    """Memory of the worker: from TVM's thread-local workspace, or the stack when it is below a kilobyte."""
+    return I.alloc_buffer((size,), dtype, align=64)
+
+
+class Register:
+    """A mutable vector. It is a stack slot that LLVM promotes to a register: every access is at a constant index.
+
+    TVM's simplifier does not look through it, so it also hides a value from algebra that floats do not obey.
+    """
+
+    def __init__(self, lanes: int, value: Expr | None = None) -> None:
+        self.lanes = lanes
+        self.slot = scratch(lanes)
+        if value is not None:
+            self.set(value)
+
+    def get(self) -> Expr:
+        return load(self.slot, 0, self.lanes)
+
+    def set(self, value: Expr) -> None:
+        store(self.slot, 0, value, self.lanes)
+
+
+def transpose(vectors: list[Expr]) -> list[Expr]:
+    """Transpose n vectors of n lanes, n a power of two.
+
+    Interleaving the first half of n * n values with the second rotates the bits of their index by one;
+    after log2(n) rounds the bits of the row and of the lane have changed places.
+    """
+    n = len(vectors)
+    low, high = ([half + i // 2 + n * (i % 2) for i in range(n)] for half in (0, n // 2))
+    for _ in range(n.bit_length() - 1):
+        pairs = zip(vectors[: n // 2], vectors[n // 2 :], strict=True)
+        vectors = [I.Bind(T.Shuffle([a, b], order)) for a, b in pairs for order in (low, high)]
+    return vectors
+
+
+def exp2_polynomial(degree: int) -> list[float]:
+    """Coefficients, constant first, of a polynomial near 2^f on [-1/2, 1/2] (interpolated at Chebyshev nodes)."""
+    nodes = 0.5 * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+    return [float(c) for c in np.polynomial.polynomial.polyfit(nodes, 2.0**nodes, degree)]
+
+
+EXP2 = exp2_polynomial(5)  # relative error 1.0e-7
+ROUND = 1.5 * 2.0**23 + 127.0  # x + ROUND has n + 127 in its low bits, n the integer nearest to x
+
+
+def exp2(x: Expr, lanes: int) -> Expr:
+    """2^x for x <= 0 (fp32 lanes): relative error 2e-7, 0 below -126.5 and for -inf, NaN for NaN.
+
+    libm's exp2 would be called lane by lane. 2^x = p(x - n) * 2^n; at n = -127 the exponent field is 0 and so is 2^n.
+    """
+    x = I.Bind(T.max(constant(-127.0, lanes), x))  # (a > b ? a : b): keeps a NaN in x
+    shifted = Register(lanes, x + constant(ROUND, lanes))  # hidden: TVM takes (x + c) - c for x
+    field = T.reinterpret(vector_type(lanes, "uint32"), shifted.get()) << constant(23, lanes, "uint32")
+    f = I.Bind(x - (shifted.get() - constant(ROUND, lanes)))
+    p = constant(EXP2[-1], lanes)
+    for c in reversed(EXP2[:-1]):
+        p = p * f + constant(c, lanes)
+    return p * T.reinterpret(vector_type(lanes), field)

@@ -1,0 +1,332 @@
+"""ACSR: a mask as exact affine pieces over rows plus an irregular remainder (SPLAT, arXiv 2407.16847, extended).
+
+The paper's row is ``start + stride*k, 0 <= k < count``. Here rows are unions of such progressions, consecutive rows whose
+progressions are affine in the row are one strip, and strips that repeat at a constant offset are one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splatc.errors import InvalidInput, VerifyError
+from splatc.formats.analysis import analyze_runs, fold_dense
+from splatc.formats.fold import MAX_LEVELS, fold_columns, nest, unnest
+from splatc.formats.remainder import BlockBits
+from splatc.formats.strips import (
+    COL, COUNT, DCOL, DCOUNT, DWIDTH, FIELDS, ROW, ROWS, STRIDE, WIDTH, Ints, Runs,
+    element_counts, make, row_runs, unit_runs,
+)  # fmt: skip
+from splatc.formats.symbolic import strips_of
+from splatc.patterns.base import Pattern
+
+if TYPE_CHECKING:
+    import scipy.sparse
+    import torch
+
+CHECK_ALL = 1 << 22  # elements up to which a symbolic pattern is compared with its ACSR everywhere
+MAX_MIXED = 1 << 26  # elements up to which a pattern with residues of both k and k - q is evaluated as a matrix
+CHECK_SOME = 1 << 21  # above that, this many elements, in whole random rows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One affine piece: a strip and how it repeats. Row ``row+t`` holds ``count + dcount*t`` runs of ``width + dwidth*t``
+    columns from ``col + dcol*t``, ``stride`` apart; repetition i of a level adds i times its step to the named fields."""
+
+    row: int
+    rows: int
+    col: int
+    dcol: int
+    width: int
+    dwidth: int
+    stride: int
+    count: int
+    dcount: int
+    repeats: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
+
+    def __str__(self) -> str:
+        def affine(base: int, slope: int) -> str:
+            return f"{base}" + (f"{slope:+}t" if slope else "")
+
+        text = f"rows {self.row}+t, t<{self.rows}: cols {affine(self.col, self.dcol)}"
+        if (self.width, self.dwidth) != (1, 0):
+            text += f" width {affine(self.width, self.dwidth)}"
+        if (self.count, self.dcount) != (1, 0) or any("count" in dict(steps) for _, steps in self.repeats):
+            text += f" count {affine(self.count, self.dcount)} stride {self.stride}"
+        for extent, steps in self.repeats:
+            text += f", {extent} times " + " ".join(f"{name}{step:+}" for name, step in steps)
+        return text
+
+
+class Pieces(Sequence[Piece]):
+    """The pieces of an ACSR as a read-only sequence; ``table`` is the int64 array behind it."""
+
+    def __init__(self, table: Ints) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        line = [int(x) for x in self.table[index]]
+        width = len(FIELDS)
+        repeats = []
+        for level in range(MAX_LEVELS):
+            extent, *steps = line[width + level * (1 + width) : width + (level + 1) * (1 + width)]
+            if extent != 1:
+                repeats.append((extent, tuple((n, s) for n, s in zip(FIELDS, steps, strict=True) if s)))
+        return Piece(*line[:width], repeats=tuple(repeats))
+
+    def __iter__(self) -> Iterator[Piece]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class ACSR:
+    """A mask of ``q_len`` x ``kv_len``: disjoint affine pieces and a remainder of bits; True means attend.
+
+    Make one with ``from_pattern``, ``from_dense``, ``from_scipy``, ``from_torch``, ``from_elements``.
+    """
+
+    q_len: int
+    kv_len: int
+    pieces: Pieces
+    remainder: BlockBits = field(default_factory=BlockBits.none)
+
+    # -- making one ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_pattern(pattern: Pattern, q_len: int, kv_len: int | None = None) -> ACSR:
+        """From a symbolic pattern, without S x S memory; a pattern with an explicit matrix in it is analysed densely."""
+        kv_len = q_len if kv_len is None else kv_len
+        pattern.check(q_len, kv_len)
+        lines = pattern.lines(q_len, kv_len)
+        mixed = lines is not None and lines.col_mod and lines.diff_mod  # exact either way; the matrix is quicker
+        if lines is None or (mixed and q_len * kv_len <= MAX_MIXED):
+            return ACSR.from_dense(pattern.dense(q_len, kv_len))
+        strips = strips_of(pattern, q_len, kv_len, lines)
+        acsr = ACSR(q_len, kv_len, Pieces(nest(strips)))
+        acsr._check_against(pattern)
+        return acsr
+
+    @staticmethod
+    def from_dense(mask: NDArray[np.bool_]) -> ACSR:
+        """From a boolean matrix (q_len, kv_len): finds the affine structure, verified exactly."""
+        if mask.ndim != 2 or mask.dtype != np.bool_:
+            raise InvalidInput(
+                f"a mask must be a boolean matrix (q_len, kv_len), got {mask.dtype} of shape {mask.shape}; "
+                "convert with mask.astype(bool)"
+            )
+        pieces, remainder = analyze_runs(fold_dense(mask))
+        return ACSR(*mask.shape, Pieces(pieces), remainder)
+
+    @staticmethod
+    def from_elements(q: Ints, k: Ints, q_len: int, kv_len: int) -> ACSR:
+        """From coordinates (q, k) of the elements that attend (int arrays of one length; duplicates count once)."""
+        key = np.unique(np.asarray(q, np.int64) * kv_len + np.asarray(k, np.int64))
+        if len(key) and not (0 <= key[0] and key[-1] < q_len * kv_len and 0 <= np.min(k) and np.max(k) < kv_len):
+            raise InvalidInput(f"element coordinates must lie inside {q_len} x {kv_len}; check q_len and kv_len")
+        return ACSR._from_sorted_keys(key, q_len, kv_len)
+
+    @staticmethod
+    def _from_sorted_keys(key: Ints, q_len: int, kv_len: int) -> ACSR:
+        row, col = key // max(kv_len, 1), key % max(kv_len, 1)
+        begins = np.ones(len(key), bool)
+        begins[1:] = (key[1:] != key[:-1] + 1) | (col[1:] == 0)
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], len(key)) - 1
+        return ACSR._from_runs(Runs(row[first], col[first], col[last] + 1), q_len, kv_len)
+
+    @staticmethod
+    def _from_runs(runs: Runs, q_len: int, kv_len: int) -> ACSR:
+        pieces, remainder = analyze_runs(fold_columns(runs.row, runs.start, runs.stop - runs.start))
+        return ACSR(q_len, kv_len, Pieces(pieces), remainder)
+
+    @staticmethod
+    def from_scipy(matrix: scipy.sparse.sparray) -> ACSR:
+        """From a scipy.sparse matrix or array: its non-zero entries attend."""
+        coo = matrix.tocoo()
+        stored = coo.data != 0
+        return ACSR.from_elements(coo.row[stored], coo.col[stored], *coo.shape)
+
+    @staticmethod
+    def from_torch(matrix: torch.Tensor) -> ACSR:
+        """From a 2-D torch tensor, dense boolean or sparse (COO, CSR, CSC, BSR): its non-zero entries attend."""
+        if str(matrix.layout) == "torch.strided":
+            return ACSR.from_dense(matrix.detach().cpu().bool().numpy())
+        coo = matrix.detach().cpu().to_sparse_coo().coalesce()
+        q, k = coo.indices()[:, coo.values() != 0].numpy()
+        return ACSR.from_elements(q, k, *matrix.shape)
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def strips(self) -> Ints:
+        """The pieces without their nesting: int64 (n, 9), see formats/strips.py."""
+        return unnest(self.pieces.table)
+
+    @cached_property
+    def nnz(self) -> int:
+        """Elements that attend."""
+        return int(element_counts(self.strips).sum()) + self.remainder.nnz
+
+    @property
+    def density(self) -> float:
+        """nnz / (q_len * kv_len); 0 for an empty mask."""
+        return self.nnz / max(self.q_len * self.kv_len, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this representation."""
+        return int(self.pieces.table.nbytes) + self.remainder.nbytes
+
+    def __str__(self) -> str:
+        head = f"acsr {self.q_len} x {self.kv_len}: nnz {self.nnz}, density {self.density:.4f}, {len(self.pieces)} pieces"
+        tail = f"remainder {self.remainder.nnz} in {len(self.remainder.rows)} blocks"
+        return f"{head}, {tail}"
+
+    def runs(self) -> Runs:
+        """Every maximal run of adjacent columns, sorted by row and column."""
+        parts = [unit_runs(row_runs(self.strips)), self.remainder.runs()]
+        row, start, stop = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return _union(Runs(row, start, stop), self.kv_len)
+
+    # -- conversions ---------------------------------------------------------------------------------------------------
+
+    def to_dense(self) -> NDArray[np.bool_]:
+        """Boolean matrix (q_len, kv_len)."""
+        runs = self.runs()
+        steps = np.zeros((self.q_len, self.kv_len + 1), np.int8)
+        steps[runs.row, runs.start] += 1
+        steps[runs.row, runs.stop] -= 1
+        return np.cumsum(steps, axis=1, dtype=np.int8)[:, : self.kv_len].astype(bool)
+
+    def to_scipy(self) -> scipy.sparse.csr_array:
+        """scipy.sparse.csr_array of booleans, indices sorted."""
+        import scipy.sparse
+
+        row, col = self.elements()
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.q_len))])
+        return scipy.sparse.csr_array((np.ones(len(col), bool), col, indptr), shape=(self.q_len, self.kv_len))
+
+    def to_torch(self) -> torch.Tensor:
+        """torch sparse CSR tensor of booleans (q_len, kv_len), on the CPU."""
+        import torch
+
+        csr = self.to_scipy()
+        parts = (torch.from_numpy(np.asarray(x)) for x in (csr.indptr, csr.indices, csr.data))
+        return torch.sparse_csr_tensor(*parts, size=csr.shape, check_invariants=True)
+
+    def elements(self) -> tuple[Ints, Ints]:
+        """(q, k) of every element, sorted by row and column; O(nnz) memory."""
+        runs = self.runs()
+        width = runs.stop - runs.start
+        row = np.repeat(runs.row, width)
+        first = np.cumsum(width) - width
+        return row, np.arange(len(row)) - np.repeat(first - runs.start, width)
+
+    # -- algebra -------------------------------------------------------------------------------------------------------
+
+    def transpose(self) -> ACSR:
+        """The mask with queries and keys exchanged; O(nnz)."""
+        q, k = self.elements()
+        key = k * self.q_len + q
+        key.sort()
+        return ACSR._from_sorted_keys(key, self.kv_len, self.q_len)
+
+    def __or__(self, other: ACSR) -> ACSR:
+        return self._combine(other, lambda a, b: (a + b) > 0)
+
+    def __and__(self, other: ACSR) -> ACSR:
+        return self._combine(other, lambda a, b: (a + b) == 2)
+
+    def __sub__(self, other: ACSR) -> ACSR:
+        return self._combine(other, lambda a, b: (a == 1) & (b == 0))
+
+    def __invert__(self) -> ACSR:
+        everything = make(row=np.zeros(1, np.int64), rows=self.q_len, width=self.kv_len)
+        return ACSR(self.q_len, self.kv_len, Pieces(nest(everything))) - self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ACSR):
+            return NotImplemented
+        if (self.q_len, self.kv_len, self.nnz) != (other.q_len, other.kv_len, other.nnz):
+            return False
+        return all(np.array_equal(a, b) for a, b in zip(self.runs(), other.runs(), strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _combine(self, other: ACSR, keep: Any) -> ACSR:
+        if (self.q_len, self.kv_len) != (other.q_len, other.kv_len):
+            raise InvalidInput(
+                f"cannot combine masks of {self.q_len} x {self.kv_len} and {other.q_len} x {other.kv_len}; "
+                "make both for the same lengths"
+            )
+        runs = _sweep([self.runs(), other.runs()], self.kv_len, keep)
+        return ACSR._from_runs(runs, self.q_len, self.kv_len)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check_against(self, pattern: Pattern) -> None:
+        """Raise VerifyError unless the strips are disjoint and equal to the pattern: everywhere when the mask is small,
+        else in whole random rows (the cells' corners were all compared before)."""
+        size = self.q_len * self.kv_len
+        rows = np.arange(self.q_len)
+        if size > CHECK_ALL:
+            rows = np.unique(np.random.default_rng().integers(0, self.q_len, max(CHECK_SOME // self.kv_len, 2)))
+        if not size:
+            return
+        wanted = pattern.contains(rows[:, None], np.arange(self.kv_len)[None, :], self.q_len, self.kv_len)
+        runs = unit_runs(row_runs(self.strips, rows))
+        steps = np.zeros((len(rows), self.kv_len + 1), np.int32)
+        where = np.searchsorted(rows, runs.row)
+        np.add.at(steps, (where, runs.start), 1)
+        np.add.at(steps, (where, runs.stop), -1)
+        covered = np.cumsum(steps, axis=1)[:, : self.kv_len]
+        if not np.array_equal(covered, wanted):
+            i, k = np.argwhere(covered != wanted)[0]
+            raise VerifyError(
+                f"pattern {pattern}: element (q={rows[i]}, k={k}) is held by {covered[i, k]} pieces but the mask says "
+                f"{bool(np.broadcast_to(wanted, covered.shape)[i, k])}; please report this pattern"
+            )
+
+
+def _union(runs: Runs, kv_len: int) -> Runs:
+    return _sweep([runs], kv_len, lambda a: a > 0)
+
+
+def _sweep(sets: Sequence[Runs], kv_len: int, keep: Any) -> Runs:
+    """Sweep over run ends: the runs where keep(coverage of each set) is true."""
+    keys, steps = [], []
+    for i, runs in enumerate(sets):
+        base = runs.row * (kv_len + 1)
+        for ends, sign in ((runs.start, 1), (runs.stop, -1)):
+            keys.append(base + ends)
+            step = np.zeros((len(base), len(sets)), np.int64)
+            step[:, i] = sign
+            steps.append(step)
+    key = np.concatenate(keys)
+    order = np.argsort(key, kind="stable")
+    key, step = key[order], np.concatenate(steps)[order]
+    last = np.ones(len(key), bool)
+    last[:-1] = key[1:] != key[:-1]
+    cover = np.cumsum(step, axis=0)[last]
+    key = key[last]
+    held = keep(*cover.T) if len(key) else np.zeros(0, bool)
+    turns = np.flatnonzero(np.diff(np.concatenate([[False], held])))
+    if len(turns) % 2:
+        raise VerifyError("a run has no end: the strips overlap the mask's border; please report this mask")
+    start, stop = key[turns[0::2]], key[turns[1::2]]
+    row = start // (kv_len + 1)
+    return Runs(row, start - row * (kv_len + 1), stop - row * (kv_len + 1))
+
+
+__all__ = ["ACSR", "Piece", "Pieces", "COL", "COUNT", "DCOL", "DCOUNT", "DWIDTH", "ROW", "ROWS", "STRIDE", "WIDTH"]

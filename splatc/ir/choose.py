@@ -1,0 +1,141 @@
+"""Choosing views: a cost model over candidate views, and the poset of view sets ordered by inclusion.
+
+Each row view that a plan uses is one more pass over its rows; each piece goes to the cheapest view in use. Sets of row
+views form a poset; we price its members and keep the cheapest. A plan never costs more tiles than the contiguous one.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+
+from splatc.formats.acsr import ACSR
+from splatc.formats.fold import unnest
+from splatc.formats.remainder import BlockBits
+from splatc.formats.strips import (
+    COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, element_counts,
+)  # fmt: skip
+from splatc.ir.cover import Grid
+from splatc.ir.program import Region, Regions
+from splatc.ir.see import Seen, see
+from splatc.ir.views import View, blocks, contiguous, residue
+
+MAX_STEPS = 4  # candidate residue views, by how many elements have that stride
+MAX_PASSES = 3
+PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
+SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in tiles
+
+
+def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> Regions:
+    """The regions of a mask, each with its row view and column view."""
+    table = acsr.pieces.table
+    plain_rows, plain_cols = contiguous(acsr.q_len, tile_m), contiguous(acsr.kv_len, tile_n)
+    row_views, col_views = [plain_rows], [plain_cols]
+    if views and len(table):
+        strips = unnest(table)
+        for step in _steps(strips):
+            row_views.append(residue(acsr.q_len, step, tile_m))
+            col_views.append(residue(acsr.kv_len, step, tile_n))
+        col_views += _block_views(strips, acsr.kv_len, tile_n)
+    costs = {rows: _cheapest(table, rows, col_views) for rows in row_views}
+    used = _cheapest_set(costs, acsr)
+    by_cost = np.stack([costs[rows][0] for rows in used])
+    row_choice = by_cost.argmin(0)
+    regions: list[Region] = []
+    for r, rows in enumerate(used):
+        col_choice = costs[rows][1]
+        for c, cols in enumerate(col_views):
+            mine = (row_choice == r) & (col_choice == c)
+            remainder = acsr.remainder if rows.kind == "contiguous" and c == 0 else BlockBits.none()
+            if mine.any() or len(remainder.rows):
+                regions.append(Region(rows, cols, table[mine], remainder))
+    if not regions:
+        regions.append(Region(plain_rows, plain_cols, table, BlockBits.none()))
+    return Regions(acsr.q_len, acsr.kv_len, tuple(regions))
+
+
+def _steps(strips: Ints) -> list[int]:
+    """Strides of single columns, those of the most elements first."""
+    thin = (strips[:, WIDTH] == 1) & (strips[:, DWIDTH] == 0) & (strips[:, STRIDE] > 1)
+    s = strips[thin & ((strips[:, COUNT] > 1) | (strips[:, DCOUNT] != 0))]
+    steps, which = np.unique(s[:, STRIDE], return_inverse=True)
+    votes = np.bincount(which, element_counts(s), len(steps))
+    return [int(step) for step in steps[np.argsort(-votes, kind="stable")][:MAX_STEPS]]
+
+
+def _block_views(strips: Ints, length: int, lanes: int) -> list[View]:
+    """Views for columns that recur every ``stride`` from the same offset: one for each (stride, offset, width)."""
+    recurs = (strips[:, DCOL] == 0) & (strips[:, DWIDTH] == 0) & (strips[:, STRIDE] > strips[:, WIDTH])
+    recurs &= (strips[:, WIDTH] <= lanes // 2) & ((strips[:, COUNT] > 1) | (strips[:, DCOUNT] != 0))
+    s = strips[recurs]
+    kinds = np.stack([s[:, STRIDE], s[:, COL] % np.maximum(s[:, STRIDE], 1), s[:, WIDTH]], axis=1)
+    kinds, which = np.unique(kinds, axis=0, return_inverse=True)
+    votes = np.bincount(which.ravel(), element_counts(s), len(kinds))
+    kinds = kinds[np.argsort(-votes, kind="stable")][:MAX_STEPS]
+    return [blocks(length, int(size), int(offset), int(width), lanes) for size, offset, width in kinds]
+
+
+def _cheapest(table: Ints, rows: View, col_views: list[View]) -> tuple[Ints, Ints]:
+    """(cost, column view) of each piece under a row view, in tiles."""
+    costs = np.full((len(col_views), len(table)), np.inf)
+    for c, cols in enumerate(col_views):
+        if cols.kind == "residue" and cols.step != rows.step:
+            continue
+        seen = see(table, rows, cols)
+        if seen is not None:
+            costs[c] = estimate(seen, Grid.of(rows), Grid.of(cols), len(table))
+            continue
+        for i in range(len(table)) if len(table) <= 64 else ():  # only some pieces can be shown
+            seen = see(table[i : i + 1], rows, cols)
+            if seen is not None:
+                costs[c, i] = estimate(seen, Grid.of(rows), Grid.of(cols), 1)[0]
+    return costs.min(0), costs.argmin(0)
+
+
+def estimate(seen: Seen, rows: Grid, cols: Grid, pieces: int) -> Ints:
+    """An estimate of the tiles that each piece needs (float): row tiles of a strip times the column tiles of one."""
+    s = seen.strips
+    row_tiles = s[:, ROWS] / rows.b1
+    t = np.minimum(s[:, ROWS], rows.b1) - 1
+    count = s[:, COUNT] + s[:, DCOUNT] * (s[:, ROWS] - 1) / 2
+    reach = s[:, STRIDE] * np.maximum(count - 1, 0) + s[:, WIDTH] + s[:, DWIDTH] * (s[:, ROWS] - 1) / 2
+    hull = reach + np.abs(s[:, DCOL]) * t
+    cost = np.maximum(row_tiles, 1 / rows.b2) * (hull / cols.b1 + SPAN_COST)
+    cost = np.maximum(cost / cols.b2, 1 / (rows.lanes * cols.b2))
+    total = np.zeros(pieces)
+    np.add.at(total, seen.piece, cost)
+    return total
+
+
+def _cheapest_set(costs: dict[View, tuple[Ints, Ints]], acsr: ACSR) -> tuple[View, ...]:
+    """The cheapest set of row views, searched over the poset of sets (contiguous is in it if bits remain)."""
+    views = list(costs)
+    if len(views) == 1:
+        return (views[0],)
+    import networkx as nx
+
+    poset = nx.DiGraph()  # an edge leads from a set to one with one view more
+    for size in range(1, MAX_PASSES + 1):
+        for chosen in combinations(range(len(views)), size):
+            if len(acsr.remainder.rows) and 0 not in chosen:
+                continue
+            cheapest = np.stack([costs[views[i]][0] for i in chosen])
+            touched = np.zeros(len(chosen))
+            best = cheapest.argmin(0)
+            for i, pieces in enumerate(best == np.arange(len(chosen))[:, None]):
+                touched[i] = _rows_touched(acsr.pieces.table[pieces])
+            extra = (touched.sum() - touched.max()) / views[0].lanes * PASS_TILES
+            poset.add_node(frozenset(chosen), cost=cheapest.min(0).sum() + extra)
+            poset.add_edges_from((frozenset(chosen) - {i}, frozenset(chosen)) for i in chosen if size > 1)
+    priced = [node for node in poset if "cost" in poset.nodes[node]]
+    best_set = min(priced, key=lambda node: (poset.nodes[node]["cost"], len(node)))
+    return tuple(views[i] for i in sorted(best_set))
+
+
+def _rows_touched(table: Ints) -> float:
+    """Rows that pieces lie on (at most; overlaps count once as far as first and last rows tell)."""
+    if not len(table):
+        return 0.0
+    strips = unnest(table)
+    return float(strips[:, ROW].max() + strips[:, ROWS].max() - strips[:, ROW].min())

@@ -1,0 +1,149 @@
+"""The whole IR on one page: frozen dataclasses with named fields.
+
+A program computes masked attention. It starts as three operations over a mask and ends as fused operations over tiles:
+
+    s = sddmm(q, k) over m            scores where the mask holds
+    p, lse = softmax(s)               ->         o, lse = attend(q, k, v) over t0
+    o = spmm(p, v)                               o, lse = attend(q, k, v) over t1 merging (o, lse)
+
+What an operation runs over is a domain: a Mask (ACSR), Regions (its pieces, each with the view it is seen through) or a
+Cover (tiles). Every domain describes the same set of (query, key) pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splatc.formats.acsr import ACSR
+from splatc.formats.remainder import BlockBits
+from splatc.formats.strips import Ints
+from splatc.ir.views import View
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The mask itself."""
+
+    acsr: ACSR
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Pieces of a mask seen through one row view and one column view (pieces: the int64 table of formats/fold.nest)."""
+
+    rows: View
+    cols: View
+    pieces: Ints
+    remainder: BlockBits
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Disjoint regions that make up a mask; those with the same row view are computed in one pass."""
+
+    q_len: int
+    kv_len: int
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Shapes:
+    """The distinct partly filled tiles, as spans: the compressed form of their bits.
+
+    spans: int64 (n, 10): shape, lane, lanes, then col, dcol, width, dwidth, stride, count, dcount as in a strip, relative
+    to the tile. blocks: int64 (m, 4): shape, index into ``bits``, and the lane and column of the tile it lies at.
+    """
+
+    count: int
+    spans: Ints
+    blocks: Ints
+    bits: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False)
+class Cover:
+    """Tiles of one pass: items (row tiles) and, for each, its entries (column tiles), int64 arrays.
+
+    items: (n, 5): origin x1, x2, x3 in the row view, first entry, entry count.
+    entries: (m, 6): origin x1, x2, x3 in column view ``view``, ``view``, repeat (adjacent full tiles along x1), shape
+    (0: full, else 1 + index into ``shapes``).
+    """
+
+    q_len: int
+    kv_len: int
+    rows: View
+    cols: tuple[View, ...]
+    items: Ints
+    entries: Ints
+    shapes: Shapes
+
+    @property
+    def tiles(self) -> int:
+        return int(self.entries[:, 4].sum())
+
+    @property
+    def tile_area(self) -> int:
+        return self.tiles * self.rows.lanes * (self.cols[0].lanes if self.cols else 0)
+
+
+Domain = Mask | Regions | Cover
+
+
+@dataclass(frozen=True)
+class Sddmm:
+    """out[q, k] = scale * <q_q, k_k> for the pairs of the domain."""
+
+    out: str
+    q: str
+    k: str
+    over: str
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """out = softmax along k over the pairs that x has; lse = its log-sum-exp. An empty row gives nothing and -inf."""
+
+    out: str
+    lse: str
+    x: str
+
+
+@dataclass(frozen=True)
+class Spmm:
+    """out[q] = sum over k of p[q, k] v[k]."""
+
+    out: str
+    p: str
+    v: str
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The three above in one, over tiles; merging: combined with the (out, lse) already there."""
+
+    out: str
+    lse: str
+    q: str
+    k: str
+    v: str
+    over: str
+    merging: bool
+
+
+Operation = Sddmm | Softmax | Spmm | Attend
+
+
+@dataclass(frozen=True)
+class Program:
+    """Masked attention of q, k, v over named domains."""
+
+    q_len: int
+    kv_len: int
+    domains: tuple[tuple[str, Domain], ...]
+    body: tuple[Operation, ...]
+
+    def domain(self, name: str) -> Domain:
+        return dict(self.domains)[name]

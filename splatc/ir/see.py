@@ -1,0 +1,101 @@
+"""Pieces seen through a view: the same strips in view coordinates, where a strided piece has become an interval.
+
+In view coordinates a position is (line, u): contiguous views have one line; a residue view has one line a residue and u
+counts inside the class; a blocks view has one line whose u runs over the chosen columns of block after block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from splatc.formats.fold import MAX_LEVELS, owners, unnest
+from splatc.formats.strips import (
+    COL, COUNT, DCOL, DCOUNT, DWIDTH, FIELDS, ROW, ROWS, STRIDE, WIDTH, Ints, ramp,
+)  # fmt: skip
+from splatc.ir.views import View
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Strips in view coordinates (int64 (n, 9): row and col are u), the lines they lie on, and the piece each is from."""
+
+    strips: Ints
+    row_line: Ints
+    col_line: Ints
+    piece: Ints
+
+
+def see(pieces: Ints, rows: View, cols: View) -> Seen | None:
+    """The pieces in the coordinates of a row view and a column view; None if the column view cannot show them."""
+    strips, row_line, piece = _see_rows(pieces, rows)
+    if cols.kind == "contiguous":
+        return Seen(strips, row_line, np.zeros(len(strips), np.int64), piece)
+    shown = _see_residues(strips, cols) if cols.kind == "residue" else _see_blocks(strips, cols)
+    return None if shown is None else Seen(shown[0], row_line, shown[1], piece)
+
+
+def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:
+    """(strips, row line, piece) with rows in view coordinates."""
+    if view.kind == "contiguous":
+        owner = owners(pieces)
+        return unnest(pieces), np.zeros(len(owner), np.int64), owner
+    step = view.step
+    width = len(FIELDS)
+    # a repetition with this row step already walks down one residue class: it becomes the rows of the new strips
+    kept = np.zeros((len(pieces), 1 + width), np.int64)
+    kept[:, 0] = 1
+    pieces = pieces.copy()
+    for level in range(MAX_LEVELS):
+        at = width + level * (1 + width)
+        walks = (pieces[:, at] > 1) & (pieces[:, at + 1 + ROW] == step) & (pieces[:, at + 1 + ROWS] == 0)
+        walks &= (pieces[:, ROWS] <= step) & (kept[:, 0] == 1)
+        kept[walks] = pieces[walks, at : at + 1 + width]
+        pieces[walks, at] = 1
+    piece = owners(pieces)
+    strips, kept = unnest(pieces), kept[piece]
+    owner, i = ramp(np.minimum(strips[:, ROWS], step))
+    strips, kept, piece = strips[owner], kept[owner], piece[owner]
+    walking = kept[:, 0] > 1
+    row = strips[:, ROW] + i
+    out = strips.copy()
+    out[:, ROW] = row // step
+    out[:, ROWS] = np.where(walking, kept[:, 0], -(-(strips[:, ROWS] - i) // step))
+    for field, slope in ((COL, DCOL), (WIDTH, DWIDTH), (COUNT, DCOUNT)):
+        out[:, field] += strips[:, slope] * i
+        out[:, slope] = np.where(walking, kept[:, 1 + field], strips[:, slope] * step)
+    return out, row % step, piece
+
+
+def _see_residues(strips: Ints, view: View) -> tuple[Ints, Ints] | None:
+    step = view.step
+    lone = (strips[:, COUNT] == 1) & (strips[:, DCOUNT] == 0)
+    thin = (strips[:, WIDTH] == 1) & (strips[:, DWIDTH] == 0) & (lone | (strips[:, STRIDE] % step == 0))
+    if not (thin & ((strips[:, DCOL] % step == 0) | (strips[:, ROWS] == 1))).all():
+        return None
+    out = strips.copy()
+    line = strips[:, COL] % step
+    for field in (COL, DCOL, STRIDE):
+        out[:, field] //= step
+    solid = out[:, STRIDE] == 1
+    out[solid, WIDTH], out[solid, DWIDTH] = strips[solid, COUNT], strips[solid, DCOUNT]
+    out[solid, COUNT], out[solid, DCOUNT], out[solid, STRIDE] = 1, 0, 0
+    return out, line
+
+
+def _see_blocks(strips: Ints, view: View) -> tuple[Ints, Ints] | None:
+    size, lanes = view.step, view.box[0]
+    inside = strips[:, COL] % size - view.offset
+    widest = np.maximum(strips[:, WIDTH], strips[:, WIDTH] + strips[:, DWIDTH] * (strips[:, ROWS] - 1))
+    lone = (strips[:, COUNT] == 1) & (strips[:, DCOUNT] == 0)
+    fits = (inside >= 0) & (inside + widest <= lanes) & (lone | (strips[:, STRIDE] % size == 0))
+    if not (fits & (strips[:, DCOL] == 0)).all():
+        return None
+    out = strips.copy()
+    out[:, COL] = strips[:, COL] // size * lanes + inside
+    out[:, STRIDE] = strips[:, STRIDE] // size * lanes
+    solid = (strips[:, WIDTH] == lanes) & (strips[:, DWIDTH] == 0) & (out[:, STRIDE] == lanes)
+    out[solid, WIDTH], out[solid, DWIDTH] = strips[solid, COUNT] * lanes, strips[solid, DCOUNT] * lanes
+    out[solid, COUNT], out[solid, DCOUNT], out[solid, STRIDE] = 1, 0, 0
+    return out, np.zeros(len(strips), np.int64)

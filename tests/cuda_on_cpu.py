@@ -1,0 +1,71 @@
+"""Run generated CUDA source on the CPU (see cuda_on_cpu.h): checks a kernel's logic without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+CTYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "int64_t": ctypes.c_int64}
+
+
+def kernel_text(source: str) -> tuple[str, list[tuple[str, str]]]:
+    """The kernel definition in a generated .cu, and its parameters as (type, name)."""
+    start = source.rindex('extern "C" __global__')
+    signature = source[start : source.index("{", start)]
+    inside = signature[signature.rindex("(") + 1 : signature.rindex(")")]
+    return source[start : source.index("\n}\n", start) + 3], [
+        tuple(p.strip().rsplit(" ", 1)) for p in inside.split(",")
+    ]  # type: ignore[misc]
+
+
+def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = ()) -> Callable[..., None]:
+    """A function launch(grid, **arguments by parameter name); arrays are NumPy, 16-bit ones as uint16 views.
+
+    Raises CalledProcessError if g++ refuses the source.
+    """
+    text, parameters = kernel_text(source)
+    declared = ", ".join(f"{kind.replace('__restrict__', '')} {name}" for kind, name in parameters)
+    names = ", ".join(name for _, name in parameters)
+    (folder / "kernel.cpp").write_text(
+        f'#include "{HEADER}"\n#define uint unsigned int\n#define uchar unsigned char\n'
+        "inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }\n"
+        f'{text}\nextern "C" void launch(int grid, {declared}) {{\n'
+        f"  run_grid(grid, 256, [=] {{ splatc_attention_kernel({names}); }});\n}}\n"
+    )
+    library = folder / "kernel.so"
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *flags]
+    subprocess.run(
+        [*command, str(folder / "kernel.cpp"), "-o", str(library)], check=True, capture_output=True
+    )
+    entry = ctypes.CDLL(str(library)).launch
+
+    def launch(grid: int, **arguments: Any) -> None:
+        values: list[Any] = [ctypes.c_int(grid)]
+        for kind, name in parameters:
+            value = arguments[name]
+            pointer = "*" in kind
+            values.append(ctypes.c_void_p(value.ctypes.data) if pointer else CTYPES[kind](value))
+        entry(*values)
+
+    return launch
+
+
+def to_bits16(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x rounded to dtype, in the storage that the emulated kernel reads (bfloat16 as uint16)."""
+    if dtype != "bfloat16":
+        return x.astype(dtype)
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bits16(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The inverse: float32 values."""
+    if dtype != "bfloat16":
+        return x.astype(np.float32)
+    return (x.astype(np.uint32) << 16).view(np.float32)

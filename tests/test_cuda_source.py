@@ -1,0 +1,158 @@
+"""The portable CUDA kernel without a GPU: nvcc compiles it without spills, and its logic runs on the CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splatc.codegen.cuda import attention_cuda, choose_blocking
+from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.target import Target
+from splatc.errors import Unsupported
+from tests import cuda_on_cpu, kernel_tables
+
+tvm = pytest.importorskip("tvm")
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+needs_nvcc = pytest.mark.skipif(not os.path.exists(NVCC), reason="needs nvcc")
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with C++20")
+CASES = {case.name: case for case in kernel_tables.all_cases()}
+
+
+def make_spec(d: int, dv: int, dtype: str, arch: str = "sm_80", m: int = 64, n: int = 64) -> KernelSpec:
+    return KernelSpec(d, dv, dtype, m, n, Target("cuda", arch))
+
+
+def emit(spec: KernelSpec) -> str:
+    """One self-contained .cu: the kernel and its host wrapper."""
+    from tvm.backend.cuda.host import export_cuda_host
+
+    target = tvm.target.Target({"kind": "cuda", "arch": spec.target.arch}, host="cuda_host")
+    return str(export_cuda_host(tvm.compile(attention_cuda(spec), target=target, tir_pipeline="tirx").mod))
+
+
+def ptxas_report(source: str, arch: str, folder: Path) -> str:
+    """What ptxas -v says about `source` compiled by nvcc alone."""
+    import tvm_ffi
+
+    include = Path(tvm_ffi.__file__).parent / "include"
+    (folder / "kernel.cu").write_text(source)
+    code = arch.removeprefix("sm_")
+    command = [
+        NVCC,
+        f"-gencode=arch=compute_{code},code={arch}",
+        "-cubin",
+        "-O3",
+        "-std=c++17",
+        "--use_fast_math",
+    ]
+    options = ["-Xptxas", "-v,--warn-on-local-memory-usage", "-diag-suppress", "174,177", f"-I{include}"]
+    files = ["-o", str(folder / "kernel.cubin"), str(folder / "kernel.cu")]
+    done = subprocess.run([*command, *options, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    ("d", "dv", "dtype"),
+    [(64, 64, "float32"), (128, 128, "bfloat16"), (256, 256, "float16"), (40, 24, "bfloat16")],
+)
+def test_compiles_without_spills(d: int, dv: int, dtype: str, arch: str, tmp_path: Path) -> None:
+    report = ptxas_report(emit(make_spec(d, dv, dtype, arch)), arch, tmp_path)
+    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report), report
+    assert "warning" not in report.lower(), report
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+@pytest.mark.parametrize("d", [1, 64, 96, 128, 256])
+def test_shared_memory_fits(d: int, arch: str) -> None:
+    limit = 163 if arch == "sm_80" and d == 256 else 99
+    if arch == "sm_90a":
+        limit = 227
+    assert choose_blocking(make_spec(d, d, "float32", arch)).smem_bytes <= limit * 1024
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (make_spec(1024, 64, "float32"), "shared memory"),
+        (make_spec(64, 1024, "float32"), "accumulators"),
+        (make_spec(64, 64, "float64"), "dtype"),
+        (make_spec(64, 64, "float32", m=48), "48 x 64"),
+        (make_spec(64, 64, "float32", n=8), "64 x 8"),
+        (make_spec(64, 64, "float32", "sm_75"), "sm_75"),
+        (make_spec(0, 64, "float32"), "head dims"),
+    ],
+)
+def test_limits_are_named(spec: KernelSpec, words: str) -> None:
+    with pytest.raises(Unsupported, match=words):
+        attention_cuda(spec)
+
+
+def element_strides(**arrays: np.ndarray) -> dict[str, int]:
+    """The kernel's stride arguments q0, q1, q2, k0, ... in elements."""
+    return {f"{n}{i}": x.strides[i] // x.itemsize for n, x in arrays.items() for i in range(3)}
+
+
+def run_on_cpu(spec: KernelSpec, case: kernel_tables.Case, folder: Path) -> tuple[float, float]:
+    """Relative error of O and largest error of LSE, emulated, with GQA, strides and poisoned outputs."""
+    launch = cuda_on_cpu.compile_on_cpu(emit(spec), folder)
+    batch, q_heads, kv_heads, (q_len, kv_len) = 2, 2, 1, case.mask.shape
+    rng = np.random.default_rng(7)
+
+    def fresh(*shape: int) -> np.ndarray:
+        return cuda_on_cpu.to_bits16(rng.standard_normal(shape).astype(np.float32), spec.dtype)
+
+    q = fresh(batch, q_len, q_heads, spec.head_dim).transpose(0, 2, 1, 3)
+    k = fresh(batch, kv_heads, kv_len, spec.head_dim + 3)[..., : spec.head_dim]
+    v = fresh(batch, kv_heads, kv_len, spec.v_head_dim)
+    o = cuda_on_cpu.to_bits16(np.full((*q.shape[:3], spec.v_head_dim), np.nan, np.float32), spec.dtype)
+    lse = np.full(q.shape[:3], np.nan, np.float32)
+    scale = 0.8 / spec.head_dim**0.5
+    for index, tables in enumerate(case.passes):
+        work = tables.work(q_heads)
+        arguments: dict[str, Any] = {
+            "q_flat_ptr": q, "k_flat_ptr": k, "v_flat_ptr": v, "o_flat_ptr": o, "lse_ptr": lse,
+            "work_ptr": work, "items_ptr": tables.items, "entries_ptr": tables.padded_entries(),
+            "views_ptr": tables.views, "bits_ptr": tables.bits, "batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "q_len": q_len,
+            "kv_len": kv_len, "n_work": len(work), "scale": scale, "merge": int(index > 0),
+        }  # fmt: skip
+        launch(batch * len(work), **arguments, **element_strides(q=q, k=k, v=v, o=o))
+    q, k, v, o = (cuda_on_cpu.from_bits16(np.ascontiguousarray(x), spec.dtype) for x in (q, k, v, o))
+    want, want_lse = kernel_tables.reference(q, k, v, case.mask, scale)
+    some = np.isfinite(want_lse)
+    assert np.isneginf(lse[~some]).all() and (o[~some] == 0).all(), "rows with nothing: O = 0 and LSE = -inf"
+    error = np.linalg.norm(o - want) / max(float(np.linalg.norm(want)), 1e-30)
+    return float(error), float(np.abs(lse[some] - want_lse[some]).max(initial=0.0))
+
+
+@needs_gxx
+@pytest.mark.parametrize("name", list(CASES))
+def test_logic_on_cpu(name: str, tmp_path: Path) -> None:
+    error, lse_error = run_on_cpu(make_spec(20, 12, "float32"), CASES[name], tmp_path)
+    assert error < 2e-6 and lse_error < 1e-5
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("d", "dv", "dtype", "arch", "m", "n"),
+    [
+        (1, 3, "float32", "sm_80", 64, 64),
+        (96, 130, "bfloat16", "sm_80", 64, 64),
+        (256, 256, "float16", "sm_86", 64, 64),  # narrow chunks
+        (40, 40, "float16", "sm_90a", 128, 32),
+        (33, 65, "float32", "sm_80", 32, 80),
+    ],
+)
+def test_shapes_on_cpu(d: int, dv: int, dtype: str, arch: str, m: int, n: int, tmp_path: Path) -> None:
+    case = kernel_tables.two_passes(m, n)
+    error, lse_error = run_on_cpu(make_spec(d, dv, dtype, arch, m, n), case, tmp_path)
+    assert error < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype] and lse_error < 1e-5
