@@ -1,1 +1,21 @@
-"""splatc."""
+"""splatc: compiles the geometry of an attention mask into fused kernels.
+
+    pattern = splatc.patterns.causal() & splatc.patterns.window(256, 0)
+    attend = splatc.compile(pattern, seq_len=4096, head_dim=64, dtype="float32")
+    o = attend(q, k, v)
+
+Importing splatc loads neither torch nor TVM; they come with the first use that needs them.
+"""
+
+from splatc import patterns
+from splatc.compile import analyze, attention, compile
+
+__all__ = ["analyze", "attention", "compile", "patterns"]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("splatc")
+    raise AttributeError(f"module 'splatc' has no attribute {name!r}")

@@ -19,9 +19,9 @@ def kernel_text(source: str) -> tuple[str, list[tuple[str, str]]]:
     start = source.rindex('extern "C" __global__')
     signature = source[start : source.index("{", start)]
     inside = signature[signature.rindex("(") + 1 : signature.rindex(")")]
-    return source[start : source.index("\n}\n", start) + 3], [
-        tuple(p.strip().rsplit(" ", 1)) for p in inside.split(",")
-    ]  # type: ignore[misc]
+    parameters = [parameter.strip().rpartition(" ") for parameter in inside.split(",")]
+    end = source.index("\n}\n", start) + 3
+    return source[start:end], [(kind, name) for kind, _, name in parameters]
 
 
 def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = ()) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Arrays, tensors, sparse matrices, graphs, FlexAttention masks and files become patterns with the same mask."""
+"""Arrays, tensors, sparse matrices, graphs, FlexAttention masks and files keep their mask as patterns."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_patterns_texts_and_lists():
     assert got == P.per_head([P.causal(), P.full(), P.mask(M)])
     with pytest.raises(InvalidInput, match="2 heads, but there are 3"):
         as_pattern(["causal", "full"], heads=3)
-    with pytest.raises(InvalidInput, match="numpy.array"):
+    with pytest.raises(InvalidInput, match=r"numpy\.array"):
         as_pattern([[True, False], [True, True]])
     with pytest.raises(InvalidInput, match="20 x 30, but q_len is 20 and kv_len is 20"):
         as_pattern(M, q_len=20)
@@ -239,7 +239,7 @@ def test_parse_or_load_tells_files_from_text(tmp_path, monkeypatch):
         "full & " * 999 + "full"
     )  # too long for a path
     for path in ("missing.npy", "some/where", "./x.splat"):
-        with pytest.raises(InvalidInput, match="no such file|unknown kind"):
+        with pytest.raises(InvalidInput, match=r"no such file|unknown kind"):
             P.parse_or_load(path)
     with pytest.raises(PatternSyntaxError):
         P.parse_or_load("caussal")

@@ -1,18 +1,16 @@
 """The fused tile-sparse attention forward kernel for CPUs, as TIRx for TVM's LLVM target.
 
 Lanes are queries: scores S^T = K Q^T and outputs O^T = V^T P^T are kept transposed. So the softmax needs no
-horizontal reduction, and both products are one register tile: a scalar of K or V, broadcast, times vectors of queries.
-Q is packed once an item, K and V once a tile, to fp32 buffers that stay in L1 and L2; packing does the views, the
-strides, the zero fill and the dtype, so that the rest of the kernel sees none of them.
+horizontal reduction, and both products are one register tile: a scalar of K or V, broadcast, times vectors
+of queries. Q is packed once an item, K and V once a tile, to fp32 buffers that stay in L1 and L2; packing does
+the views, the strides, the zero fill and the dtype: the arithmetic (cpu_tile.py) sees none of them.
 
-Build: tvm.compile(attention_cpu(spec), target=llvm_target(arch), tir_pipeline="tirx").
+Build: tvm.compile(attention_cpu(spec), target=llvm_target(arch)).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import tvm
 from tvm.script import tirx as T
@@ -20,17 +18,15 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target.codegen import target_has_features
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.cpu_tile import NEG_INF, Scratch, Shape, emit_tile
 from splatc.codegen.cpu_vector import (
     LN2,
     LOG2E,
     Expr,
-    Register,
     constant,
-    exp2,
     lane_range,
     load,
     pieces,
-    scratch,
     store,
     transpose,
     vector_type,
@@ -38,17 +34,16 @@ from splatc.codegen.cpu_vector import (
 from splatc.codegen.kernel import KernelSpec
 
 NAME = "splatc_attention"
-NEG_INF = float("-inf")
 
 
 def attention_cpu(spec: KernelSpec) -> tvm.IRModule:
-    """The module with the one function "splatc_attention" (arguments: the kernel ABI, chunks after bits), not lowered.
+    """The module with the one function "splatc_attention", not lowered; its arguments are the kernel ABI's.
 
-    Any head_dim, v_head_dim >= 1 and any tile_n >= 1; tile_m a multiple of 32.
+    Any head_dim, v_head_dim and tile_n; tile_m a multiple of 32.
     """
     s = shape_of(spec)
     with IRBuilder() as builder:
-        with I.prim_func(s_tir=True):
+        with I.prim_func(s_tir=True):  # tirx functions have layouts, and those disregard strides
             I.func_name(NAME)
             t = match_tensors(s)
             scale = I.arg("scale", I.float32())
@@ -61,40 +56,6 @@ def attention_cpu(spec: KernelSpec) -> tvm.IRModule:
 def llvm_target(arch: str) -> dict[str, object]:
     """TVM's target for an LLVM CPU name such as "znver4", "x86-64-v3" or "generic"."""
     return {"kind": "llvm", "mcpu": arch, "opt-level": 3}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is known at compile time: the tile (m x n, head dims d and dv) and the register tile.
-
-    A register tile has rows x vecs accumulators of `lanes` queries. A block is the `width` = vecs * lanes queries
-    that it covers. *_pitch: head dims rounded up to whole vectors.
-    """
-
-    d: int
-    dv: int
-    m: int
-    n: int
-    dtype: str
-    lanes: int
-    vecs: int
-    rows: int
-
-    @property
-    def width(self) -> int:
-        return self.lanes * self.vecs
-
-    @property
-    def blocks(self) -> int:
-        return self.m // self.width
-
-    @property
-    def d_pitch(self) -> int:
-        return -(-self.d // self.lanes) * self.lanes
-
-    @property
-    def dv_pitch(self) -> int:
-        return -(-self.dv // self.lanes) * self.lanes
 
 
 def shape_of(spec: KernelSpec) -> Shape:
@@ -131,7 +92,7 @@ class Tensors:
 
 
 def match_tensors(s: Shape) -> Tensors:
-    """Declare the tensor arguments, in the order of the ABI. Lengths and strides are symbolic, 64 bits wide."""
+    """Declare the tensor arguments, in the order of the ABI; lengths and strides are symbolic."""
     batch, heads, kv_heads, q_len, kv_len = (I.int64() for _ in range(5))
     d, dv = T.int64(s.d), T.int64(s.dv)
 
@@ -158,23 +119,6 @@ def match_tensors(s: Shape) -> Tensors:
     )
 
 
-class Scratch:
-    """A worker's own buffers. Those named *t are transposed: (x, query) of a block at (block * X + x) * width + query."""
-
-    def __init__(self, s: Shape) -> None:
-        self.qt = scratch(s.m * s.d_pitch)  # times scale * log2(e)
-        self.k = scratch(s.n * s.d)
-        self.v = scratch(s.n * s.dv)
-        self.st = scratch(s.n * s.width)  # of one block: scores, then probabilities
-        self.ot = scratch(s.m * s.dv_pitch)  # not yet divided by l
-        self.m = scratch(s.m)  # running maximum of the scores, log2 domain
-        self.l = scratch(s.m)  # running sum of exp2(score - m)
-        self.rows = scratch(s.m * max(s.d_pitch, s.dv_pitch))  # rows of Q or O on their way through a transpose
-        self.row_pos = scratch(s.m, "int32")  # positions of the lanes of a tile side, -1 if invalid
-        self.live_pos = scratch(s.m, "int32")  # row_pos, -1 also where LSE is -inf
-        self.col_pos = scratch(s.n, "int32")
-
-
 def emit_worker(t: Tensors, s: Shape, worker: Expr, factor: Expr, merge: Expr) -> None:
     """All items of one worker, one after the other."""
     b = Scratch(s)
@@ -186,7 +130,8 @@ def emit_worker(t: Tensors, s: Shape, worker: Expr, factor: Expr, merge: Expr) -
         head = I.Bind(t.work[slot, 0])
         kv_head = I.Bind(T.truncdiv(head, group))
         item = I.Bind(t.work[slot, 1])
-        emit_positions(b.row_pos, t.views, t.items[item, 5], [t.items[item, i] for i in range(3)], t.q.shape[2])
+        origin = [t.items[item, i] for i in range(3)]
+        emit_positions(b.row_pos, t.views, t.items[item, 5], origin, t.q.shape[2])
         emit_pack_q(t, b, s, (batch, head), factor)
         emit_start(t, b, s, (batch, head), merge)
         first = I.Bind(t.items[item, 3])
@@ -201,28 +146,19 @@ def emit_entry(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], e: Expr)
     bits = I.Bind(t.entries[e, 4])
     with I.serial(0, t.entries[e, 3]) as r:
         x1 = I.Bind(t.entries[e, 0] + r * t.views[view, 6])
-        emit_positions(b.col_pos, t.views, view, [x1, t.entries[e, 1], t.entries[e, 2]], t.k.shape[2])
+        origin = [x1, t.entries[e, 1], t.entries[e, 2]]
+        emit_positions(b.col_pos, t.views, view, origin, t.k.shape[2])
         emit_pack_rows(b.k, s.d, t.k, at, b.col_pos, s.n, s.d, s.lanes)
         emit_pack_rows(b.v, s.dv, t.v, at, b.col_pos, s.n, s.dv, s.lanes)
         with I.If(T.EQ(bits, 0)):
             with I.Then():
-                emit_tile(t, b, s, None)
+                emit_tile(t.bits, b, s, None)
             with I.Else():
-                emit_tile(t, b, s, bits - 1)
-
-
-def emit_tile(t: Tensors, b: Scratch, s: Shape, bitmap: Expr | None) -> None:
-    """Online softmax over one packed tile; bitmap: index in bits, None for a full tile."""
-    with I.serial(0, s.blocks) as block:
-        top = [Register(s.lanes, constant(NEG_INF, s.lanes)) for _ in range(s.vecs)]
-        alpha = [Register(s.lanes) for _ in range(s.vecs)]
-        emit_scores(t, b, s, block, top, bitmap)
-        emit_softmax(b, s, block, top, alpha)
-        emit_accumulate(b, s, block, alpha)
+                emit_tile(t.bits, b, s, bits - 1)
 
 
 def emit_positions(pos: Expr, views: Expr, view: Expr, origin: list[Expr], length: Expr) -> None:
-    """pos[lane] = position of each lane of the view's box at `origin`, -1 where it leaves the view or the sequence."""
+    """pos[lane] = the position of each lane of the view's box at `origin`, -1 if it is invalid."""
     n, stride, box = ([I.Bind(views[view, 3 * g + i]) for i in range(3)] for g in range(3))
     length = I.Bind(T.cast(length, "int32"))
     with I.serial(0, box[2]) as i3, I.serial(0, box[1]) as i2:
@@ -246,7 +182,7 @@ def emit_pack_rows(
         with I.If(p >= 0):
             with I.Then():
                 for d, width in pieces(dim, lanes):
-                    value = src[(*at, p, lane_range(d, width))].astype(vector_type(width))
+                    value = src[at[0], at[1], p, lane_range(d, width)].astype(vector_type(width))
                     store(dst, j * pitch + d, value, width)
             with I.Else():
                 for d, width in pieces(dim, lanes):
@@ -261,12 +197,13 @@ def emit_pack_q(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], factor:
 
 def emit_transpose_in(dst: Expr, rows: Expr, s: Shape, pitch: int, factor: Expr) -> None:
     """dst[block, d, i] = rows[block * width + i, d] * factor."""
-    scale = I.Bind(T.Broadcast(factor, s.lanes))
-    with I.serial(0, s.blocks) as block, I.serial(0, s.vecs) as v, I.serial(0, pitch // s.lanes) as c:
-        row = block * s.width + v * s.lanes
-        square = transpose([I.Bind(load(rows, (row + i) * pitch + c * s.lanes, s.lanes)) for i in range(s.lanes)])
-        for d in range(s.lanes):
-            store(dst, (block * pitch + c * s.lanes + d) * s.width + v * s.lanes, square[d] * scale, s.lanes)
+    n = s.lanes
+    scale = I.Bind(T.Broadcast(factor, n))
+    with I.serial(0, s.blocks) as block, I.serial(0, s.vecs) as v, I.serial(0, pitch // n) as c:
+        row = block * s.width + v * n
+        square = transpose([I.Bind(load(rows, (row + i) * pitch + c * n, n)) for i in range(n)])
+        for d in range(n):
+            store(dst, (block * pitch + c * n + d) * s.width + v * n, square[d] * scale, n)
 
 
 def emit_start(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], merge: Expr) -> None:
@@ -281,112 +218,13 @@ def emit_start(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], merge: E
             with I.serial(0, s.m) as i:
                 I.buffer_store(b.live_pos, T.int32(-1), [i])
                 with I.If(b.row_pos[i] >= 0), I.Then():
-                    lse = I.Bind(t.lse[(*at, b.row_pos[i])])
+                    lse = I.Bind(t.lse[at[0], at[1], b.row_pos[i]])
                     with I.If(lse > T.float32(NEG_INF)), I.Then():
                         I.buffer_store(b.live_pos, b.row_pos[i], [i])
                         I.buffer_store(b.m, lse * T.float32(LOG2E), [i])
                         I.buffer_store(b.l, T.float32(1), [i])
             emit_pack_rows(b.rows, s.dv_pitch, t.o, at, b.live_pos, s.m, s.dv, s.lanes)
             emit_transpose_in(b.ot, b.rows, s, s.dv_pitch, T.float32(1))
-
-
-def emit_product(
-    acc: list[list[Register]],
-    s: Shape,
-    depth: int,
-    scalar: Callable[[Expr, int], Expr],
-    vector: Callable[[Expr, int], Expr],
-) -> None:
-    """acc[r][v] += sum over x < depth of scalar(x, r) * vector(x, v): the register tile."""
-    with I.serial(0, depth) as x:
-        vectors = [I.Bind(vector(x, v)) for v in range(s.vecs)]
-        for r, row in enumerate(acc):
-            a = I.Bind(T.Broadcast(scalar(x, r), s.lanes))
-            for cell, b in zip(row, vectors, strict=True):
-                cell.set(cell.get() + a * b)
-
-
-def row_groups(count: int, rows: int, emit: Callable[[Expr, int], None]) -> None:
-    """emit(first, size) over [0, count) in groups of `rows`, and once for the remainder."""
-    if count >= rows:
-        with I.serial(0, count // rows) as g:
-            emit(g * rows, rows)
-    if count % rows:
-        emit(count - count % rows, count % rows)
-
-
-def emit_scores(t: Tensors, b: Scratch, s: Shape, block: Expr, top: list[Register], bitmap: Expr | None) -> None:
-    """st[j, i] = <k_j, q_i>, -inf where a bit is off; top[i] = max(top[i], their maximum over j)."""
-
-    def group(j0: Expr, rows: int) -> None:
-        acc = [[Register(s.lanes, constant(0.0, s.lanes)) for _ in range(s.vecs)] for _ in range(rows)]
-        emit_product(
-            acc, s, s.d,
-            lambda d, r: b.k[(j0 + r) * s.d + d],
-            lambda d, v: load(b.qt, (block * s.d_pitch + d) * s.width + v * s.lanes, s.lanes),
-        )  # fmt: skip
-        for r, v in product(range(rows), range(s.vecs)):
-            score = acc[r][v].get()
-            if bitmap is not None:
-                on = bits_on(t.bits, s, bitmap, j0 + r, block * s.width + v * s.lanes)
-                score = T.Select(on, score, constant(NEG_INF, s.lanes))
-            score = I.Bind(score)
-            top[v].set(T.max(top[v].get(), score))
-            store(b.st, (j0 + r) * s.width + v * s.lanes, score, s.lanes)
-
-    row_groups(s.n, s.rows, group)
-
-
-def bits_on(bits: Expr, s: Shape, bitmap: Expr, j: Expr, i: Expr) -> Expr:
-    """Lane mask: do query lanes i .. i + lanes - 1 attend to column lane j? (They share a word: lanes divides 32.)"""
-    word = bits[bitmap, j, T.truncdiv(i, 32)]
-    first = T.uint32(1) << T.cast(T.truncmod(i, 32), "uint32")
-    test = T.Broadcast(first, s.lanes) << T.Ramp(T.uint32(0), T.uint32(1), s.lanes)
-    return T.NE(T.bitwise_and(T.Broadcast(word, s.lanes), test), constant(0, s.lanes, "uint32"))
-
-
-def emit_softmax(b: Scratch, s: Shape, block: Expr, top: list[Register], alpha: list[Register]) -> None:
-    """m' = max(m, top); st = exp2(st - m'); alpha = exp2(m - m'); l = l * alpha + sum of st over j."""
-    lanes = s.lanes
-    base = [Register(lanes) for _ in range(s.vecs)]
-    total = [Register(lanes) for _ in range(s.vecs)]
-    for v in range(s.vecs):
-        row = block * s.width + v * lanes
-        new = I.Bind(T.max(load(b.m, row, lanes), top[v].get()))
-        # A row with nothing yet has m' = -inf: subtract 0 instead, exp2(-inf) is 0.
-        base[v].set(T.Select(T.EQ(new, constant(NEG_INF, lanes)), constant(0.0, lanes), new))
-        alpha[v].set(exp2(load(b.m, row, lanes) - base[v].get(), lanes))
-        total[v].set(load(b.l, row, lanes) * alpha[v].get())
-        store(b.m, row, new, lanes)
-    with I.serial(0, s.n) as j:
-        for v in range(s.vecs):
-            at = j * s.width + v * lanes
-            p = I.Bind(exp2(load(b.st, at, lanes) - base[v].get(), lanes))
-            total[v].set(total[v].get() + p)
-            store(b.st, at, p, lanes)
-    for v in range(s.vecs):
-        store(b.l, block * s.width + v * lanes, total[v].get(), lanes)
-
-
-def emit_accumulate(b: Scratch, s: Shape, block: Expr, alpha: list[Register]) -> None:
-    """ot[d, i] = ot[d, i] * alpha[i] + sum over j of v[j, d] * st[j, i]."""
-
-    def group(d0: Expr, rows: int) -> None:
-        def at(r: int, v: int) -> Expr:
-            return (block * s.dv_pitch + d0 + r) * s.width + v * s.lanes
-
-        acc = [[Register(s.lanes) for _ in range(s.vecs)] for _ in range(rows)]
-        for r, v in product(range(rows), range(s.vecs)):
-            acc[r][v].set(load(b.ot, at(r, v), s.lanes) * alpha[v].get())
-        emit_product(
-            acc, s, s.n,
-            lambda j, r: b.v[j * s.dv + d0 + r],
-            lambda j, v: load(b.st, j * s.width + v * s.lanes, s.lanes),
-        )  # fmt: skip
-        for r, v in product(range(rows), range(s.vecs)):
-            store(b.ot, at(r, v), acc[r][v].get(), s.lanes)
-
-    row_groups(s.dv, s.rows, group)
 
 
 def emit_finish(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr]) -> None:
@@ -397,8 +235,8 @@ def emit_finish(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr]) -> None
         with I.If(p >= 0), I.Then():
             for d, width in pieces(s.dv, s.lanes):
                 value = load(b.rows, i * s.dv_pitch + d, width).astype(vector_type(width, s.dtype))
-                I.buffer_store(t.o, value, [*at, p, lane_range(d, width)])
-            I.buffer_store(t.lse, (b.m[i] + T.log2(b.l[i])) * T.float32(LN2), [*at, p])
+                I.buffer_store(t.o, value, [at[0], at[1], p, lane_range(d, width)])
+            I.buffer_store(t.lse, (b.m[i] + T.log2(b.l[i])) * T.float32(LN2), [at[0], at[1], p])
 
 
 def emit_transpose_out(b: Scratch, s: Shape) -> None:

@@ -20,10 +20,12 @@ LN2 = math.log(2.0)
 
 
 def vector_type(lanes: int, dtype: str = "float32") -> str:
+    """TVM's name of a vector type: "float32x16"."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
 def constant(value: float, lanes: int, dtype: str = "float32") -> Expr:
+    """A vector of equal constants."""
     scalar = getattr(T, dtype)(value)
     return scalar if lanes == 1 else T.Broadcast(scalar, lanes)
 
@@ -34,10 +36,12 @@ def lane_range(base: Expr, lanes: int) -> Expr:
 
 
 def load(buffer: Expr, base: Expr, lanes: int) -> Expr:
+    """`lanes` neighbours of a flat buffer, from index `base`."""
     return buffer[lane_range(base, lanes)]
 
 
 def store(buffer: Expr, base: Expr, value: Expr, lanes: int) -> None:
+    """Write `lanes` neighbours of a flat buffer, from index `base`."""
     I.buffer_store(buffer, value, [lane_range(base, lanes)])
 
 
@@ -56,7 +60,7 @@ def scratch(size: int, dtype: str = "float32") -> Expr:
 
 
 class Register:
-    """A mutable vector. It is a stack slot that LLVM promotes to a register: every access is at a constant index.
+    """A mutable vector: a stack slot that LLVM promotes to a register, as all accesses have a constant index.
 
     TVM's simplifier does not look through it, so it also hides a value from algebra that floats do not obey.
     """
@@ -89,7 +93,7 @@ def transpose(vectors: list[Expr]) -> list[Expr]:
 
 
 def exp2_polynomial(degree: int) -> list[float]:
-    """Coefficients, constant first, of a polynomial near 2^f on [-1/2, 1/2] (interpolated at Chebyshev nodes)."""
+    """Coefficients, constant first, of 2^f on [-1/2, 1/2], interpolated at Chebyshev nodes."""
     nodes = 0.5 * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
     return [float(c) for c in np.polynomial.polynomial.polyfit(nodes, 2.0**nodes, degree)]
 
@@ -101,7 +105,8 @@ ROUND = 1.5 * 2.0**23 + 127.0  # x + ROUND has n + 127 in its low bits, n the in
 def exp2(x: Expr, lanes: int) -> Expr:
     """2^x for x <= 0 (fp32 lanes): relative error 2e-7, 0 below -126.5 and for -inf, NaN for NaN.
 
-    libm's exp2 would be called lane by lane. 2^x = p(x - n) * 2^n; at n = -127 the exponent field is 0 and so is 2^n.
+    libm's exp2 would be called lane by lane. 2^x = p(x - n) * 2^n, and 2^n has n + 127 as its exponent field:
+    0 at n = -127, where the float is 0 too.
     """
     x = I.Bind(T.max(constant(-127.0, lanes), x))  # (a > b ? a : b): keeps a NaN in x
     shifted = Register(lanes, x + constant(ROUND, lanes))  # hidden: TVM takes (x + c) - c for x

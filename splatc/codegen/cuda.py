@@ -33,12 +33,11 @@ from splatc.codegen.cuda_parts import (
     store_state,
     update_softmax,
 )
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import DTYPES, KernelSpec
 from splatc.errors import Unsupported
 
 PAD = 4
 MAX_ACCUMULATORS = 128  # fp32 output values of one thread; more would spill
-DTYPES = ("float32", "float16", "bfloat16")
 # Largest dynamic shared memory of one block in KiB, by the number in sm_NN; DEFAULT_SMEM_KIB for the others.
 SMEM_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 DEFAULT_SMEM_KIB = 99

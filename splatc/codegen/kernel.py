@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from splatc.codegen.target import Target
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -21,3 +23,9 @@ class KernelSpec:
     tile_m: int
     tile_n: int
     target: Target
+
+    @property
+    def name(self) -> str:
+        """A readable name: attention_d64_float32_m64n64."""
+        dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
+        return f"attention_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}"

@@ -24,6 +24,7 @@ from splatc.formats.strips import (
 )  # fmt: skip
 from splatc.formats.symbolic import strips_of
 from splatc.patterns.base import Pattern
+from splatc.patterns.matrix import Sparse
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -108,6 +109,9 @@ class ACSR:
         """From a symbolic pattern, without S x S memory; a pattern with an explicit matrix in it is analysed densely."""
         kv_len = q_len if kv_len is None else kv_len
         pattern.check(q_len, kv_len)
+        if isinstance(pattern, Sparse):
+            indptr, columns = pattern.csr
+            return ACSR.from_elements(np.repeat(np.arange(q_len), np.diff(indptr)), columns, q_len, kv_len)
         lines = pattern.lines(q_len, kv_len)
         mixed = lines is not None and lines.col_mod and lines.diff_mod  # exact either way; the matrix is quicker
         if lines is None or (mixed and q_len * kv_len <= MAX_MIXED):

@@ -63,7 +63,7 @@ class Lines:
         col_mod: Iterable[Mod] = (),
         diff_mod: Iterable[Mod] = (),
     ) -> Lines:
-        """Lines from unsorted, unclipped parts: clips to the plane, joins lines that abut, completes `rows`."""
+        """Lines from unsorted, unclipped parts: clips to the plane, joins what abuts, completes `rows`."""
         col, diag = _triples(cols, q_len), _triples(diags, q_len)
         col = col[(col[:, 2] > 0) & (col[:, 2] < kv_len)]
         # A diagonal matters only if it runs between two columns of the plane in one of its rows.
@@ -197,7 +197,7 @@ class Pattern:
 
 @dataclass(frozen=True, repr=False)
 class Leaf(Pattern):
-    """A named pattern with parameters. In text, fields without a default go by position, others by keyword."""
+    """A named pattern with parameters. In text, fields with a default go by keyword, the rest by position."""
 
     name: ClassVar[str]
 

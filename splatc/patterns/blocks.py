@@ -1,4 +1,4 @@
-"""Patterns made of blocks: the diagonal, a band of blocks, random blocks, BigBird, any boolean block matrix."""
+"""Patterns made of blocks: a band, random blocks, BigBird, any boolean matrix of blocks."""
 
 # ruff: noqa: D102 (member, lines and check are documented once, on Pattern)
 

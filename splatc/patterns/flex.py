@@ -113,9 +113,9 @@ def from_block_mask(block: Any, heads: int | None = None) -> Pattern:
 
 
 def _block_table(name: str, counts: Any, indices: Any, grid: tuple[int, int]) -> Bool:
-    """bool[batch, heads, block rows, block columns] from BlockMask's counts[..., R] and indices[..., R, n]."""
-    count = np.asarray(counts.detach().cpu().numpy(), np.int64)
-    index = np.asarray(indices.detach().cpu().numpy(), np.int64)
+    """bool[batch, heads, block rows, block columns] from counts[..., R] and indices[..., R, n]."""
+    count: Any = counts.detach().cpu().numpy()
+    index: Any = indices.detach().cpu().numpy()
     count = count.reshape((1,) * (3 - count.ndim) + count.shape)
     index = index.reshape((1,) * (4 - index.ndim) + index.shape)
     used = np.arange(index.shape[3]) < count[..., None]
@@ -136,8 +136,9 @@ class _OutOfRange(InvalidInput):
 class _MaskMod:
     """A mask_mod to be evaluated on index vectors; knows which of b and h it uses.
 
-    A mask_mod is defined on scalar indices. torch's own create_mask (vmap) keeps that meaning. Plain broadcasting does
-    not: (q == global_tokens).any() would reduce over all queries. So the NumPy way compares a sample with scalar calls.
+    A mask_mod is defined on scalar indices. torch's own create_mask (vmap) keeps that meaning; plain
+    broadcasting does not: (q == global_tokens).any() would reduce over all queries. So the NumPy way, which
+    broadcasts, compares a sample with scalar calls.
     """
 
     def __init__(self, fn: MaskMod) -> None:
@@ -167,8 +168,8 @@ class _MaskMod:
             raise _OutOfRange(f"{self.name} reads past the end of a table it holds: {_first_line(e)}") from e
         except Exception as e:
             raise InvalidInput(
-                f"{self.name} failed ({type(e).__name__}: {_first_line(e)}): it must be a function of (b, h, q, kv)"
-                " built from tensor operations, & | ~ rather than and, or, not"
+                f"{self.name} failed ({type(e).__name__}: {_first_line(e)}): it must be a function of"
+                " (b, h, q, kv) built from tensor operations, & | ~ rather than and, or, not"
             ) from e
 
     def _by_vmap(self, b: int, h: int, q: Int, k: Int) -> Bool:
@@ -193,8 +194,8 @@ class _MaskMod:
         ):
             if out is None or bool(self.fn(b_a, h_a, q[i], k[j])) != out[i, j]:
                 raise InvalidInput(
-                    f"{self.name} is not elementwise in NumPy (does it reduce over an axis?): import torch before,"
-                    " and it is evaluated as FlexAttention does"
+                    f"{self.name} is not elementwise in NumPy (does it reduce over an axis?): import torch"
+                    " before, and it is evaluated as FlexAttention does"
                 )
         assert out is not None
         return out

@@ -75,19 +75,19 @@ def _convert(obj: Any, q_len: int | None, kv_len: int | None, heads: int | None)
             raise InvalidInput("a mask_mod has no lengths of its own: give q_len (and kv_len)")
         return from_mask_mod(obj, q_len, kv_len, heads)
     raise InvalidInput(
-        f"cannot make a pattern of a {type(obj).__module__}.{type(obj).__qualname__}: give a splatc pattern, its"
-        " text, a boolean array, a scipy.sparse matrix, a networkx graph, a mask_mod or a BlockMask"
+        f"cannot make a pattern of a {type(obj).__module__}.{type(obj).__qualname__}: give a splatc pattern,"
+        " its text, a boolean array, a scipy.sparse matrix, a networkx graph, a mask_mod or a BlockMask"
     )
 
 
 def _from_array(array: Any) -> Pattern:
     if array.ndim >= 2:
         refuse_large(*array.shape[-2:])
-    m = as_bool("mask", "array", array)
-    if m.ndim == 1:
+    if array.ndim == 1:
         raise InvalidInput(
-            "a mask must be 2-D (q_len, kv_len); for packed documents use documents(cu_seqlens=...)"
+            "a mask is 2-D (q_len, kv_len); for packed documents use documents(cu_seqlens=...)"
         )
+    m = as_bool("mask", "array", array)
     if m.ndim == 4:
         if any(not np.array_equal(m[0], other) for other in m[1:]):
             raise InvalidInput("the mask differs between batch entries: make one pattern for each of them")

@@ -242,7 +242,7 @@ class Prefix(Derived):
 
 @dataclass(frozen=True, repr=False)
 class Longformer(Derived):
-    """longformer(window, global_tokens): window(w, w) | global_rows(g) | global_cols(g) (arXiv:2004.05150)."""
+    """longformer(window, global_tokens): window(w, w) | global_rows(g) | global_cols(g), arXiv:2004.05150."""
 
     window: int
     global_tokens: int

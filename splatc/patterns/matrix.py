@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from splatc.errors import InvalidInput
-from splatc.patterns.base import MAX_DENSE, Bool, Int, Leaf, Pattern
+from splatc.patterns.base import MAX_DENSE, Bool, Int, Leaf, Not, Pattern
 from splatc.patterns.blocks import as_bool
 
 _ROWS_BYTES = 2**24  # rows unpacked at a time
@@ -148,10 +148,19 @@ def refuse_large(q_len: int, kv_len: int) -> None:
     """InvalidInput if a mask of this size is too large to be evaluated element by element."""
     if q_len * kv_len > MAX_DENSE:
         raise InvalidInput(
-            f"a {q_len} x {kv_len} mask has more than 2**32 elements, too many to evaluate one by one: write it"
-            " with splatc.patterns (causal, window, documents, ...) or as a scipy.sparse array"
+            f"a {q_len} x {kv_len} mask has more than 2**32 elements, too many to evaluate one by one: write"
+            " it with splatc.patterns (causal, window, documents, ...) or as a scipy.sparse array"
         )
 
 
 def _digest(shape: tuple[int, int], data: bytes) -> str:
     return hashlib.sha256(repr(shape).encode() + data).hexdigest()
+
+
+def lengths_of(pattern: Pattern) -> tuple[int, int] | None:
+    """(q_len, kv_len) of the first explicit matrix inside a pattern, None if it has none."""
+    if isinstance(pattern, _Data):
+        return pattern.shape
+    inside = getattr(pattern, "parts", None) or getattr(pattern, "heads", None) or ()
+    inside = (*inside, pattern.part) if isinstance(pattern, Not) else inside
+    return next((found for p in inside if (found := lengths_of(p)) is not None), None)

@@ -1,0 +1,110 @@
+"""The whole compiler, in order: mask -> pattern -> ACSR -> IR -> passes -> tables and a kernel -> something to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from splatc.codegen.kernel import DTYPES, KernelSpec
+from splatc.codegen.tables import build_tables, check_nnz
+from splatc.codegen.target import Target, resolve_target
+from splatc.errors import InvalidInput
+from splatc.formats.acsr import ACSR
+from splatc.ir.passes import PASSES, Schedule, lower, run_passes
+from splatc.ir.program import Cover, Program
+from splatc.patterns import as_pattern
+from splatc.patterns.base import Pattern
+from splatc.patterns.heads import PerHead
+from splatc.patterns.matrix import lengths_of
+from splatc.runtime.attention import CompiledAttention, Plan, workers
+from splatc.runtime.explain import explain
+from splatc.runtime.kernel import find_kernel
+from splatc.runtime.tensors import LAYOUTS, check_call, dtype_name
+
+After = Callable[[str, Program], None]
+
+
+def analyze(mask: Any, seq_len: int | None = None, kv_len: int | None = None) -> ACSR:
+    """The ACSR of a pattern or mask (anything that ``splatc.patterns.as_pattern`` takes).
+
+    Lengths are needed for a symbolic pattern and taken from a matrix otherwise; kv_len defaults to seq_len.
+    """
+    pattern, q_len, kv_len = _sized(mask, seq_len, kv_len)
+    return ACSR.from_pattern(pattern, q_len, kv_len)
+
+
+def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None, head_dim: int, dtype: Any,
+            v_head_dim: int | None = None, target: str | Target | None = None, layout: str = "bhsd",
+            after: After | None = None) -> CompiledAttention:  # fmt: skip
+    """Compile masked attention.
+
+    mask: a pattern, its text, a boolean matrix, a scipy.sparse matrix, a networkx graph, a FlexAttention mask_mod or
+    BlockMask, or a list with one of these for each head. seq_len, kv_len: as in ``analyze``; other lengths reuse the
+    binary. dtype: "float32", "float16", "bfloat16" or torch's. target: "cpu", "cuda" or an arch such as "sm_90a" (default:
+    the GPU here, else the CPU). layout: "bhsd" or "bshd". after(name, program) is called after each pass.
+    """
+    pattern, q_len, kv_len = _sized(mask, seq_len, kv_len)
+    spec = _spec(head_dim, v_head_dim, dtype, resolve_target(target))
+    if layout not in LAYOUTS:
+        raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+
+    def plan(q_len: int, kv_len: int) -> Plan:
+        return make_plan(pattern, q_len, kv_len, spec, after)
+
+    return CompiledAttention(find_kernel(spec), plan(q_len, kv_len), plan, layout)
+
+
+def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None) -> Plan:
+    """Everything between a pattern and the arrays that a kernel reads; nothing is compiled."""
+    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
+    distinct = tuple(dict.fromkeys(heads))
+    acsrs = [ACSR.from_pattern(one, q_len, kv_len) for one in distinct]
+    schedule = Schedule(spec.tile_m, spec.tile_n)
+    programs = [run_passes(lower(acsr), schedule, PASSES, after) for acsr in acsrs]
+    tables = [tuple(build_tables(d) for _, d in p.domains if isinstance(d, Cover)) for p in programs]
+    for acsr, passes in zip(acsrs, tables, strict=True):
+        check_nnz(passes, acsr.nnz)
+    of_head = tuple(distinct.index(one) for one in heads) if isinstance(pattern, PerHead) else None
+    explanation = explain(str(pattern), acsrs, programs, tables, spec, workers())
+    return Plan(pattern, q_len, kv_len, tuple(programs), tuple(tables), of_head, explanation)
+
+
+def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, return_lse: bool = False,
+              enable_gqa: bool = False, layout: str = "bhsd") -> Any:  # fmt: skip
+    """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention."""
+    if layout not in LAYOUTS:
+        raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+    shape = check_call(q, k, v, layout, enable_gqa)
+    pattern = as_pattern(mask, q_len=shape.q_len, kv_len=shape.kv_len, heads=shape.heads)
+    target = resolve_target("cpu") if shape.device == "cpu" else resolve_target("cuda")
+    compiled = _memo(pattern, shape.q_len, shape.kv_len, shape.head_dim, shape.v_head_dim, dtype_name(q), target, layout)
+    return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa)
+
+
+@lru_cache(maxsize=256)
+def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: int, dtype: str, target: Target,
+          layout: str) -> CompiledAttention:  # fmt: skip
+    return compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype,
+                   target=target, layout=layout)  # fmt: skip
+
+
+def _sized(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:
+    """The pattern of a mask and its lengths."""
+    pattern = as_pattern(mask, q_len=q_len, kv_len=kv_len)
+    own = lengths_of(pattern) or getattr(mask, "seq_lengths", None)
+    if q_len is None and own is not None:
+        q_len, kv_len = (int(n) for n in own)
+    if q_len is None:
+        raise InvalidInput(f"seq_len is missing: the pattern {pattern} has no length of its own")
+    return pattern, q_len, q_len if kv_len is None else kv_len
+
+
+def _spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target) -> KernelSpec:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(DTYPES)}")
+    for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
+        if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
+            raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
+    return KernelSpec(head_dim, v_head_dim or head_dim, name, 64, 64, target)

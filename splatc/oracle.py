@@ -1,0 +1,37 @@
+"""The float64 dense reference that defines every result."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_],
+              scale: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
+    """Masked attention in float64.
+
+    q (batch, heads, q_len, d), k (batch, kv_heads, kv_len, d), v (batch, kv_heads, kv_len, dv); heads must be a multiple
+    of kv_heads. mask: (q_len, kv_len) or (heads, q_len, kv_len), True = attend. scale defaults to 1/sqrt(d).
+    Returns o (batch, heads, q_len, dv) and lse (batch, heads, q_len), natural log. A row that attends to nothing gives
+    0 and -inf.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = np.where(mask, q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isinf(top), 0.0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (np.where(np.isinf(top), 0.0, top) + np.log(total))[..., 0]
+    return weights / np.where(total == 0, 1.0, total) @ v, lse
+
+
+def relative_error(got: ArrayLike, wanted: ArrayLike) -> float:
+    """||got - wanted|| / ||wanted|| over all elements (||got|| where wanted is all zero)."""
+    a, b = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    size = float(np.linalg.norm(b))
+    return float(np.linalg.norm(a - b)) / (size or 1.0)

@@ -1,0 +1,175 @@
+"""A compiled mask: what ``splatc.compile`` returns and people call."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from splatc.codegen.kernel import DTYPES
+from splatc.errors import InvalidInput
+from splatc.ir.program import Program
+from splatc.patterns.base import Pattern
+from splatc.runtime.explain import Explanation
+from splatc.runtime.kernel import Kernel
+from splatc.runtime.plan import Launch, launches
+from splatc.runtime.tensors import (
+    Shape, check_call, check_gradients, check_scale, is_torch, last_axis_contiguous, outputs, to_bhsd,
+)  # fmt: skip
+from splatc.codegen.tables import Tables
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A mask at fixed lengths, down to its tables. ``programs[p]`` and ``tables[p]`` are of distinct pattern p;
+    ``heads[h]`` is the pattern of head h, None if all heads share pattern 0."""
+
+    pattern: Pattern
+    q_len: int
+    kv_len: int
+    programs: tuple[Program, ...]
+    tables: tuple[tuple[Tables, ...], ...]
+    heads: tuple[int, ...] | None
+    explanation: Explanation
+
+    def launches(self, heads: int) -> list[Launch]:
+        """The launches for a number of heads."""
+        if self.heads is not None and len(self.heads) != heads:
+            raise InvalidInput(f"the pattern is for {len(self.heads)} heads but q has {heads}: give one pattern a head")
+        return launches(list(self.tables), list(self.heads or (0,) * heads))
+
+
+Planner = Callable[[int, int], Plan]
+
+
+class CompiledAttention:
+    """Masked attention for one mask, head_dim, dtype and target: ``f(q, k, v, scale=None, return_lse=False,
+    enable_gqa=False)``.
+
+    Lengths other than the compiled ones reuse the binary: a symbolic pattern is planned anew (milliseconds, remembered).
+    """
+
+    def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd") -> None:
+        self.kernel = kernel
+        self.layout = layout
+        self._replan = replan
+        self._plan = plan
+        self._plans = {(plan.q_len, plan.kv_len): plan}
+        self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+
+    # -- what was compiled ---------------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> str:
+        """The generated source: CUDA for a GPU, LLVM IR for a CPU."""
+        return self.kernel.source
+
+    def explain(self) -> Explanation:
+        """Density, pieces, views, tiles, waste and predicted time; print it or read its fields."""
+        return self._plan.explanation
+
+    def plan(self, seq_len: int | None = None, kv_len: int | None = None) -> Plan:
+        """The plan for other lengths (default: the compiled ones); it is remembered, so calls of that length are ready."""
+        if seq_len is None:
+            return self._plan
+        lengths = seq_len, seq_len if kv_len is None else kv_len
+        if lengths not in self._plans:
+            self._plans[lengths] = self._replan(*lengths)
+        return self._plans[lengths]
+
+    def __repr__(self) -> str:
+        p, spec = self._plan, self.kernel.spec
+        return f"<splatc attention {p.pattern} {p.q_len}x{p.kv_len} d={spec.head_dim} {spec.dtype} on {spec.target}>"
+
+    # -- calling it ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, q: Any, k: Any, v: Any, *, scale: float | None = None, return_lse: bool = False,
+                 enable_gqa: bool = False) -> Any:  # fmt: skip
+        """Attention of q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim) and v (batch, kv_heads,
+        kv_len, v_head_dim), torch tensors or NumPy arrays of the compiled dtype; (batch, seq, heads, dim) with
+        layout="bshd".
+
+        scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
+        v_head_dim, and with return_lse also lse float32 (batch, heads, q_len), natural log. A row that attends to nothing
+        gives 0 and -inf. Raises InvalidInput for tensors that do not fit.
+        """
+        shape = check_call(q, k, v, self.layout, enable_gqa)
+        self._check(shape)
+        check_gradients(q, k, v)
+        number = check_scale(scale, shape.head_dim)
+        tensors = [last_axis_contiguous(to_bhsd(x, self.layout)) for x in (q, k, v)]
+        o, lse = outputs(q, shape, self.layout)
+        if shape.q_len and shape.kv_len:
+            run = self.kernel.load()
+            for merge, tables in enumerate(self._tables(shape)):
+                run(*(_exchange(x) for x in (*tensors, o, lse)), *tables, number, int(merge > 0))
+        else:
+            o[...], lse[...] = 0, -float("inf")
+        o = to_bhsd(o, self.layout)
+        return (o, lse) if return_lse else o
+
+    def _check(self, shape: Shape) -> None:
+        spec = self.kernel.spec
+        if shape.dtype != spec.dtype:
+            known = f"one of {', '.join(DTYPES)}" if shape.dtype not in DTYPES else "compile again for it"
+            raise InvalidInput(f"q, k and v are {shape.dtype} but this kernel is compiled for {spec.dtype}: convert them, {known}")
+        if (shape.head_dim, shape.v_head_dim) != (spec.head_dim, spec.v_head_dim):
+            raise InvalidInput(
+                f"head_dim is {shape.head_dim} (v: {shape.v_head_dim}) but this kernel is compiled for {spec.head_dim} "
+                f"(v: {spec.v_head_dim}): compile again with head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim}"
+            )
+        kind = shape.device.partition(":")[0]
+        if kind != spec.target.kind:
+            raise InvalidInput(f"q is on {shape.device} but this kernel is compiled for {spec.target}: move q, k, v or compile for {kind}")
+
+    def _tables(self, shape: Shape) -> list[tuple[Any, ...]]:
+        """The table arguments of each pass on the device of this call, made once."""
+        key = (shape.batch, shape.heads, shape.q_len, shape.kv_len, shape.device)
+        if key not in self._ready:
+            plan = self.plan(shape.q_len, shape.kv_len)
+            self._ready[key] = [_upload(launch, shape) for launch in plan.launches(shape.heads)]
+        return self._ready[key]
+
+    @cached_property
+    def ptx(self) -> str:
+        """The PTX (CUDA targets only)."""
+        return self.kernel.file("kernel.ptx")
+
+
+def _upload(launch: Launch, shape: Shape) -> tuple[Any, ...]:
+    arrays = [launch.work, launch.items, launch.entries, launch.views, launch.bits]
+    if shape.device == "cpu":
+        return tuple(_exchange(x) for x in (*arrays, launch.chunks(shape.batch, workers())))
+    import torch
+
+    return tuple(torch.from_numpy(x.view(np.int32)).to(shape.device).view(torch.uint32 if x.dtype == np.uint32 else torch.int32)
+                 for x in arrays)  # fmt: skip
+
+
+def _exchange(x: Any) -> Any:
+    """A NumPy array or torch tensor as tvm_ffi takes it, without a copy."""
+    if is_torch(x):
+        return x.detach()
+    import tvm_ffi
+
+    if not x.flags.writeable:  # DLPack refuses to export read-only memory; the kernel only reads it
+        x = x.view()
+        try:
+            x.flags.writeable = True
+        except ValueError:
+            x = x.copy()
+    return tvm_ffi.from_dlpack(x)
+
+
+def workers() -> int:
+    """Threads that a CPU kernel uses: torch's setting if torch is loaded, else the CPUs we may run on."""
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch else len(os.sched_getaffinity(0))
+
+
+__all__ = ["CompiledAttention", "Plan", "replace"]

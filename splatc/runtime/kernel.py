@@ -1,0 +1,62 @@
+"""Finding or building a kernel, and loading it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from splatc.codegen.build import build, load, source_name
+from splatc.codegen.kernel import KernelSpec
+from splatc.config import Config
+from splatc.runtime.cache import KernelCache, source_fingerprint
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A built kernel: its folder (see codegen/build.py) and how to load it."""
+
+    spec: KernelSpec
+    folder: Path
+
+    @property
+    def source(self) -> str:
+        """The generated CUDA (or, on a CPU, LLVM IR)."""
+        return (self.folder / source_name(self.spec)).read_text()
+
+    def file(self, name: str) -> str:
+        """The text of another file of the folder, such as "kernel.tir.py" or "report.json"."""
+        return (self.folder / name).read_text()
+
+    def load(self) -> Callable[..., None]:
+        """The callable, in the argument order of the kernel ABI."""
+        return load(self.folder)
+
+
+def kernel_cache(config: Config) -> KernelCache:
+    """The cache on disk that the environment asks for."""
+    return KernelCache(None if config.disable_cache else config.cache_dir, config.cache_size)
+
+
+def find_kernel(spec: KernelSpec) -> Kernel:
+    """The kernel of a spec, from memory, from the cache on disk or built now."""
+    config = Config.from_env()
+    return _find(spec, config.disable_cache, config.cache_dir, config.cache_size)
+
+
+@lru_cache(maxsize=1024)
+def _find(spec: KernelSpec, disabled: bool, root: Path, size: int) -> Kernel:
+    cache = KernelCache(None if disabled else root, size)
+    return Kernel(spec, cache.get_or_build(key_fields(spec), lambda folder: build(spec, folder), label=spec.name))
+
+
+def key_fields(spec: KernelSpec) -> dict[str, Any]:
+    """All that changes a kernel."""
+    versions = {name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+    machine = f"{platform.system()}-{platform.machine()}"
+    return {**asdict(spec), "target": str(spec.target), "codegen": source_fingerprint(), **versions,
+            "python": platform.python_version(), "machine": machine}  # fmt: skip

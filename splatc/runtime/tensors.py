@@ -1,0 +1,132 @@
+"""The caller's tensors: torch or NumPy, checked once, with errors that say what to change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from splatc.errors import InvalidInput, Unsupported
+
+LAYOUTS = ("bhsd", "bshd")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one call."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    device: str  # "cpu", "cuda:0", ...
+
+
+def is_torch(x: Any) -> bool:
+    """Whether x is a torch tensor (without importing torch)."""
+    return type(x).__module__.partition(".")[0] == "torch" or any(
+        base.__module__.partition(".")[0] == "torch" for base in type(x).__mro__
+    )
+
+
+def dtype_name(x: Any) -> str:
+    """ "float32", "bfloat16", ... of a torch tensor or a NumPy array."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def to_bhsd(x: Any, layout: str) -> Any:
+    """The tensor as (batch, heads, seq, dim), without a copy."""
+    if layout == "bhsd":
+        return x
+    return x.transpose(1, 2) if is_torch(x) else x.swapaxes(1, 2)
+
+
+def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
+    """The sizes of q, k, v given in ``layout``; raises InvalidInput or Unsupported with one line that says what to do."""
+    named = (("q", q), ("k", k), ("v", v))
+    for name, x in named:
+        if not (is_torch(x) or isinstance(x, np.ndarray)):
+            raise InvalidInput(f"{name} is a {type(x).__name__}: give torch tensors or NumPy arrays")
+        if is_torch(x) != is_torch(q):
+            raise InvalidInput(f"q is a {type(q).__name__} but {name} is a {type(x).__name__}: give three of one kind")
+        if x.ndim != 4:
+            raise InvalidInput(f"{name} has shape {tuple(x.shape)}: it must have 4 dimensions, {_words(layout)}")
+    devices = {name: str(x.device) if is_torch(x) else "cpu" for name, x in named}
+    if len(set(devices.values())) > 1:
+        raise InvalidInput(f"q, k and v are on different devices ({_list(devices)}): move them to one")
+    dtypes = {name: dtype_name(x) for name, x in named}
+    if len(set(dtypes.values())) > 1:
+        raise InvalidInput(f"q, k and v have different dtypes ({_list(dtypes)}): convert them to one")
+    q, k, v = (to_bhsd(x, layout) for x in (q, k, v))
+    batch, heads, q_len, head_dim = (int(n) for n in q.shape)
+    if (k.shape[0], v.shape[0]) != (batch, batch):
+        raise InvalidInput(f"q, k and v have batch sizes {batch}, {k.shape[0]} and {v.shape[0]}: they must be equal")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise InvalidInput(f"k is {tuple(k.shape)} and v is {tuple(v.shape)} (bhsd): they must share heads and length")
+    if k.shape[3] != head_dim:
+        raise InvalidInput(f"q has head_dim {head_dim} but k has {k.shape[3]}: they must be equal")
+    kv_heads = int(k.shape[1])
+    if heads != kv_heads and not enable_gqa:
+        raise InvalidInput(f"q has {heads} heads but k and v have {kv_heads}: pass enable_gqa=True for grouped queries")
+    if kv_heads == 0 or heads % kv_heads:
+        raise InvalidInput(f"{heads} query heads cannot share {kv_heads} key/value heads: give a multiple")
+    if 0 in (batch, heads, head_dim, int(v.shape[3])):
+        raise InvalidInput(f"q {tuple(q.shape)} and v {tuple(v.shape)} (bhsd) have an empty dimension: nothing to compute")
+    return Shape(batch, heads, kv_heads, q_len, int(k.shape[2]), head_dim, int(v.shape[3]), dtypes["q"], devices["q"])
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """The scale of scores: 1/sqrt(head_dim) for None, else a finite number."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"scale is {scale!r}: it must be a number, or None for 1/sqrt(head_dim)") from None
+    if not math.isfinite(value):
+        raise InvalidInput(f"scale is {value}: it must be finite, or None for 1/sqrt(head_dim)")
+    return value
+
+
+def check_gradients(*tensors: Any) -> None:
+    """Refuse to drop gradients in silence."""
+    if is_torch(tensors[0]) and any(t.requires_grad for t in tensors):
+        import torch
+
+        if torch.is_grad_enabled():
+            raise Unsupported("gradients are not computed yet: call under torch.no_grad() or pass detached tensors")
+
+
+def last_axis_contiguous(x: Any) -> Any:
+    """x itself if its last axis is contiguous (any other strides are fine), else a contiguous copy."""
+    if is_torch(x):
+        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
+
+
+def outputs(q: Any, shape: Shape, layout: str) -> tuple[Any, Any]:
+    """(o as bhsd view of memory in ``layout``, lse (batch, heads, q_len) float32), not initialised."""
+    order = (shape.batch, shape.heads, shape.q_len) if layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
+    if is_torch(q):
+        import torch
+
+        o = torch.empty((*order, shape.v_head_dim), dtype=q.dtype, device=q.device)
+        lse = torch.empty((shape.batch, shape.heads, shape.q_len), dtype=torch.float32, device=q.device)
+    else:
+        o = np.empty((*order, shape.v_head_dim), q.dtype)
+        lse = np.empty((shape.batch, shape.heads, shape.q_len), np.float32)
+    return to_bhsd(o, layout), lse
+
+
+def _words(layout: str) -> str:
+    return "(batch, heads, seq, dim)" if layout == "bhsd" else "(batch, seq, heads, dim)"
+
+
+def _list(values: dict[str, str]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
