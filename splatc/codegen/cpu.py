@@ -2,8 +2,8 @@
 
 Lanes are queries: scores S^T = K Q^T and outputs O^T = V^T P^T are kept transposed. So the softmax needs no
 horizontal reduction, and both products are one register tile: a scalar of K or V, broadcast, times vectors
-of queries. Q is packed once an item, K and V once a tile, to fp32 buffers that stay in L1 and L2; packing does
-the views, the strides, the zero fill and the dtype: the arithmetic (cpu_tile.py) sees none of them.
+of queries. Q is packed once an item, K and V once a tile, to fp32 buffers that stay in L1 and L2; packing
+does the views, the strides, the zero fill and the dtype: the arithmetic (cpu_tile.py) sees none of them.
 
 Build: tvm.compile(attention_cpu(spec), target=llvm_target(arch)).
 """

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 
 from splatc.config import Config
 from splatc.errors import InvalidInput, Unsupported
+
+
+NATIVE = "native"
 
 
 @dataclass(frozen=True)
 class Target:
     """A device family and its architecture.
 
-    kind: "cpu" (arch: an LLVM CPU name such as "znver4") or "cuda" (arch: "sm_80", "sm_90a", ...).
+    kind: "cpu" (arch: "native" or an LLVM CPU name such as "znver4") or "cuda" (arch: "sm_80", "sm_90a", ...).
     """
 
     kind: str
@@ -39,7 +41,7 @@ def resolve_target(target: str | Target | None) -> Target:
     if not isinstance(target, str):
         raise InvalidInput(f"target is {target!r}, but it must be None, 'cpu', 'cuda' or an arch such as 'sm_90a'")
     if target == "cpu" or target.startswith("cpu:"):
-        return Target("cpu", target[4:] or host_cpu())
+        return Target("cpu", target[4:] or NATIVE)
     if target == "cuda":
         found = gpu_arch() or arch
         if found is None:
@@ -60,11 +62,3 @@ def gpu_arch() -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-
-
-@lru_cache
-def host_cpu() -> str:
-    """LLVM's name of this machine's CPU ("znver4", ...)."""
-    from tvm.target.codegen import llvm_get_system_cpu
-
-    return str(llvm_get_system_cpu())

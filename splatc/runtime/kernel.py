@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from splatc.codegen.build import build, load, source_name
 from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.nvcc import nvcc_identity
 from splatc.config import Config
 from splatc.runtime.cache import KernelCache, source_fingerprint
 
@@ -58,5 +60,17 @@ def key_fields(spec: KernelSpec) -> dict[str, Any]:
     """All that changes a kernel."""
     versions = {name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
     machine = f"{platform.system()}-{platform.machine()}"
-    return {**asdict(spec), "target": str(spec.target), "codegen": source_fingerprint(), **versions,
+    compiler = {"nvcc": nvcc_identity()} if spec.target.kind == "cuda" else {"cpu": cpu_identity()}
+    return {**asdict(spec), "target": str(spec.target), "codegen": source_fingerprint(), **versions, **compiler,
             "python": platform.python_version(), "machine": machine}  # fmt: skip
+
+
+@cache
+def cpu_identity() -> str:
+    """What tells this machine's CPU from others for a kernel compiled for "native": its model and features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    kept = sorted({line for line in lines if line.split("\t")[0].strip(" :") in ("model name", "flags", "Features", "CPU part")})
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]

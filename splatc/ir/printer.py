@@ -1,0 +1,80 @@
+"""Programs as text, in a syntax that a person could have written."""
+
+from __future__ import annotations
+
+from splatc.formats.acsr import Pieces
+from splatc.ir.program import Attend, Cover, Domain, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
+
+SHOWN = 8  # pieces, items, ... printed before "..."
+
+
+def to_text(program: Program) -> str:
+    """The program as text; long tables are cut after a few lines."""
+    lines = [f"attention(q: {program.q_len}, k: {program.kv_len}, v: {program.kv_len}) {{"]
+    for name, domain in program.domains:
+        lines += [f"  {line}" for line in _domain(name, domain)]
+    lines += [f"  {_operation(op)}" for op in program.body]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _domain(name: str, domain: Domain) -> list[str]:
+    match domain:
+        case Mask(acsr):
+            return [f"mask {name} = {acsr} {{", *_cut([f"  {piece}" for piece in acsr.pieces[:SHOWN]], len(acsr.pieces)), "}"]
+        case Regions(_, _, regions):
+            lines = [f"regions {name} = {{"]
+            for region in regions:
+                pieces = Pieces(region.pieces)
+                rest = f", remainder of {region.remainder.nnz} elements" if region.remainder.nnz else ""
+                lines.append(f"  rows {region.rows}, cols {region.cols}: {len(pieces)} pieces{rest} {{")
+                lines += [f"  {line}" for line in _cut([f"  {piece}" for piece in pieces[:SHOWN]], len(pieces))]
+                lines.append("  }")
+            return [*lines, "}"]
+        case Cover():
+            return _cover(name, domain)
+
+
+def _cover(name: str, cover: Cover) -> list[str]:
+    partly = int((cover.entries[:, 5] > 0).sum())
+    lines = [f"cover {name} = {cover.tiles} tiles ({partly} partly filled, {cover.shapes.count} shapes) {{",
+             f"  rows {cover.rows}"]  # fmt: skip
+    lines += [f"  cols{i} {view}" for i, view in enumerate(cover.cols)]
+    items = []
+    for x1, x2, x3, first, count in cover.items[:SHOWN].tolist():
+        parts = []
+        for k1, k2, k3, view, repeat, shape in cover.entries[first : first + min(count, SHOWN)].tolist():
+            kind = f"shape{shape - 1}" if shape else "full"
+            parts.append(f"cols{view}{_point(k1, k2, k3)} {kind}" + (f" x{repeat}" if repeat > 1 else ""))
+        more = ["..."] if count > SHOWN else []
+        items.append(f"  rows{_point(x1, x2, x3)}: " + (", ".join(parts + more) or "nothing"))
+    lines += _cut(items, len(cover.items))
+    spans = []
+    for shape, lane, lanes, col, dcol, width, dwidth, stride, count, dcount in cover.shapes.spans[:SHOWN].tolist():
+        span = f"  shape{shape}: lanes {lane}+t, t<{lanes}: {col}{dcol:+}t width {width}{dwidth:+}t"
+        spans.append(span + (f" count {count}{dcount:+}t stride {stride}" if (count, dcount) != (1, 0) else ""))
+    lines += _cut(spans, len(cover.shapes.spans))
+    if len(cover.shapes.blocks):
+        lines.append(f"  {len(cover.shapes.blocks)} blocks of bits")
+    return [*lines, "}"]
+
+
+def _operation(op: Operation) -> str:
+    match op:
+        case Sddmm(out, q, k, over):
+            return f"{out} = sddmm({q}, {k}) over {over}"
+        case Softmax(out, lse, x):
+            return f"{out}, {lse} = softmax({x})"
+        case Spmm(out, p, v):
+            return f"{out} = spmm({p}, {v})"
+        case Attend(out, lse, q, k, v, over, merging):
+            return f"{out}, {lse} = attend({q}, {k}, {v}) over {over}" + (f" merging ({out}, {lse})" if merging else "")
+
+
+def _point(*x: int) -> str:
+    while len(x) > 1 and x[-1] == 0:
+        x = x[:-1]
+    return f"[{', '.join(map(str, x))}]"
+
+
+def _cut(lines: list[str], total: int) -> list[str]:
+    return [*lines, f"  ... {total - len(lines)} more"] if total > len(lines) else lines

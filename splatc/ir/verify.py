@@ -1,0 +1,100 @@
+"""Legality of programs, stated once. Runs between passes; reports every fault and quotes the IR."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from splatc.errors import VerifyError
+from splatc.formats.fold import unnest
+from splatc.formats.strips import ROW, ROWS, element_counts
+from splatc.ir.printer import to_text
+from splatc.ir.program import Attend, Cover, Mask, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.see import see
+
+
+def verify(program: Program) -> None:
+    """Raise VerifyError, naming every fault, unless the program is legal."""
+    faults = _names(program)
+    for name, domain in program.domains:
+        match domain:
+            case Mask(acsr):
+                found = _mask(program, acsr.q_len, acsr.kv_len)
+                found += _strips(unnest(acsr.pieces.table), program)
+            case Regions():
+                found = _mask(program, domain.q_len, domain.kv_len) + _regions(domain, program)
+            case Cover():
+                found = _mask(program, domain.q_len, domain.kv_len) + _cover(domain)
+        faults += [f"{name}: {fault}" for fault in found]
+    if faults:
+        raise VerifyError("illegal program: " + "; ".join(faults) + "\n" + to_text(program))
+
+
+def _names(program: Program) -> list[str]:
+    """Every operand is defined before its use, and every domain exists and suits its operation."""
+    faults = []
+    domains = dict(program.domains)
+    if len(domains) != len(program.domains):
+        faults.append("two domains have one name")
+    known = {"q", "k", "v"}
+    for i, op in enumerate(program.body):
+        match op:
+            case Sddmm(out, q, k, over):
+                uses, makes, domain = (q, k), (out,), over
+            case Softmax(out, lse, x):
+                uses, makes, domain = (x,), (out, lse), None
+            case Spmm(out, p, v):
+                uses, makes, domain = (p, v), (out,), None
+            case Attend(out, lse, q, k, v, over, merging):
+                uses, makes, domain = (q, k, v) + ((out, lse) if merging else ()), (out, lse), over
+        faults += [f"operation {i} uses {name}, which is not defined" for name in uses if name not in known]
+        if domain is not None and domain not in domains:
+            faults.append(f"operation {i} runs over {domain}, which does not exist")
+        known.update(makes)
+    faults += [f"{name} is not computed" for name in ("o", "lse") if name not in known]
+    return faults
+
+
+def _mask(program: Program, q_len: int, kv_len: int) -> list[str]:
+    if (q_len, kv_len) == (program.q_len, program.kv_len):
+        return []
+    return [f"is {q_len} x {kv_len} but the program is {program.q_len} x {program.kv_len}"]
+
+
+def _strips(strips: np.ndarray, program: Program) -> list[str]:
+    if len(strips) and ((strips[:, ROW] < 0) | (strips[:, ROW] + strips[:, ROWS] > program.q_len)).any():
+        return ["a piece lies outside the rows"]
+    return []
+
+
+def _regions(regions: Regions, program: Program) -> list[str]:
+    faults = []
+    for i, region in enumerate(regions.regions):
+        seen = see(region.pieces, region.rows, region.cols)
+        if seen is None:
+            faults.append(f"region {i} holds pieces that its column view cannot show")
+        elif element_counts(seen.strips).sum() != element_counts(unnest(region.pieces)).sum():
+            faults.append(f"region {i} loses elements in its views")
+        if region.rows.length != program.q_len or region.cols.length != program.kv_len:
+            faults.append(f"region {i} has views of another length")
+        if len(region.remainder.rows) and (region.rows.kind, region.cols.kind) != ("contiguous", "contiguous"):
+            faults.append(f"region {i} has bits under a view that is not contiguous")
+    return faults
+
+
+def _cover(cover: Cover) -> list[str]:
+    faults = []
+    first, count = cover.items[:, 3], cover.items[:, 4]
+    view, repeat, shape = cover.entries[:, 3], cover.entries[:, 4], cover.entries[:, 5]
+    if len({v.lanes for v in cover.cols}) > 1:
+        faults.append("column views have tiles of different sizes")
+    if (first < 0).any() or (count < 0).any() or (first + count > len(cover.entries)).any() or count.sum() != len(cover.entries):
+        faults.append("items do not partition the entries")
+    if ((view < 0) | (view >= len(cover.cols))).any():
+        faults.append("an entry names a column view that does not exist")
+    if ((shape < 0) | (shape > cover.shapes.count)).any():
+        faults.append("an entry names a shape that does not exist")
+    if ((repeat < 1) | ((repeat > 1) & (shape > 0))).any():
+        faults.append("only full tiles repeat, one time or more")
+    if len(np.unique(cover.items[:, :3], axis=0)) != len(cover.items):
+        faults.append("two items have one row tile")
+    return faults
