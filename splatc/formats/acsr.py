@@ -146,7 +146,7 @@ class ACSR:
         begins = np.ones(len(key), bool)
         begins[1:] = (key[1:] != key[:-1] + 1) | (col[1:] == 0)
         first = np.flatnonzero(begins)
-        last = np.append(first[1:], len(key)) - 1
+        last = np.append(first[1:], len(key))[: len(first)] - 1
         return ACSR._from_runs(Runs(row[first], col[first], col[last] + 1), q_len, kv_len)
 
     @staticmethod

@@ -46,7 +46,7 @@ def empty(n: int = 0) -> Ints:
 
 def make(**fields: Ints | int) -> Ints:
     """Strips from named columns; what is not named is 1 for rows, width and count, else 0."""
-    n = max((np.size(value) for value in fields.values()), default=0)
+    n = max((value.size for value in fields.values() if isinstance(value, np.ndarray)), default=0)
     out = empty(n)
     out[:, [ROWS, WIDTH, COUNT]] = 1
     for name, value in fields.items():

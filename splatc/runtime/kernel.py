@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from splatc.codegen.build import build, load, source_name
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.nvcc import nvcc_identity
 from splatc.config import Config
+from splatc.errors import Unsupported
 from splatc.runtime.cache import KernelCache, source_fingerprint
 
 
@@ -58,7 +60,7 @@ def _find(spec: KernelSpec, disabled: bool, root: Path, size: int) -> Kernel:
 
 def key_fields(spec: KernelSpec) -> dict[str, Any]:
     """All that changes a kernel."""
-    versions = {name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+    versions = {name: _version(name, module) for name, module in (("apache-tvm", "tvm"), ("apache-tvm-ffi", "tvm_ffi"))}
     machine = f"{platform.system()}-{platform.machine()}"
     compiler = {"nvcc": nvcc_identity()} if spec.target.kind == "cuda" else {"cpu": cpu_identity()}
     return {**asdict(spec), "target": str(spec.target), "codegen": source_fingerprint(), **versions, **compiler,
@@ -74,3 +76,15 @@ def cpu_identity() -> str:
         return platform.processor() or platform.machine()
     kept = sorted({line for line in lines if line.split("\t")[0].strip(" :") in ("model name", "flags", "Features", "CPU part")})
     return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+
+
+def _version(name: str, module: str) -> str:
+    """The version of an installed package; where it was unpacked without metadata, the state of its files."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise Unsupported(f"{name} is not installed: pip install {name}") from None
+        stat = Path(spec.origin).stat()
+        return f"{spec.origin}:{stat.st_size}:{stat.st_mtime_ns}"
