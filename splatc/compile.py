@@ -9,6 +9,7 @@ from typing import Any
 from splatc.codegen.kernel import DTYPES, KernelSpec
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
+from splatc.config import Config, start_logging
 from splatc.errors import InvalidInput
 from splatc.formats.acsr import ACSR
 from splatc.ir.passes import PASSES, Schedule, lower, run_passes
@@ -18,6 +19,7 @@ from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
 from splatc.patterns.matrix import lengths_of
 from splatc.runtime.attention import CompiledAttention, Plan, workers
+from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
 from splatc.runtime.kernel import find_kernel
 from splatc.runtime.tensors import LAYOUTS, check_call, dtype_name
@@ -49,10 +51,15 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
 
+    start_logging(Config.from_env().log_level)
+
     def plan(q_len: int, kv_len: int) -> Plan:
         return make_plan(pattern, q_len, kv_len, spec, after)
 
-    return CompiledAttention(find_kernel(spec), plan(q_len, kv_len), plan, layout)
+    first = plan(q_len, kv_len)
+    kernel = find_kernel(spec)
+    dump_sources(kernel)
+    return CompiledAttention(kernel, first, plan, layout)
 
 
 def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None) -> Plan:
@@ -61,10 +68,12 @@ def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after
     distinct = tuple(dict.fromkeys(heads))
     acsrs = [ACSR.from_pattern(one, q_len, kv_len) for one in distinct]
     schedule = Schedule(spec.tile_m, spec.tile_n)
-    programs = [run_passes(lower(acsr), schedule, PASSES, after) for acsr in acsrs]
+    programs = [run_passes(lower(acsr), schedule, PASSES, after or ir_dump(one, q_len, kv_len))
+                for one, acsr in zip(distinct, acsrs, strict=True)]  # fmt: skip
     tables = [tuple(build_tables(d) for _, d in p.domains if isinstance(d, Cover)) for p in programs]
-    for acsr, passes in zip(acsrs, tables, strict=True):
+    for one, acsr, passes in zip(distinct, acsrs, tables, strict=True):
         check_nnz(passes, acsr.nnz)
+        dump_tables(one, q_len, kv_len, passes)
     of_head = tuple(distinct.index(one) for one in heads) if isinstance(pattern, PerHead) else None
     explanation = explain(str(pattern), acsrs, programs, tables, spec, workers())
     return Plan(pattern, q_len, kv_len, tuple(programs), tuple(tables), of_head, explanation)

@@ -16,13 +16,15 @@ from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import (
     COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, element_counts,
 )  # fmt: skip
-from splatc.ir.cover import Grid
+from splatc.ir.cover import Grid, tiles_of
 from splatc.ir.program import Region, Regions
 from splatc.ir.see import Seen, see
 from splatc.ir.views import View, blocks, contiguous, residue
 
 MAX_STEPS = 4  # candidate residue views, by how many elements have that stride
 MAX_PASSES = 3
+CLEARLY = 4  # unless views are estimated to need this many times fewer tiles than none, both are counted exactly
+FEW_TILES = 4096  # and when there are so few that counting costs nothing
 PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
 SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in tiles
 
@@ -50,9 +52,12 @@ def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> 
             remainder = acsr.remainder if rows.kind == "contiguous" and c == 0 else BlockBits.none()
             if mine.any() or len(remainder.rows):
                 regions.append(Region(rows, cols, table[mine], remainder))
-    if not regions:
-        regions.append(Region(plain_rows, plain_cols, table, BlockBits.none()))
-    return Regions(acsr.q_len, acsr.kv_len, tuple(regions))
+    plain = (Region(plain_rows, plain_cols, table, acsr.remainder),)
+    chosen = tuple(regions) or plain
+    doubtful = by_cost.min(0).sum() * CLEARLY > costs[plain_rows][0].sum()
+    if len(col_views) > 1 and (doubtful or costs[plain_rows][0].sum() < FEW_TILES):  # estimates err: count
+        chosen = min(chosen, plain, key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
+    return Regions(acsr.q_len, acsr.kv_len, chosen)
 
 
 def _steps(strips: Ints) -> list[int]:

@@ -87,6 +87,13 @@ def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool)
     return Cover(q_len, kv_len, rows, cols, items, table, shapes)
 
 
+def tiles_of(q_len: int, kv_len: int, regions: tuple[Region, ...]) -> int:
+    """Tiles that regions need in all, row view by row view."""
+    views = tuple(dict.fromkeys(region.rows for region in regions))
+    parts = (tuple(region for region in regions if region.rows == view) for view in views)
+    return sum(cover(q_len, kv_len, part, every_row=False).tiles for part in parts)
+
+
 def _valid_lanes(view: View) -> Ints:
     """Positions that exist in each tile of an axis."""
     position = np.arange(view.length)
@@ -104,14 +111,19 @@ def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[I
     s = seen.strips
     k0, k1 = s[:, ROW] // rows.b1, (s[:, ROW] + s[:, ROWS] - 1) // rows.b1
     owner, i = ramp(k1 - k0 + 1)
-    s, k = s[owner], (k0[owner] + i)
-    row_line, col_line = seen.row_line[owner], seen.col_line[owner]
+    s, k = s[owner].copy(), k0[owner] + i
     t0 = np.maximum(k * rows.b1 - s[:, ROW], 0)
-    lanes = np.minimum((k + 1) * rows.b1 - s[:, ROW], s[:, ROWS]) - t0
-    lane = s[:, ROW] + t0 - k * rows.b1 + rows.b1 * (row_line % rows.b2)
+    s[:, ROWS] = np.minimum((k + 1) * rows.b1 - s[:, ROW], s[:, ROWS]) - t0
+    for field, slope in ((COL, DCOL), (WIDTH, DWIDTH), (COUNT, DCOUNT)):
+        s[:, field] += s[:, slope] * t0
+    s[:, ROW] += t0
+    s, source = _spread(s, cols.b1)
+    owner, k = owner[source], k[source]
+    row_line, col_line = seen.row_line[owner], seen.col_line[owner]
+    lane = s[:, ROW] - k * rows.b1 + rows.b1 * (row_line % rows.b2)
     row_tile = k + rows.across * (row_line // rows.b2)
-    col, width, count = (s[:, f] + s[:, d] * t0 for f, d in ((COL, DCOL), (WIDTH, DWIDTH), (COUNT, DCOUNT)))
-    dcol, dwidth, dcount, stride = s[:, DCOL], s[:, DWIDTH], s[:, DCOUNT], s[:, STRIDE]
+    lanes, col, dcol, width, dwidth, stride, count, dcount = (
+        s[:, f] for f in (ROWS, COL, DCOL, WIDTH, DWIDTH, STRIDE, COUNT, DCOUNT))  # fmt: skip
 
     last = lanes - 1
     end = col + stride * (count - 1) + width
@@ -140,6 +152,27 @@ def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[I
     spans = np.stack(spans, axis=1)
     several = cols.b2 > 1
     return full, _clip_lines(spans, inside[owner], cols.b1) if several else spans
+
+
+def _spread(strips: Ints, size: int) -> tuple[Ints, Ints]:
+    """Runs a tile or more apart become strips of their own, so that the tiles between them stay empty: (strips, source)."""
+    most = np.maximum(strips[:, COUNT], strips[:, COUNT] + strips[:, DCOUNT] * (strips[:, ROWS] - 1))
+    source, k = ramp(np.where(strips[:, STRIDE] >= size, most, 1))
+    s = strips[source].copy()
+    apart = s[:, STRIDE] >= size
+    # run k exists in the rows t with count + dcount*t > k: a range of rows, as count is affine
+    count, slope, rows = s[:, COUNT], s[:, DCOUNT], s[:, ROWS]
+    step = np.maximum(np.abs(slope), 1)
+    first = np.where(slope > 0, np.maximum(-(-(k + 1 - count) // step), 0), 0)
+    stop = np.where(slope < 0, np.minimum((count - k - 1) // step + 1, rows), rows)
+    first, stop = np.where(apart, first, 0), np.where(apart, stop, rows)
+    s[:, ROW] += first
+    s[:, COL] += s[:, DCOL] * first + np.where(apart, s[:, STRIDE] * k, 0)
+    s[:, WIDTH] += s[:, DWIDTH] * first
+    s[:, ROWS] = stop - first
+    s[apart, COUNT], s[apart, DCOUNT], s[apart, STRIDE] = 1, 0, 0
+    some = s[:, ROWS] > 0
+    return s[some], source[some]
 
 
 def _clip(col: Ints, dcol: Ints, width: Ints, dwidth: Ints, last: Ints, solid: NDArray[np.bool_],

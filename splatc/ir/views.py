@@ -67,4 +67,5 @@ def residue(length: int, step: int, lanes: int) -> View:
 def blocks(length: int, size: int, offset: int, width: int, lanes: int) -> View:
     """Positions size*a + offset + j, 0 <= j < width, seen as (offset + j, a); width is rounded up to divide a tile."""
     b1 = next(b for b in range(width, lanes + 1) if lanes % b == 0)
-    return View("blocks", length, (size, -(-length // size), 1), (1, size, length), (b1, lanes // b1, 1), offset)
+    reach = max(size, offset + b1)  # columns that recur may begin in one block and end in the next
+    return View("blocks", length, (reach, -(-length // size), 1), (1, size, length), (b1, lanes // b1, 1), offset)

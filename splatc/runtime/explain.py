@@ -12,8 +12,8 @@ from splatc.ir.program import Cover, Program
 
 # Sustained rates of the tile loops, multiply-adds counted as two operations: measured by `splatc bench`, see
 # docs/performance.md. CPU: a core. CUDA: the portable kernel on an H200.
-CPU_CORE_FLOPS = 60e9
-CUDA_FLOPS = 12e12
+CPU_CORE_FLOPS = 90e9
+CUDA_FLOPS = 18e12
 
 
 @dataclass(frozen=True)
