@@ -17,6 +17,7 @@ from splatc.formats.strips import (
     COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, element_counts,
 )  # fmt: skip
 from splatc.ir.cover import Grid, tiles_of
+from splatc.ir.patches import patch_region
 from splatc.ir.program import Region, Regions
 from splatc.ir.see import Seen, see
 from splatc.ir.views import View, blocks, contiguous, residue
@@ -57,7 +58,25 @@ def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> 
     doubtful = by_cost.min(0).sum() * CLEARLY > costs[plain_rows][0].sum()
     if len(col_views) > 1 and (doubtful or costs[plain_rows][0].sum() < FEW_TILES):  # estimates err: count
         chosen = min(chosen, plain, key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
+    if views and not len(acsr.remainder.rows) and (grid := _grid(table, acsr)) is not None:
+        region = patch_region(table, plain[0], grid, tile_m, tile_n)
+        if region is not None:
+            chosen = min(chosen, (region,), key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
     return Regions(acsr.q_len, acsr.kv_len, chosen)
+
+
+def _grid(table: Ints, acsr: ACSR) -> tuple[int, int, int] | None:
+    """The grid (W, H, Z) of a neighbourhood: runs of moving columns that recur every W, and repeat every W*H."""
+    strips = unnest(table)
+    lines = strips[(strips[:, DCOL] == 1) & (strips[:, COUNT] > 1) & (strips[:, STRIDE] > 1)]
+    if acsr.q_len != acsr.kv_len or not element_counts(lines).sum() * 2 > acsr.nnz:
+        return None
+    widths, votes = np.unique(lines[:, STRIDE], return_counts=True)
+    width = int(widths[votes.argmax()])
+    steps = np.concatenate([np.diff(np.unique(lines[:, field])) for field in (ROW, COL)] + [table[:, 9 + 1 :: 10].ravel()])
+    planes = steps[(steps > width) & (steps % width == 0)]
+    height = int(planes.min()) // width if len(planes) else -(-acsr.q_len // width)
+    return width, height, -(-acsr.q_len // (width * height))
 
 
 def _steps(strips: Ints) -> list[int]:

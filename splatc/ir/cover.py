@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from splatc.formats.remainder import BLOCK, BlockBits
 from splatc.formats.strips import COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, ramp
+from splatc.ir.patches import cover_patches
 from splatc.ir.program import Cover, Region, Shapes
 from splatc.ir.see import Seen, see
 from splatc.ir.views import View
@@ -59,6 +60,8 @@ def tile_count(view: View) -> int:
 def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool) -> Cover:
     """The tiles of regions that share a row view; with ``every_row`` also row tiles that have nothing to attend to."""
     rows = regions[0].rows
+    if rows.kind == "patches":
+        return cover_patches(q_len, kv_len, regions[0], every_row)
     cols = tuple(dict.fromkeys(region.cols for region in regions))
     lanes_valid = _valid_lanes(rows)
     runs, partial = [], []

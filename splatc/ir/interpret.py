@@ -83,11 +83,11 @@ def _region_elements(pieces: NDArray[np.int64], rows: View, cols: View) -> tuple
         runs = unit_runs(row_runs(seen.strips[i : i + 1]))
         owner, j = ramp(runs.stop - runs.start)
         u, w = runs.row[owner], runs.start[owner] + j
-        found_q.append(u * rows.strides[0] + seen.row_line[i] * rows.strides[1] if rows.kind == "residue" else u)
+        found_q.append(u * rows.strides[0] + seen.row_line[i] * rows.strides[1])
         if cols.kind == "blocks":
             found_k.append(w // cols.box[0] * cols.step + cols.offset + w % cols.box[0])
         else:
-            found_k.append(w * cols.strides[0] + seen.col_line[i] * cols.strides[1] if cols.kind == "residue" else w)
+            found_k.append(w * cols.strides[0] + seen.col_line[i] * cols.strides[1])
     return np.concatenate(found_q), np.concatenate(found_k)
 
 

@@ -29,11 +29,41 @@ class Seen:
 
 def see(pieces: Ints, rows: View, cols: View) -> Seen | None:
     """The pieces in the coordinates of a row view and a column view; None if the column view cannot show them."""
+    if (rows.kind == "patches") != (cols.kind == "patches"):
+        return None
+    if rows.kind == "patches":
+        return _see_lines(pieces, rows, cols)
     strips, row_line, piece = _see_rows(pieces, rows)
     if cols.kind == "contiguous":
         return Seen(strips, row_line, np.zeros(len(strips), np.int64), piece)
     shown = _see_residues(strips, cols) if cols.kind == "residue" else _see_blocks(strips, cols)
     return None if shown is None else Seen(shown[0], row_line, shown[1], piece)
+
+
+def _see_lines(pieces: Ints, rows: View, cols: View) -> Seen | None:
+    """Rows cut at the lines of the grid, and every run a strip of its own, on one line of keys."""
+    strips, piece = unnest(pieces), owners(pieces)
+    if (strips[:, DCOUNT] != 0).any():
+        return None
+    line0, line1 = strips[:, ROW] // rows.step, (strips[:, ROW] + strips[:, ROWS] - 1) // rows.step
+    owner, i = ramp((line1 - line0 + 1) * strips[:, COUNT])
+    s, piece = strips[owner].copy(), piece[owner]
+    line, k = line0[owner] + i // s[:, COUNT], i % s[:, COUNT]
+    t0 = np.maximum(line * rows.step - s[:, ROW], 0)
+    s[:, ROWS] = np.minimum((line + 1) * rows.step - s[:, ROW], s[:, ROWS]) - t0
+    s[:, COL] += s[:, DCOL] * t0 + s[:, STRIDE] * k
+    s[:, WIDTH] += s[:, DWIDTH] * t0
+    s[:, ROW] += t0 - line * rows.step
+    s[:, COUNT], s[:, STRIDE] = 1, 0
+    key_line = s[:, COL] // cols.step
+    s[:, COL] -= key_line * cols.step
+    last = s[:, ROWS] - 1
+    low = np.minimum(s[:, COL], s[:, COL] + s[:, DCOL] * last)
+    end = s[:, COL] + s[:, WIDTH]
+    high = np.maximum(end, end + (s[:, DCOL] + s[:, DWIDTH]) * last)
+    if ((low < 0) | (high > cols.step)).any():
+        return None
+    return Seen(s, line, key_line, piece)
 
 
 def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:

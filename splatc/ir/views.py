@@ -16,8 +16,8 @@ class View:
     """The axis as (x1, x2, x3): position = sum of x_i * strides_i, valid where 0 <= x_i < extents_i and position < length.
 
     A tile side is a box of the view: lane i is at x = origin + (i % b1, i // b1 % b2, i // (b1 b2)).
-    kind: "contiguous", "residue" (x1 steps over a residue class, x2 is the residue) or "blocks" (x1 inside a block of
-    ``strides[1]``, x2 the block; only x1 from ``offset`` on, box[0] wide, is of interest).
+    kind: "contiguous"; "residue" (x1 steps over a residue class, x2 is the residue); "blocks" (x1 inside a block of
+    ``strides[1]``, x2 the block; only x1 from ``offset`` on, box[0] wide, is of interest); "patches" (a 2-D or 3-D grid).
     """
 
     kind: str
@@ -33,8 +33,8 @@ class View:
 
     @property
     def step(self) -> int:
-        """The modulus of the view: 1 for the contiguous one."""
-        return self.strides[0] if self.kind == "residue" else self.strides[1] if self.kind == "blocks" else 1
+        """The modulus of the view (the length of a line of a grid); 1 for the contiguous one."""
+        return self.strides[0] if self.kind == "residue" else self.strides[1] if self.kind in ("blocks", "patches") else 1
 
     def positions(self, origin: Ints) -> Ints:
         """Positions of every lane of boxes at ``origin`` (n, 3): int64 (n, lanes), -1 where there is none."""
@@ -69,3 +69,9 @@ def blocks(length: int, size: int, offset: int, width: int, lanes: int) -> View:
     b1 = next(b for b in range(width, lanes + 1) if lanes % b == 0)
     reach = max(size, offset + b1)  # columns that recur may begin in one block and end in the next
     return View("blocks", length, (reach, -(-length // size), 1), (1, size, length), (b1, lanes // b1, 1), offset)
+
+
+def patches(length: int, grid: Triple, box: Triple) -> View:
+    """Position x + W*y + W*H*z of a grid (W, H, Z) seen as (x, y, z)."""
+    width, height, _ = grid
+    return View("patches", length, grid, (1, width, width * height), box)

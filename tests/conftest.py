@@ -1,0 +1,51 @@
+"""Shared by all tests: one kernel cache for the whole run, golden files, the settings of Hypothesis."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+GOLDEN = Path(__file__).parent / "golden"
+
+settings.register_profile("splatc", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.load_profile("splatc")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the files under tests/golden")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Set before pytest-xdist starts its workers, which inherit it: each kernel is compiled once a run.
+    if not os.environ.get("SPLATC_CACHE_DIR"):
+        folder = tempfile.mkdtemp(prefix="splatc-test-cache-")
+        os.environ["SPLATC_CACHE_DIR"] = folder
+
+        def forget() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.environ.pop("SPLATC_CACHE_DIR", None)
+
+        config.add_cleanup(forget)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """golden(text): text equals tests/golden/<test file>/<test name>.txt (--update-golden rewrites it)."""
+    name = request.node.name.translate(str.maketrans("[]/ ", "____")).rstrip("_")
+    path = GOLDEN / Path(request.node.path).stem / f"{name}.txt"
+
+    def check(text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return
+        assert path.is_file(), f"{path} is missing: run pytest --update-golden and review the file"
+        assert text == path.read_text(), f"{path} differs: review it, then run pytest --update-golden"
+
+    return check
