@@ -43,8 +43,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
 
     mask: a pattern, its text, a boolean matrix, a scipy.sparse matrix, a networkx graph, a FlexAttention mask_mod or
     BlockMask, or a list with one of these for each head. seq_len, kv_len: as in ``analyze``; other lengths reuse the
-    binary. dtype: "float32", "float16", "bfloat16" or torch's. target: "cpu", "cuda" or an arch such as "sm_90a" (default:
-    the GPU here, else the CPU). layout: "bhsd" or "bshd". after(name, program) is called after each pass.
+    binary. dtype: "float32", "float16", "bfloat16" or torch's. target: "cpu", "cuda" or an arch such as "sm_90a"
+    (default: the GPU here, else the CPU). layout: "bhsd" or "bshd". after(name, program) is called after each pass.
     """
     pattern, q_len, kv_len = _sized(mask, seq_len, kv_len)
     spec = _spec(head_dim, v_head_dim, dtype, resolve_target(target))
@@ -87,7 +87,9 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
     shape = check_call(q, k, v, layout, enable_gqa)
     pattern = as_pattern(mask, q_len=shape.q_len, kv_len=shape.kv_len, heads=shape.heads)
     target = resolve_target("cpu") if shape.device == "cpu" else resolve_target("cuda")
-    compiled = _memo(pattern, shape.q_len, shape.kv_len, shape.head_dim, shape.v_head_dim, dtype_name(q), target, layout)
+    compiled = _memo(
+        pattern, shape.q_len, shape.kv_len, shape.head_dim, shape.v_head_dim, dtype_name(q), target, layout
+    )
     return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa)
 
 

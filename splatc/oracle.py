@@ -12,8 +12,8 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_],
               scale: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
     """Masked attention in float64.
 
-    q (batch, heads, q_len, d), k (batch, kv_heads, kv_len, d), v (batch, kv_heads, kv_len, dv); heads must be a multiple
-    of kv_heads. mask: (q_len, kv_len) or (heads, q_len, kv_len), True = attend. scale defaults to 1/sqrt(d).
+    q (batch, heads, q_len, d), k (batch, kv_heads, kv_len, d), v (batch, kv_heads, kv_len, dv); heads must be a
+    multiple of kv_heads. mask: (q_len, kv_len) or (heads, q_len, kv_len), True = attend. scale defaults to 1/sqrt(d).
     Returns o (batch, heads, q_len, dv) and lse (batch, heads, q_len), natural log. A row that attends to nothing gives
     0 and -inf.
     """

@@ -30,8 +30,8 @@ def source_name(spec: KernelSpec) -> str:
 def build(spec: KernelSpec, folder: Path) -> None:
     """Emit, compile and export a kernel into ``folder``.
 
-    Writes kernel.tir.py (the TIRx), kernel.ll or kernel.cu and kernel.ptx, kernel.so (loadable by tvm_ffi; for CUDA only
-    where nvcc is installed) and report.json.
+    Writes kernel.tir.py (the TIRx), kernel.ll or kernel.cu and kernel.ptx, kernel.so (loadable by tvm_ffi; for CUDA
+    only where nvcc is installed) and report.json.
     Raises CompileError if a compiler refuses or the kernel spills, Unsupported if the target cannot run such a kernel.
     """
     report = _build_cpu(spec, folder) if spec.target.kind == "cpu" else _build_cuda(spec, folder)
@@ -44,7 +44,9 @@ def load(folder: Path) -> Callable[..., None]:
     import tvm_ffi
 
     if not (folder / LIBRARY).exists():
-        raise CompileError(f"{folder} holds source only: install the CUDA toolkit (nvcc) to compile it, then compile again")
+        raise CompileError(
+            f"{folder} holds source only: install the CUDA toolkit (nvcc) to compile it, then compile again"
+        )
     _load_thread_pool()
     function: Callable[..., None] = tvm_ffi.load_module(str(folder / LIBRARY))[FUNCTION]
     return function
@@ -52,7 +54,9 @@ def load(folder: Path) -> Callable[..., None]:
 
 @cache
 def _load_thread_pool() -> None:
-    """Make TVM's run-time library (parallel loops on a CPU) visible to kernels, without the 2 seconds of importing TVM."""
+    """Make TVM's run-time library (parallel loops on a CPU) visible to kernels, without the 2 seconds of importing
+    TVM.
+    """
     spec = importlib.util.find_spec("tvm")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # its own guess halves the cores

@@ -103,9 +103,7 @@ def row_groups(count: int, rows: int, emit: Callable[[Expr, int], None]) -> None
         emit(count - count % rows, count % rows)
 
 
-def emit_scores(
-    bits: Expr, b: Scratch, s: Shape, block: Expr, top: list[Register], bitmap: Expr | None
-) -> None:
+def emit_scores(bits: Expr, b: Scratch, s: Shape, block: Expr, top: list[Register], bitmap: Expr | None) -> None:
     """st[j, i] = <k_j, q_i>, -inf where a bit is off; top[i] = max(top[i], their maximum over j)."""
 
     def group(j0: Expr, rows: int) -> None:

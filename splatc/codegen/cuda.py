@@ -166,9 +166,7 @@ def attention_cuda(spec: KernelSpec) -> tvm.IRModule:
         o0, o1, o2 = T.int64(), T.int64(), T.int64()
         q = T.match_buffer(q_arg, (batch, q_heads, q_len, g.d), dtype, strides=(q0, q1, q2, 1), layout=None)
         k = T.match_buffer(k_arg, (batch, kv_heads, kv_len, g.d), dtype, strides=(k0, k1, k2, 1), layout=None)
-        v = T.match_buffer(
-            v_arg, (batch, kv_heads, kv_len, g.dv), dtype, strides=(v0, v1, v2, 1), layout=None
-        )
+        v = T.match_buffer(v_arg, (batch, kv_heads, kv_len, g.dv), dtype, strides=(v0, v1, v2, 1), layout=None)
         o = T.match_buffer(o_arg, (batch, q_heads, q_len, g.dv), dtype, strides=(o0, o1, o2, 1), layout=None)
         lse = T.match_buffer(lse_arg, (batch, q_heads, q_len), "float32")
         work = T.match_buffer(work_arg, (n_work, 2), "int32")

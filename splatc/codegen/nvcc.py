@@ -45,7 +45,8 @@ def compile_library(source: Path, library: Path, arch: str) -> dict[str, int]:
     common = [nvcc, *FLAGS, f"-I{package / 'include'}", str(source)]
     code = arch.removeprefix("sm_")
     build = [f"-gencode=arch=compute_{code},code={arch}", "-Xptxas", "-v,--warn-on-local-memory-usage", "-shared",
-             "-Xcompiler", "-fPIC", "-cudart", "static", f"-L{package / 'lib'}", "-ltvm_ffi", "-o", str(library)]  # fmt: skip
+             "-Xcompiler", "-fPIC", "-cudart", "static", f"-L{package / 'lib'}", "-ltvm_ffi",
+             "-o", str(library)]  # fmt: skip
     listing = [f"-arch=compute_{code}", "-ptx", "-o", str(source.with_suffix(".ptx"))]
     with subprocess.Popen([*common, *listing], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as ptx:
         done = subprocess.run([*common, *build], capture_output=True, text=True, check=False)

@@ -78,7 +78,9 @@ def _items(items: NDArray[np.int64], entries: NDArray[np.int64]) -> NDArray[np.i
     return out
 
 
-def _paint_all(cover: Cover, lanes_q: int, lanes_k: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+def _paint_all(
+    cover: Cover, lanes_q: int, lanes_k: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
     """(distinct bits, for each shape -1 empty / 0 full / 1 + index, elements of each shape)."""
     packed, counts = [np.zeros((0, lanes_k, lanes_q // 8), np.uint8)], [np.zeros(0, np.int64)]
     for first in range(0, cover.shapes.count, CHUNK):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from splatc.config import Config
 from splatc.errors import InvalidInput, Unsupported
 
-
 NATIVE = "native"
 
 

@@ -1,7 +1,7 @@
 """ACSR: a mask as exact affine pieces over rows plus an irregular remainder (SPLAT, arXiv 2407.16847, extended).
 
-The paper's row is ``start + stride*k, 0 <= k < count``. Here rows are unions of such progressions, consecutive rows whose
-progressions are affine in the row are one strip, and strips that repeat at a constant offset are one piece.
+The paper's row is ``start + stride*k, 0 <= k < count``. Here rows are unions of such progressions, consecutive rows
+whose progressions are affine in the row are one strip, and strips that repeat at a constant offset are one piece.
 """
 
 from __future__ import annotations
@@ -19,8 +19,22 @@ from splatc.formats.analysis import analyze_runs, fold_dense
 from splatc.formats.fold import MAX_LEVELS, fold_columns, nest, unnest
 from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import (
-    COL, COUNT, DCOL, DCOUNT, DWIDTH, FIELDS, ROW, ROWS, STRIDE, WIDTH, Ints, Runs,
-    element_counts, make, row_runs, unit_runs,
+    COL,
+    COUNT,
+    DCOL,
+    DCOUNT,
+    DWIDTH,
+    FIELDS,
+    ROW,
+    ROWS,
+    STRIDE,
+    WIDTH,
+    Ints,
+    Runs,
+    element_counts,
+    make,
+    row_runs,
+    unit_runs,
 )  # fmt: skip
 from splatc.formats.symbolic import strips_of
 from splatc.patterns.base import Pattern
@@ -37,8 +51,11 @@ CHECK_SOME = 1 << 21  # above that, this many elements, in whole random rows
 
 @dataclass(frozen=True)
 class Piece:
-    """One affine piece: a strip and how it repeats. Row ``row+t`` holds ``count + dcount*t`` runs of ``width + dwidth*t``
-    columns from ``col + dcol*t``, ``stride`` apart; repetition i of a level adds i times its step to the named fields."""
+    """One affine piece: a strip and how it repeats.
+
+    Row ``row+t`` holds ``count + dcount*t`` runs of ``width + dwidth*t`` columns from ``col + dcol*t``, ``stride``
+    apart; repetition i of a level adds i times its step to the named fields.
+    """
 
     row: int
     rows: int
@@ -84,7 +101,7 @@ class Pieces(Sequence[Piece]):
             extent, *steps = line[width + level * (1 + width) : width + (level + 1) * (1 + width)]
             if extent != 1:
                 repeats.append((extent, tuple((n, s) for n, s in zip(FIELDS, steps, strict=True) if s)))
-        return Piece(*line[:width], repeats=tuple(repeats))
+        return Piece(**dict(zip(FIELDS, line[:width], strict=True)), repeats=tuple(repeats))
 
     def __iter__(self) -> Iterator[Piece]:
         return (self[i] for i in range(len(self)))
@@ -106,7 +123,9 @@ class ACSR:
 
     @staticmethod
     def from_pattern(pattern: Pattern, q_len: int, kv_len: int | None = None) -> ACSR:
-        """From a symbolic pattern, without S x S memory; a pattern with an explicit matrix in it is analysed densely."""
+        """From a symbolic pattern, without S x S memory; a pattern with an explicit matrix in it is analysed
+        densely.
+        """
         kv_len = q_len if kv_len is None else kv_len
         pattern.check(q_len, kv_len)
         if isinstance(pattern, Sparse):
@@ -130,13 +149,13 @@ class ACSR:
                 "convert with mask.astype(bool)"
             )
         pieces, remainder = analyze_runs(fold_dense(mask))
-        return ACSR(*mask.shape, Pieces(pieces), remainder)
+        return ACSR(mask.shape[0], mask.shape[1], Pieces(pieces), remainder)
 
     @staticmethod
     def from_elements(q: Ints, k: Ints, q_len: int, kv_len: int) -> ACSR:
         """From coordinates (q, k) of the elements that attend (int arrays of one length; duplicates count once)."""
         key = np.unique(np.asarray(q, np.int64) * kv_len + np.asarray(k, np.int64))
-        if len(key) and not (0 <= key[0] and key[-1] < q_len * kv_len and 0 <= np.min(k) and np.max(k) < kv_len):
+        if len(key) and not (key[0] >= 0 and key[-1] < q_len * kv_len and np.min(k) >= 0 and np.max(k) < kv_len):
             raise InvalidInput(f"element coordinates must lie inside {q_len} x {kv_len}; check q_len and kv_len")
         return ACSR._from_sorted_keys(key, q_len, kv_len)
 
@@ -166,7 +185,7 @@ class ACSR:
         """From a 2-D torch tensor, dense boolean or sparse (COO, CSR, CSC, BSR): its non-zero entries attend."""
         if str(matrix.layout) == "torch.strided":
             return ACSR.from_dense(matrix.detach().cpu().bool().numpy())
-        coo = matrix.detach().cpu().to_sparse_coo().coalesce()
+        coo = matrix.detach().cpu().to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
         q, k = coo.indices()[:, coo.values() != 0].numpy()
         return ACSR.from_elements(q, k, *matrix.shape)
 
@@ -193,7 +212,9 @@ class ACSR:
         return int(self.pieces.table.nbytes) + self.remainder.nbytes
 
     def __str__(self) -> str:
-        head = f"acsr {self.q_len} x {self.kv_len}: nnz {self.nnz}, density {self.density:.4f}, {len(self.pieces)} pieces"
+        head = (
+            f"acsr {self.q_len} x {self.kv_len}: nnz {self.nnz}, density {self.density:.4f}, {len(self.pieces)} pieces"
+        )
         tail = f"remainder {self.remainder.nnz} in {len(self.remainder.rows)} blocks"
         return f"{head}, {tail}"
 
@@ -226,8 +247,8 @@ class ACSR:
         import torch
 
         csr = self.to_scipy()
-        parts = (torch.from_numpy(np.asarray(x)) for x in (csr.indptr, csr.indices, csr.data))
-        return torch.sparse_csr_tensor(*parts, size=csr.shape, check_invariants=True)
+        indptr, indices, data = (torch.from_numpy(np.asarray(x)) for x in (csr.indptr, csr.indices, csr.data))
+        return torch.sparse_csr_tensor(indptr, indices, data, size=csr.shape, check_invariants=True)
 
     def elements(self) -> tuple[Ints, Ints]:
         """(q, k) of every element, sorted by row and column; O(nnz) memory."""

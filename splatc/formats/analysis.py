@@ -53,7 +53,7 @@ def _row_hashes(packed: NDArray[np.uint8]) -> NDArray[np.uint64]:
     odd = np.random.default_rng(0).integers(0, 2**63, words.shape[1], dtype=np.uint64) * 2 + 1
     mixed = words * odd
     mixed ^= mixed >> np.uint64(29)
-    return (mixed * odd[::-1]).sum(axis=1, dtype=np.uint64)
+    return np.asarray((mixed * odd[::-1]).sum(axis=1, dtype=np.uint64))
 
 
 def _fold_checked(runs: Runs) -> RowRuns:
@@ -74,7 +74,7 @@ def analyze_runs(folded: RowRuns) -> tuple[Ints, BlockBits]:
     scattered: list[RowRuns] = []
     rows = len(np.unique(folded.row)) if len(folded.row) else 0
     if len(folded.row) > CROWDED * max(rows, 1):
-        long = folded.width * folded.count >= SMALL
+        long = folded.width * folded.times >= SMALL
         scattered.append(RowRuns(*(column[~long] for column in folded)))
         folded = RowRuns(*(column[long] for column in folded))
     strips = fold_rows(folded)
@@ -101,7 +101,7 @@ def _check_rows(strips: Ints, folded: RowRuns) -> None:
     for name, a, b in zip(RowRuns._fields, back, folded, strict=True):
         a = a[order]
         if name == "stride":
-            a, b = a[folded.count > 1], b[folded.count > 1]
+            a, b = a[folded.times > 1], b[folded.times > 1]
         if not np.array_equal(a, b):
             raise VerifyError(f"fold_rows changed the mask ({name}); please report this mask")
 

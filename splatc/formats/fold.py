@@ -11,7 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from splatc.formats.strips import (
-    COL, COUNT, DCOL, DCOUNT, DWIDTH, FIELDS, ROW, ROWS, STRIDE, VARYING, WIDTH, Ints, RowRuns, make,
+    COL,
+    COUNT,
+    DCOL,
+    DCOUNT,
+    DWIDTH,
+    FIELDS,
+    ROW,
+    ROWS,
+    STRIDE,
+    VARYING,
+    WIDTH,
+    Ints,
+    RowRuns,
+    make,
 )  # fmt: skip
 
 MAX_LEVELS = 3
@@ -22,7 +35,8 @@ def progressions(values: Sequence[Ints], same: Sequence[Ints], min_count: int) -
 
     values: columns in which consecutive members must differ by one constant vector; same: columns that must be equal.
     A progression has at least ``min_count`` members (2 or more) or is a single one. Where two progressions share a
-    member the earlier keeps it. Returns (first, count): the members of progression i are first[i] .. first[i]+count[i]-1.
+    member the earlier keeps it. Returns (first, count): the members of progression i are first[i] ..
+    first[i]+count[i]-1.
     """
     n = len(values[0])
     if n < 2:
@@ -72,7 +86,7 @@ def fold_columns(row: Ints, start: Ints, width: Ints) -> RowRuns:
     run that begins where such a progression goes on also lends it its head (a window that touches a strided column).
     """
     found = _fold_equal(row, start, width)
-    strided = found.count > 1
+    strided = found.times > 1
     if not strided.any():
         return found
     kinds, votes = np.unique(np.stack([found.stride, found.width], 1)[strided], axis=0, return_counts=True)
@@ -108,7 +122,9 @@ def _pair(runs: RowRuns, stride: int, unit: int) -> RowRuns:
         return runs
     head = np.flatnonzero(~near)  # three in a line would be a progression already, so chains have two members
     size = np.diff(np.append(head, len(row)))
-    return RowRuns(row[head], start[head], width[head], np.where(size > 1, stride, strides[head]), count[head] + size - 1)
+    return RowRuns(
+        row[head], start[head], width[head], np.where(size > 1, stride, strides[head]), count[head] + size - 1
+    )
 
 
 def fold_rows(runs: RowRuns) -> Ints:

@@ -31,23 +31,19 @@ class Runs(NamedTuple):
 
 
 class RowRuns(NamedTuple):
-    """SPLAT rows: ``count`` runs of ``width`` columns from ``start``, ``stride`` apart, in one row (int64 arrays)."""
+    """SPLAT rows: ``times`` runs of ``width`` columns from ``start``, ``stride`` apart, in one row (int64 arrays)."""
 
     row: Ints
     start: Ints
     width: Ints
     stride: Ints
-    count: Ints
-
-
-def empty(n: int = 0) -> Ints:
-    return np.zeros((n, len(FIELDS)), np.int64)
+    times: Ints
 
 
 def make(**fields: Ints | int) -> Ints:
     """Strips from named columns; what is not named is 1 for rows, width and count, else 0."""
     n = max((value.size for value in fields.values() if isinstance(value, np.ndarray)), default=0)
-    out = empty(n)
+    out = np.zeros((n, len(FIELDS)), np.int64)
     out[:, [ROWS, WIDTH, COUNT]] = 1
     for name, value in fields.items():
         out[:, FIELDS.index(name)] = value
@@ -61,17 +57,8 @@ def ramp(counts: Ints) -> tuple[Ints, Ints]:
     return owner, np.arange(len(owner)) - first[owner]
 
 
-def nnz(strips: Ints) -> int:
-    """Covered elements, by the closed form of sum_t (width + dwidth t)(count + dcount t)."""
-    t = strips[:, ROWS]
-    s0, s1 = t, t * (t - 1) // 2
-    s2 = (t - 1) * t * (2 * t - 1) // 6
-    w, dw, c, dc = (strips[:, f] for f in (WIDTH, DWIDTH, COUNT, DCOUNT))
-    return int((w * c * s0 + (w * dc + dw * c) * s1 + dw * dc * s2).sum())
-
-
 def element_counts(strips: Ints) -> Ints:
-    """Covered elements of each strip, int64 (n,)."""
+    """Covered elements of each strip, int64 (n,): sum_t (width + dwidth t)(count + dcount t) in closed form."""
     t = strips[:, ROWS]
     s1, s2 = t * (t - 1) // 2, (t - 1) * t * (2 * t - 1) // 6
     w, dw, c, dc = (strips[:, f] for f in (WIDTH, DWIDTH, COUNT, DCOUNT))
@@ -98,7 +85,7 @@ def row_runs(strips: Ints, rows: Ints | None = None) -> RowRuns:
 
 def unit_runs(runs: RowRuns) -> Runs:
     """Every run of adjacent columns by itself (touching runs are not merged)."""
-    owner, k = ramp(runs.count)
+    owner, k = ramp(runs.times)
     start = runs.start[owner] + runs.stride[owner] * k
     return Runs(runs.row[owner], start, start + runs.width[owner])
 

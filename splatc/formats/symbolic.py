@@ -1,7 +1,8 @@
 """A symbolic pattern to strips, without ever forming the S x S mask.
 
 The pattern says along which lines its membership may change (``Pattern.lines``): row breakpoints, columns k, diagonals
-k - q = d, residues of k or of k - q. These lines cut the plane into cells in which membership cannot change; rows are cut
+k - q = d, residues of k or of k - q. These lines cut the plane into cells in which membership cannot change; rows are
+cut
 further where two lines cross, so that inside a row segment the order of the lines is fixed and every bound is affine in
 the row. One sample decides a cell. What is left is bookkeeping: cells become strips.
 """
@@ -16,7 +17,22 @@ from numpy.typing import NDArray
 
 from splatc.errors import VerifyError
 from splatc.formats.fold import fold_columns, fold_rows, join_strips, stack_columns
-from splatc.formats.strips import COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, make, ramp, row_runs, unit_runs
+from splatc.formats.strips import (
+    COL,
+    COUNT,
+    DCOL,
+    DCOUNT,
+    DWIDTH,
+    ROW,
+    ROWS,
+    STRIDE,
+    WIDTH,
+    Ints,
+    make,
+    ramp,
+    row_runs,
+    unit_runs,
+)
 from splatc.patterns.base import Lines, Pattern
 
 
@@ -64,7 +80,13 @@ def strips_of(pattern: Pattern, q_len: int, kv_len: int, lines: Lines) -> Ints:
     """The exact strips of a symbolic pattern, int64 (n, 9), disjoint, not nested yet."""
     everywhere = [(0, q_len, 0), (0, q_len, kv_len)]
     cols = np.concatenate([lines.cols, np.array(everywhere, np.int64)])
-    cuts = [[0, q_len], lines.rows, cols[:, :2].ravel(), lines.diags[:, :2].ravel(), _crossings(lines, cols)]
+    cuts: list[Ints] = [
+        np.array([0, q_len]),
+        lines.rows,
+        cols[:, :2].ravel(),
+        lines.diags[:, :2].ravel(),
+        _crossings(lines, cols),
+    ]
     edges = np.unique(np.concatenate(cuts))
     edges = edges[(edges >= 0) & (edges <= q_len)]
     cells = _cut(edges, cols, lines.diags, kv_len)
@@ -157,7 +179,7 @@ def _classify(pattern: Pattern, q_len: int, kv_len: int, cells: Cells,
         q = np.broadcast_to(row[:, None], k.shape)
         answers[seen] = pattern.contains(q[seen], k[seen], q_len, kv_len)
         known |= seen
-    return (known & answers).all(1), ~known | answers
+    return np.asarray((known & answers).all(1)), ~known | answers
 
 
 def _refine(cells: Cells, chosen: Ints, residues: Residues) -> Cells:
@@ -167,7 +189,8 @@ def _refine(cells: Cells, chosen: Ints, residues: Residues) -> Cells:
     owners, starts = [np.arange(len(chosen))], [np.zeros(len(chosen), np.int64)]
     if residues.mixed:
         owner, t = ramp(rows)
-        owners.append(owner), starts.append(t)
+        owners.append(owner)
+        starts.append(t)
     else:
         m = residues.modulus
         for first, last in ((cells.lo_first, cells.lo_last), (cells.hi_first, cells.hi_last)):
@@ -178,7 +201,8 @@ def _refine(cells: Cells, chosen: Ints, residues: Residues) -> Cells:
                 moving = np.flatnonzero((slope != 0) & (rows > 1))
                 t0 = (slope[moving] * (threshold - x[moving])) % m
                 owner, i = ramp(np.maximum(-(-(rows[moving] - t0) // m), 0))
-                owners.append(moving[owner]), starts.append(t0[owner] + m * i)
+                owners.append(moving[owner])
+                starts.append(t0[owner] + m * i)
     most = int(rows.max(initial=0)) + 1
     owner, t = np.divmod(np.unique(np.concatenate(owners) * most + np.concatenate(starts)), most)
     stop = np.append(t[1:], 0)[: len(t)]  # the next start, 0 where the next cell begins

@@ -9,12 +9,23 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from splatc.formats.acsr import ACSR
 from splatc.formats.fold import unnest
 from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import (
-    COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, element_counts,
+    COL,
+    COUNT,
+    DCOL,
+    DCOUNT,
+    DWIDTH,
+    ROW,
+    ROWS,
+    STRIDE,
+    WIDTH,
+    Ints,
+    element_counts,
 )  # fmt: skip
 from splatc.ir.cover import Grid, tiles_of
 from splatc.ir.patches import patch_region
@@ -26,6 +37,7 @@ MAX_STEPS = 4  # candidate residue views, by how many elements have that stride
 MAX_PASSES = 3
 CLEARLY = 4  # unless views are estimated to need this many times fewer tiles than none, both are counted exactly
 FEW_TILES = 4096  # and when there are so few that counting costs nothing
+MAX_SINGLY = 64  # pieces up to which each is tried by itself where a view cannot show them all
 PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
 SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in tiles
 
@@ -73,7 +85,9 @@ def _grid(table: Ints, acsr: ACSR) -> tuple[int, int, int] | None:
         return None
     widths, votes = np.unique(lines[:, STRIDE], return_counts=True)
     width = int(widths[votes.argmax()])
-    steps = np.concatenate([np.diff(np.unique(lines[:, field])) for field in (ROW, COL)] + [table[:, 9 + 1 :: 10].ravel()])
+    steps = np.concatenate(
+        [np.diff(np.unique(lines[:, field])) for field in (ROW, COL)] + [table[:, 9 + 1 :: 10].ravel()]
+    )
     planes = steps[(steps > width) & (steps % width == 0)]
     height = int(planes.min()) // width if len(planes) else -(-acsr.q_len // width)
     return width, height, -(-acsr.q_len // (width * height))
@@ -100,24 +114,34 @@ def _block_views(strips: Ints, length: int, lanes: int) -> list[View]:
     return [blocks(length, int(size), int(offset), int(width), lanes) for size, offset, width in kinds]
 
 
-def _cheapest(table: Ints, rows: View, col_views: list[View]) -> tuple[Ints, Ints]:
+def _cheapest(table: Ints, rows: View, col_views: list[View]) -> tuple[NDArray[np.float64], Ints]:
     """(cost, column view) of each piece under a row view, in tiles."""
     costs = np.full((len(col_views), len(table)), np.inf)
     for c, cols in enumerate(col_views):
         if cols.kind == "residue" and cols.step != rows.step:
             continue
-        seen = see(table, rows, cols)
+        some = _candidates(table, cols)
+        seen = see(table[some], rows, cols)
         if seen is not None:
-            costs[c] = estimate(seen, Grid.of(rows), Grid.of(cols), len(table))
+            costs[c, some] = estimate(seen, Grid.of(rows), Grid.of(cols), len(some))
             continue
-        for i in range(len(table)) if len(table) <= 64 else ():  # only some pieces can be shown
+        for i in some if len(some) <= MAX_SINGLY else ():
             seen = see(table[i : i + 1], rows, cols)
             if seen is not None:
                 costs[c, i] = estimate(seen, Grid.of(rows), Grid.of(cols), 1)[0]
     return costs.min(0), costs.argmin(0)
 
 
-def estimate(seen: Seen, rows: Grid, cols: Grid, pieces: int) -> Ints:
+def _candidates(table: Ints, cols: View) -> Ints:
+    """The pieces that a column view may be able to show (see() decides)."""
+    if cols.kind == "contiguous":
+        return np.arange(len(table))
+    shown = table[:, STRIDE] % cols.step == 0
+    shown &= (table[:, DCOL] == 0) if cols.kind == "blocks" else (table[:, WIDTH] == 1) & (table[:, DWIDTH] == 0)
+    return np.flatnonzero(shown)
+
+
+def estimate(seen: Seen, rows: Grid, cols: Grid, pieces: int) -> NDArray[np.float64]:
     """An estimate of the tiles that each piece needs (float): row tiles of a strip times the column tiles of one."""
     s = seen.strips
     row_tiles = s[:, ROWS] / rows.b1
@@ -132,7 +156,7 @@ def estimate(seen: Seen, rows: Grid, cols: Grid, pieces: int) -> Ints:
     return total
 
 
-def _cheapest_set(costs: dict[View, tuple[Ints, Ints]], acsr: ACSR) -> tuple[View, ...]:
+def _cheapest_set(costs: dict[View, tuple[NDArray[np.float64], Ints]], acsr: ACSR) -> tuple[View, ...]:
     """The cheapest set of row views, searched over the poset of sets (contiguous is in it if bits remain)."""
     views = list(costs)
     if len(views) == 1:

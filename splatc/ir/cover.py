@@ -70,6 +70,9 @@ def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool)
         if seen is None:
             raise AssertionError(f"view {region.cols} does not show the region's pieces")
         full, spans = _fragments(seen, Grid.of(rows), Grid.of(region.cols), lanes_valid)
+        if region.cols.kind == "blocks":  # a repeated entry advances along x1, and these tiles follow along x2
+            owner, i = ramp(full[:, 2])
+            full = np.stack([full[owner, 0], full[owner, 1] + i, np.ones_like(i), np.zeros_like(i)], axis=1)
         view = cols.index(region.cols)
         runs.append(np.insert(full, 1, view, axis=1))
         partial.append(np.insert(spans, 1, view, axis=1))
@@ -83,9 +86,9 @@ def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool)
     count = np.searchsorted(entries[:, 0], numbers, "right") - first
     items = np.concatenate([origins(rows, numbers), first[:, None], count[:, None]], axis=1)
     at = np.zeros((len(entries), 3), np.int64)
-    for v, view in enumerate(cols):
+    for v, one in enumerate(cols):
         mine = entries[:, 1] == v
-        at[mine] = origins(view, entries[mine, 2])
+        at[mine] = origins(one, entries[mine, 2])
     table = np.concatenate([at, entries[:, [1, 3, 4]]], axis=1)
     return Cover(q_len, kv_len, rows, cols, items, table, shapes)
 
@@ -150,15 +153,16 @@ def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[I
     inside = cols.b1 * (col_line % cols.b2)  # where this line lies in a tile of several lines
     begin, dbegin, w, dw = _clip(col[owner] - j * cols.b1, dcol[owner], width[owner], dwidth[owner], last[owner],
                                  solid[owner], cols.b1)  # fmt: skip
-    spans = [row_tile[owner], base[owner] + j, lane[owner], lanes[owner], begin + inside[owner], dbegin, w, dw,
-             stride[owner], count[owner], dcount[owner]]  # fmt: skip
-    spans = np.stack(spans, axis=1)
-    several = cols.b2 > 1
-    return full, _clip_lines(spans, inside[owner], cols.b1) if several else spans
+    columns = [row_tile[owner], base[owner] + j, lane[owner], lanes[owner], begin + inside[owner], dbegin, w, dw,
+               stride[owner], count[owner], dcount[owner]]  # fmt: skip
+    spans = np.stack(columns, axis=1)
+    return full, spans if cols.b2 == 1 else _clip_lines(spans, inside[owner], cols.b1)
 
 
 def _spread(strips: Ints, size: int) -> tuple[Ints, Ints]:
-    """Runs a tile or more apart become strips of their own, so that the tiles between them stay empty: (strips, source)."""
+    """Runs a tile or more apart become strips of their own, so that the tiles between them stay empty: (strips,
+    source).
+    """
     most = np.maximum(strips[:, COUNT], strips[:, COUNT] + strips[:, DCOUNT] * (strips[:, ROWS] - 1))
     source, k = ramp(np.where(strips[:, STRIDE] >= size, most, 1))
     s = strips[source].copy()
@@ -180,7 +184,9 @@ def _spread(strips: Ints, size: int) -> tuple[Ints, Ints]:
 
 def _clip(col: Ints, dcol: Ints, width: Ints, dwidth: Ints, last: Ints, solid: NDArray[np.bool_],
           size: int) -> tuple[Ints, Ints, Ints, Ints]:  # fmt: skip
-    """Bounds of solid spans that lie outside the tile in every lane move to its edge, so that equal tiles look equal."""
+    """Bounds of solid spans that lie outside the tile in every lane move to its edge, so that equal tiles look
+    equal.
+    """
     end, dend = col + width, dcol + dwidth
     left = solid & (np.maximum(col, col + dcol * last) <= 0)
     right = solid & (np.minimum(end, end + dend * last) >= size)
@@ -205,17 +211,21 @@ def _clip_lines(spans: Ints, inside: Ints, size: int) -> Ints:
     out[:, 2] += t
     out[:, 3], out[:, 4], out[:, 5], out[:, 6], out[:, 7] = 1, begin, 0, end - begin, 0
     out[:, 8], out[:, 9], out[:, 10] = 0, 1, 0
-    return out[end > begin]
+    return np.asarray(out[end > begin])
 
 
-def _shapes(spans: Ints, shared: list[tuple[BlockBits, int]], rows: View, cols: tuple[View, ...]) -> tuple[Ints, Shapes]:
+def _shapes(
+    spans: Ints, shared: list[tuple[BlockBits, int]], rows: View, cols: tuple[View, ...]
+) -> tuple[Ints, Shapes]:
     """Group spans and remainder blocks by tile, and tiles by what they hold: (entries, distinct shapes)."""
     blocks, bits = [np.zeros((0, 6), np.int64)], [np.zeros((0, BLOCK), np.uint64)]
     for remainder, view in shared:
         lanes_q, lanes_k = rows.lanes, cols[view].lanes
         q, k = remainder.rows * BLOCK, remainder.cols * BLOCK
         number = np.arange(len(q)) + sum(len(b) for b in bits)
-        blocks.append(np.stack([q // lanes_q, np.full_like(q, view), k // lanes_k, number, q % lanes_q, k % lanes_k], axis=1))
+        blocks.append(
+            np.stack([q // lanes_q, np.full_like(q, view), k // lanes_k, number, q % lanes_q, k % lanes_k], axis=1)
+        )
         bits.append(remainder.bits)
     block = np.concatenate(blocks)
     across = max((tile_count(view) for view in cols), default=1)
@@ -235,9 +245,8 @@ def _shapes(spans: Ints, shared: list[tuple[BlockBits, int]], rows: View, cols: 
     shape_spans = np.concatenate([shape[where[mine], None], content[mine]], axis=1)
     shape_blocks = np.concatenate([shape[block_where[block_mine], None], block[block_mine][:, 3:]], axis=1)
     order = np.argsort(shape_spans[:, 0], kind="stable")
-    outer, col_tile = tiles // across, tiles % across
-    view = outer % len(cols)
-    entries = np.stack([outer // len(cols), view, col_tile, np.ones_like(shape), 1 + shape], axis=1)
+    outer = tiles // across
+    entries = np.stack([outer // len(cols), outer % len(cols), tiles % across, np.ones_like(shape), 1 + shape], axis=1)
     return entries, Shapes(len(representative), shape_spans[order], shape_blocks, np.concatenate(bits))
 
 
@@ -245,7 +254,9 @@ def _hash(rows: Ints) -> NDArray[np.uint64]:
     """A 64-bit hash of every row of integers."""
     mixed = np.zeros(len(rows), np.uint64)
     for column in rows.T:
-        mixed ^= column.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) + (mixed << np.uint64(6)) + (mixed >> np.uint64(2))
+        mixed ^= (
+            column.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) + (mixed << np.uint64(6)) + (mixed >> np.uint64(2))
+        )
         mixed *= np.uint64(0xFF51AFD7ED558CCD)
         mixed ^= mixed >> np.uint64(32)
     return mixed
@@ -272,8 +283,12 @@ def paint(shapes: Shapes, chosen: slice, lanes_q: int, lanes_k: int) -> NDArray[
     np.add.at(steps, (shape, lane, begin), 1)
     np.add.at(steps, (shape, lane, end), -1)
     painted = np.cumsum(steps, axis=2, dtype=np.int8)[:, :, :lanes_k] > 0
-    for number, index, lane0, col0 in shapes.blocks[(shapes.blocks[:, 0] >= first) & (shapes.blocks[:, 0] < chosen.stop)]:
-        dense = np.unpackbits(shapes.bits[index].view(np.uint8).reshape(BLOCK, 8), axis=1, bitorder="little").astype(bool)
+    for number, index, lane0, col0 in shapes.blocks[
+        (shapes.blocks[:, 0] >= first) & (shapes.blocks[:, 0] < chosen.stop)
+    ]:
+        dense = np.unpackbits(shapes.bits[index].view(np.uint8).reshape(BLOCK, 8), axis=1, bitorder="little").astype(
+            bool
+        )
         view = painted[number - first, lane0 : lane0 + BLOCK, col0 : col0 + BLOCK]
         view |= dense[: view.shape[0], : view.shape[1]]
     return painted

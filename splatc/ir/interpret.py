@@ -46,7 +46,9 @@ def elements(domain: Domain) -> NDArray[np.bool_]:
         case Cover():
             times = np.zeros((domain.q_len, domain.kv_len), np.int64)
             for q, k, held in tiles(domain):
-                times[np.ix_(q[q >= 0], k[k >= 0])] += held[np.ix_(q >= 0, k >= 0)]
+                np.add.at(
+                    times, np.ix_(q[q >= 0], k[k >= 0]), held[np.ix_(q >= 0, k >= 0)]
+                )  # lanes may share a position
                 if held[np.ix_(q >= 0, k < 0)].any():
                     raise VerifyError(f"a tile at query {q[0]} attends to keys that do not exist")
     if (times > 1).any():

@@ -1,4 +1,6 @@
-"""The passes, in order. Each is a pure function (program, schedule) -> program; ``run_passes`` calls ``after`` between."""
+"""The passes, in order. Each is a pure function (program, schedule) -> program; ``run_passes`` calls ``after``
+between.
+"""
 
 from __future__ import annotations
 

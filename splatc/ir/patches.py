@@ -1,12 +1,12 @@
 """Covering N-D neighbourhoods: a row tile is a patch of the grid, its keys are boxes placed where the patch needs them.
 
-A strip in patch coordinates lies on one line of the grid (x runs along it). Patches whose strips look alike, relative to
-the corner of what they touch, are one kind: boxes and bits are worked out once a kind.
+A strip in patch coordinates lies on one line of the grid (x runs along it). Patches whose strips look alike, relative
+to the corner of what they touch, are one kind: boxes and bits are worked out once a kind.
 """
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -19,9 +19,13 @@ from splatc.ir.views import Triple, View, patches
 
 def boxes_of(lanes: int, grid: Triple) -> list[Triple]:
     """The boxes of ``lanes`` positions, in powers of two, that a grid of this many dimensions can use."""
+
+    def fits(box: Triple) -> bool:
+        return box[0] >= 4 and all(side == 1 or side < 2 * extent for side, extent in zip(box, grid, strict=True))
+
     powers = [1 << i for i in range(lanes.bit_length())]
-    found = [b for b in product(powers, repeat=3) if b[0] * b[1] * b[2] == lanes]
-    return [b for b in found if all(side == 1 or side < 2 * extent for side, extent in zip(b, grid, strict=True)) and b[0] >= 4]
+    found = [(x, y, lanes // (x * y)) for x in powers for y in powers if x * y <= lanes]
+    return [box for box in found if fits(box)]
 
 
 def patch_region(pieces: Ints, region: Region, grid: Triple, tile_m: int, tile_n: int) -> Region | None:
@@ -58,7 +62,8 @@ def _reach(seen: Seen, grid: Triple) -> Ints:
 def _fragments(pieces: Ints, rows: View, cols: View) -> tuple[Ints, Ints, Ints, Ints]:
     """(patch numbers, fragments, corner and far corner of what each patch touches).
 
-    fragments: (index of patch, lane, lanes, x, dx, width, dwidth, y, z), one key line each, x y z relative to the corner.
+    fragments: (index of patch, lane, lanes, x, dx, width, dwidth, y, z), one key line each, x y z relative to the
+    corner.
     """
     seen = see(pieces, rows, cols)
     if seen is None:
@@ -107,16 +112,24 @@ def cover_patches(q_len: int, kv_len: int, region: Region, every_row: bool) -> C
     begin = np.cumsum(per_kind) - per_kind
     owner, i = ramp(per_kind[which])
     tile = begin[which[owner]] + i
-    numbers = np.arange(int(np.prod([-(-n // b) for n, b in zip(rows.extents, rows.box, strict=True)]))) if every_row else patch
+    numbers = (
+        np.arange(int(np.prod([-(-n // b) for n, b in zip(rows.extents, rows.box, strict=True)])))
+        if every_row
+        else patch
+    )
     ones, zeros = np.ones_like(tile), np.zeros_like(tile)
     entries = np.concatenate([corner[owner] + tile_at[tile], np.stack([zeros, ones, 1 + tile], axis=1)], axis=1)
     at = np.searchsorted(patch[owner], numbers)
     count = np.searchsorted(patch[owner], numbers, "right") - at
     across, down = (-(-rows.extents[d] // rows.box[d]) for d in (0, 1))
-    place = np.stack([numbers % across, numbers // across % down, numbers // (across * down)], axis=1) * np.array(rows.box)
+    place = np.stack([numbers % across, numbers // across % down, numbers // (across * down)], axis=1) * np.array(
+        rows.box
+    )
     items = np.concatenate([place, at[:, None], count[:, None]], axis=1)
     none = np.zeros((0, 4), np.int64)
-    return Cover(q_len, kv_len, rows, (cols,), items, entries, Shapes(len(tile_kind), spans, none, np.zeros((0, 64), np.uint64)))
+    return Cover(
+        q_len, kv_len, rows, (cols,), items, entries, Shapes(len(tile_kind), spans, none, np.zeros((0, 64), np.uint64))
+    )
 
 
 def _kinds(fragment: Ints, patches: int) -> Ints:
@@ -124,7 +137,7 @@ def _kinds(fragment: Ints, patches: int) -> Ints:
     bounds = np.searchsorted(fragment[:, 0], np.arange(patches + 1))
     seen: dict[bytes, int] = {}
     body = np.ascontiguousarray(fragment[:, 1:])
-    return np.array([seen.setdefault(body[a:b].tobytes(), len(seen)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)], np.int64)
+    return np.array([seen.setdefault(body[a:b].tobytes(), len(seen)) for a, b in pairwise(bounds)], np.int64)
 
 
 def _tiles(kind: Ints, fragment: Ints, cols: View) -> tuple[Ints, Ints, Ints]:

@@ -20,7 +20,11 @@ def to_text(program: Program) -> str:
 def _domain(name: str, domain: Domain) -> list[str]:
     match domain:
         case Mask(acsr):
-            return [f"mask {name} = {acsr} {{", *_cut([f"  {piece}" for piece in acsr.pieces[:SHOWN]], len(acsr.pieces)), "}"]
+            return [
+                f"mask {name} = {acsr} {{",
+                *_cut([f"  {piece}" for piece in acsr.pieces[:SHOWN]], len(acsr.pieces)),
+                "}",
+            ]
         case Regions(_, _, regions):
             lines = [f"regions {name} = {{"]
             for region in regions:

@@ -53,7 +53,8 @@ class Regions:
 class Shapes:
     """The distinct partly filled tiles, as spans: the compressed form of their bits.
 
-    spans: int64 (n, 10): shape, lane, lanes, then col, dcol, width, dwidth, stride, count, dcount as in a strip, relative
+    spans: int64 (n, 10): shape, lane, lanes, then col, dcol, width, dwidth, stride, count, dcount as in a strip,
+    relative
     to the tile. blocks: int64 (m, 4): shape, index into ``bits``, and the lane and column of the tile it lies at.
     """
 

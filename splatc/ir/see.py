@@ -12,14 +12,27 @@ import numpy as np
 
 from splatc.formats.fold import MAX_LEVELS, owners, unnest
 from splatc.formats.strips import (
-    COL, COUNT, DCOL, DCOUNT, DWIDTH, FIELDS, ROW, ROWS, STRIDE, WIDTH, Ints, ramp,
+    COL,
+    COUNT,
+    DCOL,
+    DCOUNT,
+    DWIDTH,
+    FIELDS,
+    ROW,
+    ROWS,
+    STRIDE,
+    WIDTH,
+    Ints,
+    ramp,
 )  # fmt: skip
 from splatc.ir.views import View
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Strips in view coordinates (int64 (n, 9): row and col are u), the lines they lie on, and the piece each is from."""
+    """Strips in view coordinates (int64 (n, 9): row and col are u), the lines they lie on, and the piece each is
+    from.
+    """
 
     strips: Ints
     row_line: Ints

@@ -8,7 +8,7 @@ from splatc.errors import VerifyError
 from splatc.formats.fold import unnest
 from splatc.formats.strips import ROW, ROWS, element_counts
 from splatc.ir.printer import to_text
-from splatc.ir.program import Attend, Cover, Mask, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import Attend, Cover, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
 from splatc.ir.see import see
 
 
@@ -37,21 +37,26 @@ def _names(program: Program) -> list[str]:
         faults.append("two domains have one name")
     known = {"q", "k", "v"}
     for i, op in enumerate(program.body):
-        match op:
-            case Sddmm(out, q, k, over):
-                uses, makes, domain = (q, k), (out,), over
-            case Softmax(out, lse, x):
-                uses, makes, domain = (x,), (out, lse), None
-            case Spmm(out, p, v):
-                uses, makes, domain = (p, v), (out,), None
-            case Attend(out, lse, q, k, v, over, merging):
-                uses, makes, domain = (q, k, v) + ((out, lse) if merging else ()), (out, lse), over
+        uses, makes, domain = _operands(op)
         faults += [f"operation {i} uses {name}, which is not defined" for name in uses if name not in known]
         if domain is not None and domain not in domains:
             faults.append(f"operation {i} runs over {domain}, which does not exist")
         known.update(makes)
     faults += [f"{name} is not computed" for name in ("o", "lse") if name not in known]
     return faults
+
+
+def _operands(op: Operation) -> tuple[list[str], list[str], str | None]:
+    """(what it uses, what it makes, the domain it runs over)."""
+    match op:
+        case Sddmm(out, q, k, over):
+            return [q, k], [out], over
+        case Softmax(out, lse, x):
+            return [x], [out, lse], None
+        case Spmm(out, p, v):
+            return [p, v], [out], None
+        case Attend(out, lse, q, k, v, over, merging):
+            return [q, k, v, *([out, lse] if merging else [])], [out, lse], over
 
 
 def _mask(program: Program, q_len: int, kv_len: int) -> list[str]:
@@ -87,7 +92,12 @@ def _cover(cover: Cover) -> list[str]:
     view, repeat, shape = cover.entries[:, 3], cover.entries[:, 4], cover.entries[:, 5]
     if len({v.lanes for v in cover.cols}) > 1:
         faults.append("column views have tiles of different sizes")
-    if (first < 0).any() or (count < 0).any() or (first + count > len(cover.entries)).any() or count.sum() != len(cover.entries):
+    if (
+        (first < 0).any()
+        or (count < 0).any()
+        or (first + count > len(cover.entries)).any()
+        or count.sum() != len(cover.entries)
+    ):
         faults.append("items do not partition the entries")
     if ((view < 0) | (view >= len(cover.cols))).any():
         faults.append("an entry names a column view that does not exist")

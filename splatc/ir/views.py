@@ -13,11 +13,12 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class View:
-    """The axis as (x1, x2, x3): position = sum of x_i * strides_i, valid where 0 <= x_i < extents_i and position < length.
+    """The axis as (x1, x2, x3): position = sum of x_i * strides_i, valid where 0 <= x_i < extents_i and position <
+    length.
 
     A tile side is a box of the view: lane i is at x = origin + (i % b1, i // b1 % b2, i // (b1 b2)).
     kind: "contiguous"; "residue" (x1 steps over a residue class, x2 is the residue); "blocks" (x1 inside a block of
-    ``strides[1]``, x2 the block; only x1 from ``offset`` on, box[0] wide, is of interest); "patches" (a 2-D or 3-D grid).
+    ``strides[1]``, x2 the block; only x1 from ``offset`` on, box[0] wide, counts); "patches" (a 2-D or 3-D grid).
     """
 
     kind: str
@@ -34,7 +35,9 @@ class View:
     @property
     def step(self) -> int:
         """The modulus of the view (the length of a line of a grid); 1 for the contiguous one."""
-        return self.strides[0] if self.kind == "residue" else self.strides[1] if self.kind in ("blocks", "patches") else 1
+        return (
+            self.strides[0] if self.kind == "residue" else self.strides[1] if self.kind in ("blocks", "patches") else 1
+        )
 
     def positions(self, origin: Ints) -> Ints:
         """Positions of every lane of boxes at ``origin`` (n, 3): int64 (n, lanes), -1 where there is none."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from splatc.codegen.kernel import DTYPES
+from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput
 from splatc.ir.program import Program
 from splatc.patterns.base import Pattern
@@ -19,9 +20,15 @@ from splatc.runtime.explain import Explanation
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import (
-    Shape, check_call, check_gradients, check_scale, is_torch, last_axis_contiguous, outputs, to_bhsd,
+    Shape,
+    check_call,
+    check_gradients,
+    check_scale,
+    is_torch,
+    last_axis_contiguous,
+    outputs,
+    to_bhsd,
 )  # fmt: skip
-from splatc.codegen.tables import Tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,8 @@ class CompiledAttention:
     """Masked attention for one mask, head_dim, dtype and target: ``f(q, k, v, scale=None, return_lse=False,
     enable_gqa=False)``.
 
-    Lengths other than the compiled ones reuse the binary: a symbolic pattern is planned anew (milliseconds, remembered).
+    Lengths other than the compiled ones reuse the binary: a symbolic pattern is planned anew (milliseconds,
+    remembered).
     """
 
     def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd") -> None:
@@ -74,7 +82,9 @@ class CompiledAttention:
         return self._plan.explanation
 
     def plan(self, seq_len: int | None = None, kv_len: int | None = None) -> Plan:
-        """The plan for other lengths (default: the compiled ones); it is remembered, so calls of that length are ready."""
+        """The plan for other lengths (default: the compiled ones); it is remembered, so calls of that length are
+        ready.
+        """
         if seq_len is None:
             return self._plan
         lengths = seq_len, seq_len if kv_len is None else kv_len
@@ -95,8 +105,8 @@ class CompiledAttention:
         layout="bshd".
 
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
-        v_head_dim, and with return_lse also lse float32 (batch, heads, q_len), natural log. A row that attends to nothing
-        gives 0 and -inf. Raises InvalidInput for tensors that do not fit.
+        v_head_dim, and with return_lse also lse float32 (batch, heads, q_len), natural log. A row that attends to
+        nothing gives 0 and -inf. Raises InvalidInput for tensors that do not fit.
         """
         shape = check_call(q, k, v, self.layout, enable_gqa)
         self._check(shape)
@@ -117,7 +127,9 @@ class CompiledAttention:
         spec = self.kernel.spec
         if shape.dtype != spec.dtype:
             known = f"one of {', '.join(DTYPES)}" if shape.dtype not in DTYPES else "compile again for it"
-            raise InvalidInput(f"q, k and v are {shape.dtype} but this kernel is compiled for {spec.dtype}: convert them, {known}")
+            raise InvalidInput(
+                f"q, k and v are {shape.dtype} but this kernel is compiled for {spec.dtype}: convert them, {known}"
+            )
         if (shape.head_dim, shape.v_head_dim) != (spec.head_dim, spec.v_head_dim):
             raise InvalidInput(
                 f"head_dim is {shape.head_dim} (v: {shape.v_head_dim}) but this kernel is compiled for {spec.head_dim} "
@@ -125,7 +137,9 @@ class CompiledAttention:
             )
         kind = shape.device.partition(":")[0]
         if kind != spec.target.kind:
-            raise InvalidInput(f"q is on {shape.device} but this kernel is compiled for {spec.target}: move q, k, v or compile for {kind}")
+            raise InvalidInput(
+                f"q, k, v are on {shape.device} but the kernel is for {spec.target}: move them, or compile for {kind}"
+            )
 
     def _tables(self, shape: Shape) -> list[tuple[Any, ...]]:
         """The table arguments of each pass on the device of this call, made once."""
@@ -147,8 +161,8 @@ def _upload(launch: Launch, shape: Shape) -> tuple[Any, ...]:
         return tuple(_exchange(x) for x in (*arrays, launch.chunks(shape.batch, workers())))
     import torch
 
-    return tuple(torch.from_numpy(x.view(np.int32)).to(shape.device).view(torch.uint32 if x.dtype == np.uint32 else torch.int32)
-                 for x in arrays)  # fmt: skip
+    return tuple(torch.from_numpy(x.view(np.int32)).to(shape.device).view(torch.uint32 if x.dtype == np.uint32 else
+    torch.int32) for x in arrays)  # fmt: skip
 
 
 def _exchange(x: Any) -> Any:

@@ -23,7 +23,9 @@ _SOURCES = {"cuda": "kernel.cu", "ptx": "kernel.ptx", "llvm": "kernel.ll"}
 
 
 def ir_dump(pattern: Pattern, q_len: int, kv_len: int) -> Callable[[str, Program], None] | None:
-    """What writes 00_lower.txt, 01_choose_views.txt, ... to a folder of this mask; None unless SPLATC_DUMP asks for ir."""
+    """What writes 00_lower.txt, 01_choose_views.txt, ... to a folder of this mask; None unless SPLATC_DUMP asks for
+    ir.
+    """
     config = Config.from_env()
     if "ir" not in config.dump:
         return None
@@ -48,7 +50,9 @@ def dump_tables(pattern: Pattern, q_len: int, kv_len: int, tables: tuple[Tables,
 def _folder(config: Config, pattern: Pattern, q_len: int, kv_len: int) -> Path:
     """A folder named after the mask: what is readable of its text, and a digest of all of it."""
     text = f"{pattern} {q_len}x{kv_len}"
-    return config.dump_dir / f"{re.sub('[^A-Za-z0-9]+', '-', text)[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return (
+        config.dump_dir / f"{re.sub('[^A-Za-z0-9]+', '-', text)[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
 
 
 def dump_sources(kernel: Kernel) -> None:

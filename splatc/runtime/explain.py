@@ -49,21 +49,24 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
+        kinds = f"{self.full_tiles} full, {self.bit_tiles} with bits, {self.distinct_bits} distinct"
         lines = [
             f"pattern      {self.pattern}",
-            f"mask         {self.q_len} x {self.kv_len}, {self.nnz} of {self.q_len * self.kv_len} attend ({self.density:.2%})",
+            f"mask         {self.q_len} x {self.kv_len}, {self.nnz} elements attend ({self.density:.2%})",
             f"ACSR         {self.pieces} pieces, remainder of {self.remainder_nnz} elements",
-            f"tiles        {self.tiles} ({self.full_tiles} full, {self.bit_tiles} with bits, {self.distinct_bits} distinct)",
+            f"tiles        {self.tiles} ({kinds})",
             f"waste        {self.waste:.3f} (tile area / elements)",
             f"tables       {self.table_bytes / 1024:.0f} KiB",
         ]
         lines += [f"pass {i}       {view}" for i, view in enumerate(self.views)]
-        lines.append(f"predicted    {self.seconds * 1e3:.3f} ms a head (d={self.head_dim}, {self.dtype}, {self.target})")
+        lines.append(
+            f"predicted    {self.seconds * 1e3:.3f} ms a head (d={self.head_dim}, {self.dtype}, {self.target})"
+        )
         return "\n".join(lines)
 
 
-def explain(pattern: str, acsrs: list[ACSR], programs: list[Program], tables: list[tuple[Tables, ...]], spec: KernelSpec,
-            cores: int) -> Explanation:  # fmt: skip
+def explain(pattern: str, acsrs: list[ACSR], programs: list[Program], tables: list[tuple[Tables, ...]], spec:
+KernelSpec, cores: int) -> Explanation:  # fmt: skip
     """The explanation of a plan."""
     every = [t for passes in tables for t in passes]
     area = sum(t.tiles for t in every) * spec.tile_m * spec.tile_n

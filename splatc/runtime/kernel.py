@@ -74,7 +74,9 @@ def cpu_identity() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    kept = sorted({line for line in lines if line.split("\t")[0].strip(" :") in ("model name", "flags", "Features", "CPU part")})
+    kept = sorted(
+        {line for line in lines if line.split("\t")[0].strip(" :") in ("model name", "flags", "Features", "CPU part")}
+    )
     return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,9 @@ ITEM_TILES = 0.4  # what starting a row tile costs, in tiles
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel call: the arrays of the kernel ABI (codegen/tables.py), for all heads. cost: of each work row, in tiles."""
+    """One kernel call: the arrays of the kernel ABI (codegen/tables.py), for all heads. cost: of each work row, in
+    tiles.
+    """
 
     work: NDArray[np.int32]
     items: NDArray[np.int32]
@@ -39,23 +42,27 @@ def launches(tables: list[tuple[Tables, ...]], pattern_of_head: list[int]) -> li
 
 
 def _launch(tables: list[Tables | None], pattern_of_head: list[int]) -> Launch:
-    items, entries, views, bits = [], [], [], []
+    items: list[Any] = []
+    entries: list[Any] = []
+    views: list[Any] = []
+    bits: list[Any] = []
     first_item: dict[int, int] = {}
-    n_items = n_entries = n_views = n_bits = 0
+    offset = np.zeros(4, np.int32)  # items, entries, views and bits so far
     for p, t in enumerate(tables):
         if t is None or p not in pattern_of_head:
             continue
         item, entry = t.items.copy(), t.entries.copy()
-        item[:, 3] += n_entries
-        item[:, 5] += n_views
-        entry[:, 5] += n_views
-        entry[:, 4] += np.where(entry[:, 4] > 0, n_bits, 0).astype(np.int32)
-        first_item[p] = n_items
-        items.append(item), entries.append(entry), views.append(t.views), bits.append(t.bits)
-        n_items, n_entries, n_views, n_bits = n_items + len(item), n_entries + len(entry), n_views + len(t.views), n_bits + len(t.bits)
+        item[:, 3] += offset[1]
+        item[:, 5] += offset[2]
+        entry[:, 5] += offset[2]
+        entry[:, 4] += np.where(entry[:, 4] > 0, offset[3], 0)
+        first_item[p] = int(offset[0])
+        for parts, part in zip((items, entries, views, bits), (item, entry, t.views, t.bits), strict=True):
+            parts.append(part)
+        offset += [len(item), len(entry), len(t.views), len(t.bits)]
     item = np.concatenate(items)
-    work = [np.stack([np.full(len(t.items), head, np.int32), first_item[p] + np.arange(len(t.items), dtype=np.int32)], 1)
-            for head, p in enumerate(pattern_of_head) if (t := tables[p]) is not None]  # fmt: skip
+    work = [np.stack([np.full(len(t.items), head, np.int32), first_item[p] + np.arange(len(t.items), dtype=np.int32)],
+    1) for head, p in enumerate(pattern_of_head) if (t := tables[p]) is not None]  # fmt: skip
     rows = np.ascontiguousarray(np.concatenate(work), np.int32)
     cost = item[rows[:, 1], 6] + ITEM_TILES
     return Launch(rows, item, np.concatenate(entries), np.concatenate(views), np.concatenate(bits), cost)

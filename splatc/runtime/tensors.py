@@ -36,7 +36,7 @@ def is_torch(x: Any) -> bool:
 
 
 def dtype_name(x: Any) -> str:
-    """ "float32", "bfloat16", ... of a torch tensor or a NumPy array."""
+    """The dtype of a torch tensor or a NumPy array as "float32", "bfloat16", ..."""
     return str(x.dtype).removeprefix("torch.")
 
 
@@ -48,7 +48,9 @@ def to_bhsd(x: Any, layout: str) -> Any:
 
 
 def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
-    """The sizes of q, k, v given in ``layout``; raises InvalidInput or Unsupported with one line that says what to do."""
+    """The sizes of q, k, v given in ``layout``; raises InvalidInput or Unsupported with one line that says what to
+    do.
+    """
     named = (("q", q), ("k", k), ("v", v))
     for name, x in named:
         if not (is_torch(x) or isinstance(x, np.ndarray)):
@@ -77,7 +79,9 @@ def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
     if kv_heads == 0 or heads % kv_heads:
         raise InvalidInput(f"{heads} query heads cannot share {kv_heads} key/value heads: give a multiple")
     if 0 in (batch, heads, head_dim, int(v.shape[3])):
-        raise InvalidInput(f"q {tuple(q.shape)} and v {tuple(v.shape)} (bhsd) have an empty dimension: nothing to compute")
+        raise InvalidInput(
+            f"q {tuple(q.shape)} and v {tuple(v.shape)} (bhsd) have an empty dimension: nothing to compute"
+        )
     return Shape(batch, heads, kv_heads, q_len, int(k.shape[2]), head_dim, int(v.shape[3]), dtypes["q"], devices["q"])
 
 
@@ -113,15 +117,13 @@ def last_axis_contiguous(x: Any) -> Any:
 def outputs(q: Any, shape: Shape, layout: str) -> tuple[Any, Any]:
     """(o as bhsd view of memory in ``layout``, lse (batch, heads, q_len) float32), not initialised."""
     order = (shape.batch, shape.heads, shape.q_len) if layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
+    rows = (shape.batch, shape.heads, shape.q_len)
     if is_torch(q):
         import torch
 
         o = torch.empty((*order, shape.v_head_dim), dtype=q.dtype, device=q.device)
-        lse = torch.empty((shape.batch, shape.heads, shape.q_len), dtype=torch.float32, device=q.device)
-    else:
-        o = np.empty((*order, shape.v_head_dim), q.dtype)
-        lse = np.empty((shape.batch, shape.heads, shape.q_len), np.float32)
-    return to_bhsd(o, layout), lse
+        return to_bhsd(o, layout), torch.empty(rows, dtype=torch.float32, device=q.device)
+    return to_bhsd(np.empty((*order, shape.v_head_dim), q.dtype), layout), np.empty(rows, np.float32)
 
 
 def _words(layout: str) -> str:

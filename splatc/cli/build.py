@@ -1,0 +1,182 @@
+"""``splatc compile`` and ``splatc dump``: kernels ahead of time, and everything that the compiler makes on the way."""
+
+from __future__ import annotations
+
+import io
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from splatc.cli.masks import (
+    Dtype, HeadDim, KvLen, MaskArgument, SeqLen, VHeadDim, kernel_spec, plan_mask, quick_target, sized_mask,
+)  # fmt: skip
+from splatc.cli.output import console, note, size, write_or_print
+from splatc.codegen.build import cuda_source
+from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.nvcc import find_nvcc
+from splatc.codegen.tables import Tables
+from splatc.config import Config
+from splatc.errors import CacheError, InvalidInput, Unsupported
+from splatc.ir.passes import PASSES
+from splatc.ir.printer import to_text
+from splatc.ir.program import Program
+from splatc.patterns.base import Pattern
+from splatc.runtime.attention import Plan
+from splatc.runtime.kernel import find_kernel, kernel_cache
+
+Sized = tuple[Pattern, int, int]
+
+COMPILE_EXAMPLES = """\b
+Examples:
+  splatc compile none --head-dim 64 --dtype bfloat16 --target sm_90a
+  splatc compile 'causal & window(256, 0)' --seq-len 8192 -d 128 --target cpu"""
+
+DUMP_EXAMPLES = """\b
+Examples:
+  splatc dump 'window(256, 256)' --seq-len 4096 --head-dim 64 --arch sm_90a -o window.cu
+  splatc dump causal -s 4096 --what ptx --arch sm_80
+  splatc dump causal -s 4096 --arch cpu                      (LLVM IR)
+  splatc dump 'fixed(128, 16)' -s 1024 --after choose_views  (the IR after a pass)
+  splatc dump 'fixed(128, 16)' -s 1024 --what tables -o tables.npz"""
+
+
+class What(str, Enum):
+    """What ``splatc dump`` can print."""
+
+    cuda = "cuda"
+    ptx = "ptx"
+    llvm = "llvm"
+    tir = "tir"
+    ir = "ir"
+    tables = "tables"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("compile", epilog=COMPILE_EXAMPLES)(compile_kernel)
+    app.command(epilog=DUMP_EXAMPLES)(dump)
+
+
+def compile_kernel(
+    mask: Annotated[str, typer.Argument(metavar="PATTERN_OR_FILE|none", show_default=False,
+                                        help="A mask to check as well; none: a kernel serves all masks.")],
+    seq_len: SeqLen = None,
+    kv_len: KvLen = None,
+    head_dim: HeadDim = 64,
+    v_head_dim: VHeadDim = None,
+    dtype: Dtype = "float32",
+    target: Annotated[str | None, typer.Option("--target", "--arch", show_default="the GPU here, else the CPU",
+                                               help="cpu, cuda or an arch such as sm_90a (which needs nvcc here).")] = None,
+) -> None:  # fmt: skip
+    """Compile a kernel into the cache, ahead of time, and print its folder."""
+    spec = kernel_spec(head_dim, v_head_dim, dtype, target)
+    if mask != "none":
+        sized = sized_mask(mask, seq_len, kv_len)
+        plan_mask(sized, spec)
+    root = kernel_cache(Config.from_env()).root
+    if root is None:
+        raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
+    if spec.target.kind == "cuda" and find_nvcc() is None:
+        raise Unsupported(f"compiling for {spec.target.arch} needs nvcc: install the CUDA toolkit (`splatc dump` needs none)")
+    with console(stderr=True).status(f"compiling {spec.name} for {spec.target}"):
+        folder = find_kernel(spec).folder
+    if not folder.is_relative_to(root):
+        raise CacheError(f"the kernel cannot be kept in {root} (read-only or full): set SPLATC_CACHE_DIR to another folder")
+    print(folder)
+
+
+def dump(
+    mask: MaskArgument,
+    seq_len: SeqLen = None,
+    kv_len: KvLen = None,
+    head_dim: HeadDim = 64,
+    v_head_dim: VHeadDim = None,
+    dtype: Dtype = "float32",
+    arch: Annotated[str | None, typer.Option("--arch", "--target", show_default="SPLATC_ARCH, else cpu",
+                                             help="cpu or an arch such as sm_90a.")] = None,
+    what: Annotated[What | None, typer.Option("--what", show_default="cuda; llvm for the CPU",
+                                              help="What to write.")] = None,
+    after: Annotated[str | None, typer.Option("--after", metavar="PASS", show_default="the last one",
+                                              help=f"The IR after a pass: lower, {', '.join(p.__name__ for p in PASSES)}.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="A file.")] = None,
+) -> None:  # fmt: skip
+    """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
+    spec = kernel_spec(head_dim, v_head_dim, dtype, quick_target(arch))
+    if what is None:
+        what = What.ir if after is not None else What.cuda if spec.target.kind == "cuda" else What.llvm
+    if after is not None and what is not What.ir:
+        raise InvalidInput(f"--after is for --what ir: there are no passes in {what.value}")
+    sized = sized_mask(mask, seq_len, kv_len)
+    if what is What.ir:
+        write_or_print(_ir(sized, spec, after), output)
+    elif what is What.tables:
+        _write_tables(plan_mask(sized, spec), output)
+    else:
+        sized[0].check(*sized[1:])
+        write_or_print(_source(spec, what), output)
+
+
+def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:
+    names = ["lower", *(one.__name__ for one in PASSES)]
+    wanted = wanted or names[-1]
+    if wanted not in names:
+        raise InvalidInput(f"there is no pass {wanted!r}: the passes are {', '.join(names)}")
+    seen: list[Program] = []
+    plan = plan_mask(sized, spec, lambda name, program: seen.append(program) if name == wanted else None)
+    texts = [to_text(program) for program in seen]
+    if plan.heads is None or len(texts) == 1:
+        return "\n".join(texts)
+    heads = [[h for h, mine in enumerate(plan.heads) if mine == p] for p in range(len(texts))]
+    return "\n".join(f"// heads {', '.join(map(str, who))}\n{text}" for who, text in zip(heads, texts, strict=True))
+
+
+def _source(spec: KernelSpec, what: What) -> str:
+    kind = spec.target.kind
+    if (kind == "cuda") != (what in (What.cuda, What.ptx)) and what is not What.tir:
+        other = "cpu" if kind == "cuda" else "an arch such as sm_90a"
+        raise InvalidInput(f"there is no {what.value} for {spec.target}: give --arch {other}")
+    if kind == "cuda" and what is not What.ptx:
+        with console(stderr=True).status(f"generating {spec.name} for {spec.target}"):
+            return cuda_source(spec)[what is What.cuda]
+    if what is What.ptx and find_nvcc() is None:
+        raise Unsupported("PTX needs nvcc: install the CUDA toolkit, or use --what cuda")
+    names = {What.ptx: "kernel.ptx", What.llvm: "kernel.ll", What.tir: "kernel.tir.py"}
+    with console(stderr=True).status(f"compiling {spec.name} for {spec.target}"):
+        return find_kernel(spec).file(names[what])
+
+
+def _write_tables(plan: Plan, output: Path | None) -> None:
+    named = [(f"mask{p}_pass{i}" if len(plan.tables) > 1 else f"pass{i}", t)
+             for p, passes in enumerate(plan.tables) for i, t in enumerate(passes)]  # fmt: skip
+    if output is not None and output.suffix == ".npz":
+        arrays = {f"{name}_{part}": getattr(t, part) for name, t in named for part in ("views", "items", "entries", "bits")}
+        data = io.BytesIO()
+        np.savez(data, **arrays)
+        output.write_bytes(data.getvalue())
+        note(f"wrote {output} ({size(output.stat().st_size)}): {', '.join(arrays)}")
+    else:
+        write_or_print("\n".join(tables_text(name, t) for name, t in named), output)
+
+
+def tables_text(name: str, tables: Tables) -> str:
+    """One pass's tables for people: a line a view, item and entry, and each distinct tile of bits as a picture."""
+    lines = [f"{name}: {tables.tiles} tiles ({tables.full_tiles} full, {tables.bit_tiles} with bits), {size(tables.nbytes)}"]
+    lines += ["", "view  extents / strides / box (view 0 is the rows')"]
+    for i, v in enumerate(tables.views.tolist()):
+        lines.append(f"{i:>4}  {v[0:3]} / {v[3:6]} / {v[6:9]}")
+    lines += ["", "item  row origin: entries"]
+    entries = tables.entries.tolist()
+    for i, (x1, x2, x3, first, count, *_) in enumerate(tables.items.tolist()):
+        parts = []
+        for k1, k2, k3, repeat, bits, view, *_ in entries[first : first + count]:
+            kind = f"bits{bits - 1}" if bits else "full" + (f" x{repeat}" if repeat > 1 else "")
+            parts.append(f"view{view}[{k1}, {k2}, {k3}] {kind}")
+        lines.append(f"{i:>4}  [{x1}, {x2}, {x3}]: " + ("; ".join(parts) or "nothing"))
+    for i, tile in enumerate(tables.bits if tables.bit_tiles else ()):
+        dense = np.unpackbits(np.ascontiguousarray(tile).view(np.uint8).reshape(len(tile), -1), axis=1, bitorder="little").T
+        lines += ["", f"bits{i} (rows down, columns across)"]
+        lines += ["".join("#" if bit else "." for bit in row) for row in dense]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,108 @@
+"""``splatc analyze`` and ``splatc show``: looking at a mask. Nothing is compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splatc.cli.masks import Dtype, HeadDim, KvLen, MaskArgument, SeqLen, kernel_spec, plan_mask, quick_target, sized_mask
+from splatc.cli.output import console, fields, note, percent, print_json, seconds, size
+from splatc.formats.acsr import ACSR
+from splatc.ir.program import Mask
+from splatc.runtime.attention import Plan
+
+ANALYZE_EXAMPLES = """\b
+Examples:
+  splatc analyze 'causal & window(256, 0)' --seq-len 8192
+  splatc analyze 'bigbird(64)' -s 4096 --target sm_90a --json
+  splatc analyze mask.npy --pieces"""
+
+SHOW_EXAMPLES = """\b
+Examples:
+  splatc show 'causal & (window(31, 0) | strided(32))' --seq-len 512
+  splatc show 'fixed(128, 16)' -s 1024 -o fixed.png
+  splatc show mask.npy --tiles -o tiles.svg"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command(epilog=ANALYZE_EXAMPLES)(analyze)
+    app.command(epilog=SHOW_EXAMPLES)(show)
+
+
+def analyze(
+    mask: MaskArgument,
+    seq_len: SeqLen = None,
+    kv_len: KvLen = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Print the pieces themselves, too.")] = False,
+    head_dim: HeadDim = 64,
+    dtype: Dtype = "float32",
+    target: Annotated[str | None, typer.Option("--target", show_default="cpu",
+                                               help="cpu, cuda or an arch such as sm_90a.")] = None,
+) -> None:  # fmt: skip
+    """What splatc finds in a mask: pieces, density, tiles, waste and a predicted time. Compiles nothing."""
+    found: list[ACSR] = []
+
+    def after(name: str, program: object) -> None:
+        domains = getattr(program, "domains", ())
+        found.extend(d.acsr for _, d in domains if name == "lower" and isinstance(d, Mask))
+
+    spec = kernel_spec(head_dim, None, dtype, quick_target(target))
+    plan = plan_mask(sized_mask(mask, seq_len, kv_len), spec, after)
+    lines = [str(piece) for acsr in found for piece in acsr.pieces] if pieces else []
+    if json:
+        print_json({**plan.explanation.to_dict(), **({"piece_list": lines} if pieces else {})})
+        return
+    out = console()
+    out.print(_summary(plan))
+    if pieces:
+        out.print()
+        for i, line in enumerate(lines):
+            out.print(f"{i:>6}  {line}", soft_wrap=True)
+
+
+def _summary(plan: Plan) -> object:
+    e = plan.explanation
+    distinct = len(plan.programs)
+    heads = f", {len(plan.heads)} heads with {distinct} distinct masks" if plan.heads else ""
+    text = e.pattern if len(e.pattern) <= 300 else f"{e.pattern[:300]}... ({len(e.pattern)} characters)"
+    rest = f", and a remainder of {e.remainder_nnz:,} elements" if e.remainder_nnz else ", nothing left over"
+    kinds = f"{e.full_tiles:,} full, {e.bit_tiles:,} with bits ({e.distinct_bits:,} distinct)"
+    rows = [
+        ("pattern", text),
+        ("mask", f"{e.q_len:,} x {e.kv_len:,}{heads}"),
+        ("nnz", f"{e.nnz:,}"),
+        ("density", percent(e.density)),
+        ("pieces", f"{e.pieces:,}{rest}"),
+        ("tiles", f"{e.tiles:,}: {kinds}"),
+        ("waste", f"{e.waste:.3f} (tile area / elements that attend)"),
+        *((f"pass {i}", view) for i, view in enumerate(e.views)),
+        ("tables", size(e.table_bytes)),
+        ("predicted", f"{seconds(e.seconds)} a head and batch entry (head_dim {e.head_dim}, {e.dtype}, {e.target})"),
+    ]
+    return fields(rows)
+
+
+def show(
+    mask: MaskArgument,
+    seq_len: SeqLen = None,
+    kv_len: KvLen = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", show_default="the terminal",
+                                                help="A .png, .svg or .pdf file (needs matplotlib).")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Only the mask with its pieces.")] = False,
+    tiles: Annotated[bool, typer.Option("--tiles", help="Only the tiles.")] = False,
+    head: Annotated[int, typer.Option("--head", help="Which head, if each has its own mask.")] = 0,
+) -> None:  # fmt: skip
+    """Draw a mask with its pieces and its tiles, in a file or in the terminal. Compiles nothing."""
+    from splatc.draw import Drawing, print_to, save
+
+    drawing = Drawing.of(*sized_mask(mask, seq_len, kv_len), head=head)
+    both = pieces == tiles
+    if output is not None:
+        save(drawing, output, pieces=both or pieces, tiles=both or tiles)
+        note(f"wrote {output} ({size(output.stat().st_size)})")
+    else:
+        print_to(console(), drawing, pieces=both or pieces, tiles=both or tiles)

@@ -1,0 +1,54 @@
+"""What most commands begin with: the mask that the user named, its lengths, and the kernel it is meant for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.target import resolve_target
+from splatc.compile import After, _sized, _spec, make_plan
+from splatc.config import Config
+from splatc.errors import InvalidInput
+from splatc.patterns.base import Pattern
+from splatc.patterns.importers import parse_or_load
+from splatc.runtime.attention import Plan
+
+MaskArgument = Annotated[str, typer.Argument(
+    metavar="PATTERN_OR_FILE", show_default=False,
+    help="A pattern such as 'causal & window(256, 0)', or a mask file: .npy, .npz, .mtx, .txt, .splat")]  # fmt: skip
+SeqLen = Annotated[int | None, typer.Option("--seq-len", "-s", show_default=False, help="Queries; a matrix knows its own.")]
+KvLen = Annotated[int | None, typer.Option("--kv-len", show_default=False, help="Keys, if not as many as queries.")]
+HeadDim = Annotated[int, typer.Option("--head-dim", "-d", help="Size of a query and key vector, 1 to 256.")]
+VHeadDim = Annotated[int | None, typer.Option("--v-head-dim", show_default=False, help="That of a value vector, if another.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+
+
+def sized_mask(text: str, seq_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:
+    """(pattern, q_len, kv_len) of a pattern's text or a mask file."""
+    for name, value in (("--seq-len", seq_len), ("--kv-len", kv_len)):
+        if value is not None and value < 1:
+            raise InvalidInput(f"{name} is {value}: it must be at least 1")
+    pattern = parse_or_load(text)
+    try:
+        return _sized(pattern, seq_len, kv_len)
+    except InvalidInput as error:
+        if seq_len is None and "seq_len is missing" in str(error):
+            raise InvalidInput(f"{pattern} has no length of its own: give --seq-len N") from None
+        raise
+
+
+def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: str, target: str | None) -> KernelSpec:
+    """The kernel that options name; target None means the GPU here, else the CPU (this loads torch to look)."""
+    return _spec(head_dim, v_head_dim, dtype, resolve_target(target))
+
+
+def quick_target(target: str | None) -> str:
+    """The target for commands that compile nothing: --target, else SPLATC_ARCH, else the CPU. Looks for no GPU."""
+    return target or Config.from_env().arch or "cpu"
+
+
+def plan_mask(mask: tuple[Pattern, int, int], spec: KernelSpec, after: After | None = None) -> Plan:
+    """The plan of a mask; compiles nothing."""
+    return make_plan(*mask, spec, after)

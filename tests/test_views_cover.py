@@ -1,0 +1,180 @@
+"""Views show each position once, pieces seen through any view are the same pieces, and tiles waste little."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from splatc import patterns as P
+from splatc.codegen.tables import build_tables
+from splatc.formats.acsr import ACSR
+from splatc.formats.remainder import BlockBits
+from splatc.formats.strips import row_runs, unit_runs
+from splatc.ir.cover import cover, origins, tile_count
+from splatc.ir.interpret import elements
+from splatc.ir.passes import Schedule, lower, run_passes
+from splatc.ir.program import Cover, Region
+from splatc.ir.see import see
+from splatc.ir.views import View, blocks, contiguous, residue
+from tests import library
+
+LANES = st.sampled_from([32, 64, 128])
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 700), st.integers(1, 200), LANES)
+def test_tiles_of_a_view_hold_each_position_once(length, step, lanes):
+    for view in (contiguous(length, lanes), residue(length, step, lanes)):
+        assert view.lanes == lanes and view.step == (1 if view.kind == "contiguous" else step)
+        position = view.positions(origins(view, np.arange(tile_count(view))))
+        found = np.sort(position[position >= 0])
+        np.testing.assert_array_equal(found, np.arange(length))
+
+
+@given(st.integers(1, 700), st.integers(2, 200), st.data())
+def test_tiles_of_a_blocks_view_hold_the_columns_that_recur(length, size, data):
+    lanes = data.draw(LANES)
+    offset = data.draw(st.integers(0, size - 1))
+    width = data.draw(st.integers(1, min(lanes // 2, size)))
+    view = blocks(length, size, offset, width, lanes)
+    assert view.lanes == lanes and view.box[0] >= width
+    position = view.positions(origins(view, np.arange(tile_count(view))))
+    lane = np.arange(lanes) % view.box[0]
+    wanted = (np.arange(0, length, size)[:, None] + offset + np.arange(width)).ravel()
+    found = position[:, lane < width]
+    np.testing.assert_array_equal(np.sort(found[found >= 0]), wanted[wanted < length])
+
+
+@pytest.mark.parametrize(
+    "view, text",
+    [
+        (contiguous(100, 64), "contiguous(100:1) box 64"),
+        (residue(100, 4, 64), "residue(25:4, 4:1) box 32x2"),
+        (blocks(100, 16, 12, 4, 64), "blocks(16:1, 7:16) from 12 box 4x16"),
+    ],
+)
+def test_views_print(view, text):
+    assert str(view) == text
+
+
+# -- pieces seen through views -----------------------------------------------------------------------------------------
+
+
+def position_of(view: View, line: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """The position at (line, u) of a view, by its definition."""
+    if view.kind == "contiguous":
+        return u
+    if view.kind == "residue":
+        return line + view.strides[0] * u
+    return u // view.box[0] * view.strides[1] + view.offset + u % view.box[0]
+
+
+@st.composite
+def seen_through(draw):
+    """A mask without a remainder, and any two views, not the ones that the compiler would choose."""
+    pattern, q_len, kv_len = draw(library.sized_patterns(100, 3))
+    lanes = draw(st.sampled_from([32, 64]))
+    step = draw(st.integers(1, 12))
+    rows = residue(q_len, step, lanes) if draw(st.booleans()) else contiguous(q_len, lanes)
+    kind = draw(st.sampled_from(["contiguous", "residue", "blocks"]))
+    if kind == "residue":
+        cols = residue(kv_len, step if draw(st.booleans()) else draw(st.integers(1, 12)), lanes)
+    elif kind == "blocks":
+        size = draw(st.integers(2, 20))
+        offset, width = draw(st.integers(0, size - 1)), draw(st.integers(1, size))
+        cols = blocks(kv_len, size, offset, width, lanes)
+    else:
+        cols = contiguous(kv_len, lanes)
+    return pattern, q_len, kv_len, rows, cols
+
+
+@settings(max_examples=400)
+@given(seen_through())
+def test_pieces_and_tiles_are_the_same_through_any_view(case):
+    pattern, q_len, kv_len, rows, cols = case
+    acsr = ACSR.from_pattern(pattern, q_len, kv_len)
+    pieces = acsr.pieces.table
+    shown = [i for i in range(len(pieces)) if see(pieces[i : i + 1], rows, cols) is not None]
+    mask = ACSR(q_len, kv_len, type(acsr.pieces)(pieces[shown])).to_dense()
+    seen = see(pieces[shown], rows, cols)
+    assert seen is not None  # each alone can be shown, so all of them can
+    held = np.zeros((q_len, kv_len), np.int32)
+    for strip, row_line, col_line in zip(seen.strips, seen.row_line, seen.col_line):
+        for u, start, stop in zip(*unit_runs(row_runs(strip[None]))):
+            q, k = position_of(rows, row_line, u), position_of(cols, col_line, np.arange(start, stop))
+            held[q, k] += 1
+    np.testing.assert_array_equal(held, mask)
+    if cols.kind == "residue" and cols.step != rows.step:
+        return  # never chosen: a tile holds lines of one step
+    tiles = cover(q_len, kv_len, (Region(rows, cols, pieces[shown], BlockBits.none()),), every_row=True)
+    np.testing.assert_array_equal(elements(tiles), mask)
+    build_tables(tiles)
+
+
+# -- waste -------------------------------------------------------------------------------------------------------------
+
+
+def tile_area(acsr: ACSR) -> int:
+    """Elements that the tiles of all passes compute."""
+    program = run_passes(lower(acsr), Schedule())
+    return sum(build_tables(domain).tiles * domain.rows.lanes * domain.cols[0].lanes
+               for _, domain in program.domains if isinstance(domain, Cover))  # fmt: skip
+
+
+def block_area(mask: np.ndarray, side: int = 128) -> int:
+    """Elements that 128 x 128 blocks with bit masks would compute."""
+    q, k = mask.shape
+    padded = np.zeros((-(-q // side) * side, -(-k // side) * side), bool)
+    padded[:q, :k] = mask
+    return int(padded.reshape(len(padded) // side, side, -1, side).any((1, 3)).sum()) * side * side
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [P.window(256, 256), P.dilated(1024, 1024, 4), P.strided(64), P.strided(8), P.fixed(128, 16),
+     P.causal() & P.fixed(128, 16)],
+    ids=str,
+)  # fmt: skip
+def test_regular_masks_waste_little(pattern):
+    acsr = ACSR.from_pattern(pattern, 8192)
+    assert tile_area(acsr) <= 1.35 * acsr.nnz
+
+
+@pytest.mark.parametrize("name", library.NAMES)
+@pytest.mark.parametrize("shape", [(127, 127), (1000, 1000), (127, 1000), (1000, 129)],
+                         ids=lambda s: f"{s[0]}x{s[1]}")  # fmt: skip
+def test_never_more_than_128_blocks(name, shape):
+    pattern = library.pattern(name, *shape)
+    if pattern is None:
+        return  # it needs q_len == kv_len
+    mask = pattern.dense(*shape)
+    assert tile_area(ACSR.from_pattern(pattern, *shape)) <= block_area(mask)
+    assert tile_area(ACSR.from_dense(mask)) <= block_area(mask)
+
+
+@settings(max_examples=150)
+@given(library.sized_patterns(400, 3), st.booleans())
+@example((P.causal() | P.strided(2), 65, 65), False)
+@example((P.fixed(100, 7) | P.dilated(30, 20, 3), 1000, 1000), False)
+def test_random_compositions_never_take_more_than_128_blocks(case, from_matrix):
+    pattern, q_len, kv_len = case
+    mask = pattern.dense(q_len, kv_len)
+    acsr = ACSR.from_dense(mask) if from_matrix else ACSR.from_pattern(pattern, q_len, kv_len)
+    assert tile_area(acsr) <= block_area(mask)
+
+
+@settings(max_examples=150)
+@given(library.masks())
+def test_random_masks_never_take_more_than_128_blocks(mask):
+    assert tile_area(ACSR.from_dense(mask)) <= block_area(mask)
+
+
+@pytest.mark.parametrize("name", ["full", "window", "causal", "blocked", "mask"])
+def test_without_views_everything_is_contiguous(name):
+    pattern = library.pattern(name, 300)
+    program = run_passes(lower(ACSR.from_pattern(pattern, 300)), Schedule(64, 128, views=False))
+    ((_, tiles),) = program.domains
+    assert [view.kind for view in (tiles.rows, *tiles.cols)] == ["contiguous"] * 2
+    np.testing.assert_array_equal(elements(tiles), pattern.dense(300))
