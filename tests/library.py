@@ -53,6 +53,7 @@ LIBRARY: dict[str, Make] = {
     "strided_many": lambda q, kv: P.strided(61),
     "sparse_transformer": lambda q, kv: P.causal() & (P.window(31, 0) | P.strided(32)),
     "fixed": lambda q, kv: P.fixed(32, 5),
+    "fixed_wide": lambda q, kv: P.fixed(32, 16),
     "fixed_causal": lambda q, kv: P.causal() & P.fixed(16, 2),
     "blocked": lambda q, kv: P.blocked(48),
     "block_window": lambda q, kv: P.block_window(24, 1, 2),
@@ -101,7 +102,7 @@ def leaves(draw: Any, q_len: int, kv_len: int) -> Pattern:
     """A leaf with parameters that are often extreme: wider than the mask, beside it, of width one."""
     far = max(q_len, kv_len) + 5
     bound = st.one_of(st.integers(0, 4), st.integers(0, far))
-    step = st.one_of(st.integers(1, 9), st.integers(1, far))
+    step = st.one_of(st.integers(1, 9), st.sampled_from([4, 8, 16, 32]), st.integers(1, far))
     kind = draw(st.integers(0, 16))
     if kind == 0:
         return P.causal(draw(ALIGN))
@@ -114,7 +115,7 @@ def leaves(draw: Any, q_len: int, kv_len: int) -> Pattern:
         return P.strided(draw(step))
     if kind == 4:
         block = draw(step)
-        return P.fixed(block, draw(st.integers(1, block)))
+        return P.fixed(block, draw(st.one_of(st.integers(1, block), st.just(-(-block // 2)))))
     if kind == 5:
         return P.blocked(draw(step))
     if kind == 6:

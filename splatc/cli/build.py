@@ -14,7 +14,6 @@ from splatc.cli.masks import (
     Dtype, HeadDim, KvLen, MaskArgument, SeqLen, VHeadDim, kernel_spec, plan_mask, quick_target, sized_mask,
 )  # fmt: skip
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.build import cuda_source
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.nvcc import find_nvcc
 from splatc.codegen.tables import Tables
@@ -139,6 +138,8 @@ def _source(spec: KernelSpec, what: What) -> str:
         other = "cpu" if kind == "cuda" else "an arch such as sm_90a"
         raise InvalidInput(f"there is no {what.value} for {spec.target}: give --arch {other}")
     if kind == "cuda" and what is not What.ptx:
+        from splatc.codegen.build import cuda_source
+
         with console(stderr=True).status(f"generating {spec.name} for {spec.target}"):
             return cuda_source(spec)[what is What.cuda]
     if what is What.ptx and find_nvcc() is None:

@@ -44,7 +44,10 @@ def compile_library(source: Path, library: Path, arch: str) -> dict[str, int]:
     package = Path(tvm_ffi.__file__).parent
     common = [nvcc, *FLAGS, f"-I{package / 'include'}", str(source)]
     code = arch.removeprefix("sm_")
-    build = [f"-gencode=arch=compute_{code},code={arch}", "-Xptxas", "-v,--warn-on-local-memory-usage", "-shared",
+    kinds = (
+        arch if code.endswith(("a", "f")) else f"[{arch},compute_{code}]"
+    )  # with PTX for later GPUs where it may run
+    build = [f"-gencode=arch=compute_{code},code={kinds}", "-Xptxas", "-v,--warn-on-local-memory-usage", "-shared",
              "-Xcompiler", "-fPIC", "-cudart", "static", f"-L{package / 'lib'}", "-ltvm_ffi",
              "-o", str(library)]  # fmt: skip
     listing = [f"-arch=compute_{code}", "-ptx", "-o", str(source.with_suffix(".ptx"))]

@@ -51,6 +51,7 @@ class Plan:
         return launches(list(self.tables), list(self.heads or (0,) * heads))
 
 
+REMEMBERED = 64  # plans, and tables on a device, that a compiled mask keeps
 Planner = Callable[[int, int], Plan]
 
 
@@ -68,7 +69,7 @@ class CompiledAttention:
         self._replan = replan
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
-        self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}  # by sizes and device: the tables, uploaded
 
     # -- what was compiled ---------------------------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ class CompiledAttention:
             return self._plan
         lengths = seq_len, seq_len if kv_len is None else kv_len
         if lengths not in self._plans:
-            self._plans[lengths] = self._replan(*lengths)
+            _remember(self._plans, lengths, self._replan(*lengths))
         return self._plans[lengths]
 
     def __repr__(self) -> str:
@@ -146,13 +147,20 @@ class CompiledAttention:
         key = (shape.batch, shape.heads, shape.q_len, shape.kv_len, shape.device)
         if key not in self._ready:
             plan = self.plan(shape.q_len, shape.kv_len)
-            self._ready[key] = [_upload(launch, shape) for launch in plan.launches(shape.heads)]
+            _remember(self._ready, key, [_upload(launch, shape) for launch in plan.launches(shape.heads)])
         return self._ready[key]
 
     @cached_property
     def ptx(self) -> str:
         """The PTX (CUDA targets only)."""
         return self.kernel.file("kernel.ptx")
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep at most REMEMBERED values, forgetting the oldest."""
+    memory[key] = value
+    while len(memory) > REMEMBERED:
+        memory.pop(next(iter(memory)))
 
 
 def _upload(launch: Launch, shape: Shape) -> tuple[Any, ...]:
