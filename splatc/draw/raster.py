@@ -1,0 +1,200 @@
+"""Masks and tilings as small images of bounded size, whatever the sequence length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.target import Target
+from splatc.compile import make_plan
+from splatc.formats.acsr import ACSR
+from splatc.formats.fold import owners, unnest
+from splatc.formats.strips import Ints, RowRuns, element_counts, ramp, row_runs
+from splatc.ir.cover import Grid, paint, tile_count
+from splatc.ir.program import Cover, Mask, Program
+from splatc.ir.views import View
+from splatc.patterns.base import Pattern
+from splatc.patterns.heads import heads_of
+from splatc.runtime.explain import Explanation
+
+NAMED = 8  # pieces that get a layer of their own, largest first; the others share one
+SAMPLED_ROWS = 4096  # mask rows looked at, at most
+
+Image = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """All that a picture of one mask shows. pieces: the largest first, at most NAMED."""
+
+    pattern: str
+    acsr: ACSR
+    covers: tuple[Cover, ...]
+    explanation: Explanation
+    order: Ints
+
+    @staticmethod
+    def of(pattern: Pattern, q_len: int, kv_len: int | None = None, *, head: int = 0) -> Drawing:
+        """The drawing of a pattern at a length; ``head`` chooses one if every head has its own mask."""
+        if hasattr(pattern, "heads"):
+            pattern = heads_of(pattern, len(pattern.heads))[min(max(head, 0), len(pattern.heads) - 1)]
+        found: list[ACSR] = []
+
+        def after(name: str, program: Program) -> None:
+            found.extend(domain.acsr for _, domain in program.domains if isinstance(domain, Mask) and name == "lower")
+
+        spec = KernelSpec(64, 64, "float32", 64, 64, Target("cpu", "native"))
+        plan = make_plan(pattern, q_len, q_len if kv_len is None else kv_len, spec, after)
+        covers = tuple(domain for _, domain in plan.programs[0].domains if isinstance(domain, Cover))
+        return Drawing(str(pattern), found[0], covers, plan.explanation, np.argsort(-piece_sizes(found[0]), kind="stable"))
+
+    @property
+    def named(self) -> list[tuple[str, int]]:
+        """(text, elements) of the pieces with a layer of their own."""
+        sizes = piece_sizes(self.acsr)
+        return [(str(self.acsr.pieces[int(i)]), int(sizes[i])) for i in self.order[:NAMED]]
+
+    @property
+    def others(self) -> int:
+        """Pieces that share the layer after the named ones."""
+        return max(len(self.acsr.pieces) - NAMED, 0)
+
+    def layers(self, height: int, width: int) -> Image:
+        """Coverage in [0, 1] of each cell of an image (height, width) by the named pieces, the others and the remainder:
+        (NAMED + 2, height, width)."""
+        table = self.acsr.pieces.table
+        groups = [table[[i]] for i in self.order[:NAMED]]
+        groups += [table[:0]] * (NAMED - len(groups)) + [table[self.order[NAMED:]]]
+        rows = _sample(self.acsr.q_len, height)
+        rest = self.acsr.remainder.runs()
+        runs = [row_runs(unnest(group), rows) for group in groups]
+        one = np.ones_like(rest.row)
+        runs.append(RowRuns(rest.row, rest.start, rest.stop - rest.start, one, one))
+        return np.stack([self._coverage(r, rows, height, width) for r in runs])
+
+    def _coverage(self, runs: RowRuns, rows: Ints, height: int, width: int) -> Image:
+        """The share of each cell that runs cover, among the sampled rows."""
+        keep = np.isin(runs.row, rows)
+        row, start, wide, stride, times = (column[keep] for column in runs)
+        fine = (times > 1) & (stride * width <= self.acsr.kv_len)  # several to a cell: one long run, thinned
+        weight = np.where(fine, wide / np.maximum(stride, 1), 1.0)
+        wide, times = np.where(fine, stride * times, wide), np.where(fine, 1, times)
+        owner, k = ramp(times)
+        start = start[owner] + stride[owner] * k
+        scale = width / self.acsr.kv_len
+        y = row[owner] * height // self.acsr.q_len
+        image = accumulate(y, start * scale, (start + wide[owner]) * scale, weight[owner], height, width)
+        count = np.bincount(rows * height // self.acsr.q_len, minlength=height)
+        return np.clip(image / np.maximum(count, 1)[:, None], 0, 1)
+
+
+def accumulate(y: Ints, x0: Image, x1: Image, weight: Image, height: int, width: int) -> Image:
+    """The sum of spans [x0, x1) of rows y, times their weight, as an image; x in cells, edges anti-aliased."""
+    steps = np.zeros((height, width + 1))
+    for x, sign in ((x0, 1.0), (x1, -1.0)):
+        cell = np.minimum(x.astype(np.int64), width)
+        inside = x - cell
+        np.add.at(steps, (y, cell), sign * weight * (1 - inside))
+        np.add.at(steps, (y, np.minimum(cell + 1, width)), sign * weight * inside)
+    image: Image = np.cumsum(steps, axis=1)[:, :width]
+    return image
+
+
+def piece_sizes(acsr: ACSR) -> Ints:
+    """Elements of each piece."""
+    table = acsr.pieces.table
+    sizes = np.zeros(len(table), np.int64)
+    np.add.at(sizes, owners(table), element_counts(unnest(table)))
+    return sizes
+
+
+def _sample(length: int, height: int) -> Ints:
+    """Rows to look at: all of a short mask, else some in every row of the image."""
+    each = max(SAMPLED_ROWS // height, 1)
+    if length <= height * each:
+        return np.arange(length)
+    edges = np.arange(height * each + 1) * length // (height * each)
+    jitter = np.random.default_rng(0).random(height * each)  # even steps would beat with the mask's own period
+    return np.unique((edges[:-1] + jitter * np.diff(edges)).astype(np.int64))
+
+
+# -- tiles -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TileImage:
+    """A pass in the coordinates of its views: row tiles down, the column tiles of every column view across.
+
+    kept: share of each cell that attends; visited: share that lies in a tile; bits: share in a tile with bits.
+    cells: image cells to a tile (one number; 1 if several tiles share a cell). bounds: first column tile of each view.
+    """
+
+    rows: View
+    cols: tuple[View, ...]
+    kept: Image
+    visited: Image
+    bits: Image
+    cells: int
+    bounds: tuple[int, ...]
+    row_tiles: int
+
+
+def tile_image(cover: Cover, size: int) -> TileImage:
+    """The tiles of a pass as an image of at most about size x size cells; column views that hold no tile are left out."""
+    used = [v for v in range(len(cover.cols)) if (cover.entries[:, 3] == v).any()] or [0]
+    counts = [tile_count(cover.cols[v]) for v in used]
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    n_rows, n_cols = tile_count(cover.rows), int(bounds[-1])
+    cells = int(np.clip(size // max(n_rows, n_cols), 1, min(cover.rows.lanes, cover.cols[0].lanes)))
+    height, width = min(n_rows, size), n_cols * cells if n_cols <= size else size
+
+    row = _numbers(cover.rows, cover.items[:, :3])[np.repeat(np.arange(len(cover.items)), cover.items[:, 4])]
+    owner, i = ramp(cover.items[:, 4])
+    entry = cover.entries[cover.items[owner, 3] + i]
+    col = np.zeros(len(entry), np.int64)
+    for v, base in zip(used, bounds[:-1], strict=True):
+        mine = entry[:, 3] == v
+        col[mine] = base + _numbers(cover.cols[v], entry[mine, :3])
+    partly = entry[:, 5] > 0
+    scale = width / n_cols
+    images = []
+    for m in (~partly, partly):
+        weight = np.full(int(m.sum()), height / n_rows)  # row tiles that share a cell add up
+        image = accumulate(row[m] * height // n_rows, col[m] * scale, (col[m] + entry[m, 4]) * scale, weight, height, width)
+        images.append(np.clip(np.repeat(image, cells, axis=0), 0, 1))
+    full, bits = images
+    if height == n_rows and width == n_cols * cells:
+        kept = np.zeros((n_rows, n_cols, cells, cells))
+        np.add.at(kept, (row[partly], col[partly]), _shares(cover, cells)[entry[partly, 5] - 1])
+        kept = full + kept.transpose(0, 2, 1, 3).reshape(full.shape)
+    else:
+        kept = full + bits * 0.5  # too small to tell
+    views = tuple(cover.cols[v] for v in used)
+    return TileImage(cover.rows, views, np.clip(kept, 0, 1), np.clip(full + bits, 0, 1), bits, cells,
+                     tuple(int(b) for b in bounds), n_rows)  # fmt: skip
+
+
+def _numbers(view: View, origin: Ints) -> Ints:
+    """The number of the tile at an origin (the inverse of ir.cover.origins)."""
+    grid = Grid.of(view)
+    if view.kind == "blocks":
+        return origin[:, 1] // view.box[1]
+    return origin[:, 0] // grid.b1 + grid.across * (origin[:, 1] // grid.b2)
+
+
+def _shares(cover: Cover, cells: int) -> Image:
+    """Each distinct partly filled tile as cells x cells shares."""
+    lanes_q, lanes_k = cover.rows.lanes, cover.cols[0].lanes
+    out = np.zeros((cover.shapes.count, cells, cells))
+    y, x = np.arange(lanes_q) * cells // lanes_q, np.arange(lanes_k) * cells // lanes_k
+    fold_rows, fold_cols = np.zeros((cells, lanes_q)), np.zeros((lanes_k, cells))
+    fold_rows[y, np.arange(lanes_q)], fold_cols[np.arange(lanes_k), x] = 1, 1
+    fold_rows /= fold_rows.sum(1, keepdims=True)
+    fold_cols /= fold_cols.sum(0, keepdims=True)
+    for first in range(0, cover.shapes.count, 512):
+        chosen = slice(first, min(first + 512, cover.shapes.count))
+        out[chosen] = fold_rows @ paint(cover.shapes, chosen, lanes_q, lanes_k).astype(float) @ fold_cols
+    return out
