@@ -23,4 +23,4 @@ acsr = splatc.analyze(pattern, SEQ)
 ((_, plain),) = run_passes(lower(acsr), Schedule(views=False)).domains
 print(f"no views     {plain.tiles} tiles, waste {plain.tile_area / acsr.nnz:.3f}")
 check(o, q, k, v, pattern.dense(SEQ))
-draw(P.dilated(32, 32, 4), 128)
+draw(pattern, SEQ)

@@ -27,4 +27,4 @@ print(attend.explain())
 symbolic = P.causal() & (P.sink(4) | P.dilated(128, 0, 2))
 assert splatc.analyze(mask_mod, SEQ) == splatc.analyze(symbolic, SEQ)  # the same mask, however it was written
 check(o, q, k, v, symbolic.dense(SEQ))
-draw(mask_mod, 128)
+draw(mask_mod, SEQ)

@@ -15,4 +15,4 @@ o = attend(q, k, v)
 
 print(attend.explain())
 check(o, q, k, v, pattern.dense(SEQ))
-draw(P.longformer(16, 4), 128)
+draw(pattern, SEQ)

@@ -21,4 +21,4 @@ print(attend.explain())
 mask = pattern.dense(SEQ)
 assert mask[0].sum() == 4 * 4 and mask[16 * WIDTH + 16].sum() == 7 * 7  # a corner, the middle
 check(o, q, k, v, mask)
-draw(P.neighborhood((12, 12), 3), 144)
+draw(pattern, SEQ)

@@ -1,6 +1,6 @@
 """Documents packed one after the other, with lengths that change at every step, and no recompilation.
 
-The kernel knows nothing of the mask: a new layout of documents is a new table, made in milliseconds.
+The kernel knows nothing of the mask: a new layout of documents is a new table, and nothing is compiled for it.
 """
 
 import time

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-import splatc
 from splatc import oracle
-
-COLOURS = np.array([(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75)])
+from splatc import patterns as P
+from splatc.draw import Drawing, save
 
 
 def tensors(heads: int, seq_len: int, head_dim: int = 64, seed: int = 0) -> list[np.ndarray]:
@@ -28,22 +27,12 @@ def check(o, q, k, v, mask: np.ndarray) -> None:
     assert error < 1e-5, error
 
 
-def draw(mask, seq_len: int | None = None) -> None:
-    """Write <name of the example>.png: each piece of the mask in a colour of its own, the remainder grey."""
-    from matplotlib.image import imsave
-
-    from splatc.formats.fold import unnest
-    from splatc.formats.strips import paint
-
-    acsr = splatc.analyze(mask, seq_len)
-    picture = np.where(acsr.to_dense()[..., None], 150, 255).repeat(3, axis=2).astype(np.uint8)
-    for i in range(len(acsr.pieces)):
-        strips = unnest(acsr.pieces.table[i : i + 1])
-        picture[paint(strips, acsr.q_len, acsr.kv_len) > 0] = COLOURS[i % len(COLOURS)]
-    scale = max(1, 512 // max(picture.shape[:2]))
+def draw(mask, seq_len: int) -> None:
+    """Write <name of the example>.png: the mask coloured by piece, then the tiles of each pass."""
+    pattern = P.as_pattern(mask, q_len=seq_len)
     path = out_folder() / f"{Path(sys.argv[0]).stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, picture.repeat(scale, axis=0).repeat(scale, axis=1))
+    save(Drawing.of(pattern, seq_len), path)
     print(f"picture      {path}")
 
 

@@ -19,4 +19,4 @@ print(attend.explain())
 for piece in splatc.analyze(pattern, SEQ).pieces:
     print(f"piece        {piece}")
 check(o, q, k, v, pattern.dense(SEQ))
-draw(pattern, 256)  # the same mask, short enough to see
+draw(pattern, SEQ)

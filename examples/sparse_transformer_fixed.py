@@ -18,4 +18,4 @@ o = attend(q, k, v)
 
 print(attend.explain())
 check(o, q, k, v, pattern.dense(SEQ))
-draw(P.causal() & P.fixed(32, 4), 128)
+draw(pattern, SEQ)

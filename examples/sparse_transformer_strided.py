@@ -23,4 +23,4 @@ assert explanation.passes == 2
 (program,) = attend.plan().programs
 print("\n".join(line for line in to_text(program).splitlines() if "attend(" in line))
 check(o, q, k, v, pattern.dense(SEQ))
-draw(P.causal() & (P.window(15, 0) | P.strided(16)), 128)
+draw(pattern, SEQ)

@@ -173,6 +173,40 @@ def sized_patterns(draw: Any, longest: int = 150, leaf_count: int = 4) -> tuple[
 
 
 @st.composite
+def strided_patterns(draw: Any, longest: int = 300) -> tuple[Pattern, int, int]:
+    """(pattern, q_len, kv_len) of small steps in long sequences: masks that views other than the plain one suit."""
+    q_len = draw(st.integers(100, longest))
+    kv_len = q_len if draw(st.booleans()) else draw(st.integers(100, longest))
+    step = st.sampled_from([2, 3, 4, 5, 7, 8, 11, 16, 24, 32])
+
+    def leaf() -> Pattern:
+        kind = draw(st.integers(0, 3))
+        if kind == 0:
+            return P.strided(draw(step))
+        if kind == 1:
+            left, right, m = draw(st.integers(-40, 200)), draw(st.integers(40, 200)), draw(step)
+            return P.dilated(left, right, m, draw(ALIGN))
+        if kind == 2 or q_len != kv_len:
+            block = draw(step)
+            return P.fixed(block, draw(st.integers(1, block)))
+        grid = grid_of(q_len, draw(st.integers(2, 3)))
+        dilation = tuple(draw(st.integers(1, 2)) for _ in grid)
+        return P.neighborhood(grid, draw(st.sampled_from([3, 5])), dilation, draw(st.booleans()))
+
+    other = draw(leaves(q_len, kv_len))
+    ways: list[Callable[[], Pattern]] = [
+        leaf,
+        lambda: leaf() & other,
+        lambda: leaf() | other,
+        lambda: leaf() & ~other,
+        lambda: leaf() | leaf() & other,
+        lambda: (leaf() & P.window(500, -30)) | (leaf() & P.window(29, 500)),
+        lambda: ~leaf() & other,
+    ]
+    return draw(st.sampled_from(ways))(), q_len, kv_len
+
+
+@st.composite
 def masks(draw: Any, longest: int = 96) -> np.ndarray:
     """A random boolean matrix: noise, structure with noise, repeated rows or columns, unions of progressions."""
     length = st.one_of(st.integers(1, 6), st.integers(1, longest))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from splatc.formats import fold
 from splatc.formats.analysis import runs_of_dense
 from splatc.formats.strips import (
-    COUNT, ROW, ROWS, VARYING, WIDTH, RowRuns, element_counts, make, nnz, paint, ramp, row_runs, unit_runs,
+    COUNT, ROW, ROWS, VARYING, WIDTH, RowRuns, element_counts, make, paint, ramp, row_runs, unit_runs,
 )  # fmt: skip
 from splatc.patterns import dilated, strided
 from tests import library

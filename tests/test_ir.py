@@ -165,6 +165,13 @@ def test_a_tile_beyond_the_keys_is_detected():
         elements(replace(cover, entries=changed(cover.entries, 0, 0, 32)))
 
 
+def test_blocks_of_bits_need_tiles_that_hold_them():
+    mask = np.random.default_rng(0).random((100, 100)) < 0.5
+    for tile in ((32, 64), (64, 32)):
+        with pytest.raises(VerifyError, match="64 x 64 bits do not fit"):
+            run_passes(lower(ACSR.from_dense(mask)), Schedule(*tile))
+
+
 def faults() -> dict[str, tuple[Program, str]]:
     mask, views, fused, tiled = (STAGES[n] for n in ("lower", "choose_views", "fuse_attention", "cover_with_tiles"))
     sddmm, softmax, spmm = mask.body
@@ -255,6 +262,7 @@ def test_text(name, golden):
 
 
 def test_text_of_bits(golden):
-    mask = P.window(2, 2).dense(70)
-    mask[np.arange(0, 70, 9), (np.arange(0, 70, 9) * 23) % 70] ^= True
+    q, k = np.arange(100)[:, None], np.arange(100)[None, :]
+    mask = (q * q + 3 * k * k + q * k) % 7 < 2
+    mask[:, 50:] = False
     golden(to_text(run_passes(lower(ACSR.from_dense(mask)), Schedule())))

@@ -23,7 +23,7 @@ PACKAGE = Path(splatc.__file__).parent
 BASE = ("errors", "config")  # everybody's; they import each other only
 STAGES = ("patterns", "formats", "ir", "codegen", "runtime")
 FRONT = len(STAGES)  # modules directly in splatc/: they see all stages
-SHELLS = ("cli", "bench")  # and these see everything
+SHELLS = ("cli", "bench", "__main__")  # and these see everything
 
 HEAVY = {"torch", "tvm", "tvm_ffi", "scipy", "networkx", "matplotlib"}
 ONLY_IN = {"tvm": ("splatc.codegen",), "tvm_ffi": ("splatc.codegen", "splatc.runtime")}
@@ -32,7 +32,6 @@ ONLY_IN = {"tvm": ("splatc.codegen",), "tvm_ffi": ("splatc.codegen", "splatc.run
 # modules with the same licence may import them at the top.
 LAZY = {
     "splatc.codegen.c*": {"tvm", "tvm_ffi"},  # cpu, cuda, ...: the emitters
-    "splatc.codegen.build": {"tvm", "tvm_ffi"},
     "splatc.autograd": {"torch"},
 }
 

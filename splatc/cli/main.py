@@ -14,7 +14,7 @@ from splatc.config import Config, start_logging
 from splatc.errors import InvalidInput, SplatcError
 
 app = typer.Typer(
-    name="splatc", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    name="splatc", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Compiles the geometry of an attention mask into fused kernels.",
     epilog="Exit codes: 0 fine, 1 failed, 2 wrong input, 130 interrupted. `splatc COMMAND --help` has examples.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -30,9 +30,12 @@ doctor.add_to(app)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        import splatc
+        from importlib import metadata
 
-        print(f"splatc {splatc.__version__}")
+        try:
+            print(f"splatc {metadata.version('splatc')}")
+        except metadata.PackageNotFoundError:
+            print("splatc (a source tree that is not installed)")
         raise typer.Exit
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,6 +36,8 @@ def compile_library(source: Path, library: Path, arch: str) -> dict[str, int]:
 
     Returns ptxas's registers and spill bytes. Raises CompileError if nvcc fails or the kernel spills.
     """
+    import subprocess
+
     import tvm_ffi
 
     nvcc = find_nvcc()

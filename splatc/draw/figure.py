@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ KINDS = (".png", ".svg", ".pdf")
 # Eight hues that colour-blind readers tell apart (Okabe and Ito, 2008, black replaced), then the shared layers.
 HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#6A51A3")
 OTHERS, REMAINDER = "#8A8D93", "#3B3B3B"
-FULL, BITS, WASTE, BORDER = "#2F6DB5", "#E08A1E", "#FBE6C8", "#FFFFFF"
+FULL, BITS, WASTE, BORDER = "#4C78A8", "#9D5BB5", "#EEE1F3", "#FFFFFF"
 FAINT = 0.28  # the shade of the thinnest trace of an element
+SIDE, LEFT, TOP, LINE = 4.7, 0.62, 0.98, 0.15  # inches: a panel, the space left of it and above it, a line of legend
 MAX_BORDERS = 80  # tiles along a side beyond which borders would hide them
 
 
@@ -35,66 +38,90 @@ def figure(drawing: Drawing, *, pieces: bool = True, tiles: bool = True) -> Any:
         import matplotlib as mpl
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
     except ImportError:
         raise Unsupported("pictures need matplotlib: pip install 'splatc[plot]' (or leave out -o to draw in the terminal)") from None
-    panels = [lambda ax: _draw_pieces(ax, drawing)] if pieces else []
-    covers = drawing.covers if tiles else ()
-    panels += [lambda ax, i=i, cover=cover: _draw_tiles(ax, drawing, tile_image(cover, SIZE), i) for i, cover in enumerate(covers)]
+    panels = [_pieces_panel(drawing)] if pieces else []
+    panels += [_tiles_panel(drawing, i) for i in range(len(drawing.covers) if tiles else 0)]
+    lines = max(len(panel.legend) for panel in panels)
+    sides = [SIDE * min(1, panel.height / panel.width) for panel in panels]
+    wide, high = (SIDE + LEFT) * len(panels) + 0.1, TOP + max(sides) + 0.25 + LINE * lines
     with mpl.rc_context({"font.size": 8, "axes.linewidth": 0.6, "font.family": "sans-serif", "svg.fonttype": "none"}):
-        out = Figure(figsize=(5.2 * len(panels), 6.4), layout="constrained")
+        out = Figure(figsize=(wide, high))
         FigureCanvasAgg(out)
-        axes = out.subplots(1, len(panels), squeeze=False)[0]
-        for ax, panel in zip(axes, panels, strict=True):
-            panel(ax)
-        out.suptitle(_shorten(drawing.pattern, 60 * len(panels)), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        for i, panel in enumerate(panels):
+            w, h = (SIDE * min(1, x / y) for x, y in ((panel.width, panel.height), (panel.height, panel.width)))
+            x = LEFT + i * (SIDE + LEFT)
+            ax = out.add_axes((x / wide, (high - TOP - h) / high, w / wide, h / high))
+            panel.draw(ax)
+            _frame(ax, panel)
+            for j, (colour, text) in enumerate(panel.legend):
+                y = (high - TOP - h - 0.12 - LINE * (j + 0.5)) / high
+                if colour:
+                    out.patches.append(Rectangle((x / wide, y - 0.04 / high), 0.1 / wide, 0.08 / high, facecolor=colour,
+                                                 transform=out.transFigure))  # fmt: skip
+                out.text((x + 0.15) / wide, y, text, fontsize=7, va="center")
+        out.text(LEFT / wide, 1 - 0.17 / high, _shorten(drawing.pattern, 75 * len(panels)), fontsize=10, fontweight="bold", va="center")
     return out
 
 
-def _draw_pieces(ax: Any, drawing: Drawing) -> None:
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a figure. height, width: of its axes, in data units; legend: (colour or "", text) lines."""
+
+    title: str
+    axes: tuple[str, str]
+    height: int
+    width: int
+    legend: list[tuple[str, str]]
+    draw: Callable[[Any], None]
+
+
+def _pieces_panel(drawing: Drawing) -> Panel:
     e = drawing.explanation
-    height, width = image_size(e.q_len, e.kv_len, SIZE)
-    ax.imshow(colour_layers(drawing.layers(height, width)), extent=(0, e.kv_len, e.q_len, 0), interpolation="nearest")
-    _frame(ax, "key", "query")
-    ax.set_title(f"mask {e.q_len} x {e.kv_len}: density {e.density:.2%}, {e.pieces} pieces", fontsize=8.5, loc="left")
-    lines = [(hue, _shorten(text, 64)) for hue, (text, _) in zip(HUES, drawing.named, strict=False)]
+    legend = [(hue, _shorten(text, 84)) for hue, (text, _) in zip(HUES, drawing.named, strict=False)]
     if drawing.others:
-        lines.append((OTHERS, f"{drawing.others} more pieces"))
+        legend.append((OTHERS, f"{drawing.others} more pieces"))
     if e.remainder_nnz:
-        lines.append((REMAINDER, f"remainder: {e.remainder_nnz} elements as bits"))
-    _legend(ax, lines)
+        legend.append((REMAINDER, f"remainder: {e.remainder_nnz} elements as bits"))
+
+    def draw(ax: Any) -> None:
+        image = colour_layers(drawing.layers(*image_size(e.q_len, e.kv_len, SIZE)))
+        ax.imshow(image, extent=(0, e.kv_len, e.q_len, 0), interpolation="nearest", aspect="auto")
+
+    title = f"mask {e.q_len} x {e.kv_len}: density {e.density:.2%}, {e.pieces} pieces"
+    return Panel(title, ("key", "query"), e.q_len, e.kv_len, legend, draw)
 
 
-def _draw_tiles(ax: Any, drawing: Drawing, tiles: TileImage, number: int) -> None:
+def _tiles_panel(drawing: Drawing, number: int) -> Panel:
     e = drawing.explanation
-    height, width = tiles.kept.shape
-    ax.imshow(colour_tiles(tiles), extent=(0, tiles.bounds[-1], tiles.row_tiles, 0), interpolation="nearest")
-    if max(tiles.bounds[-1], tiles.row_tiles) <= MAX_BORDERS:
-        _borders(ax, tiles)
-    for bound in tiles.bounds[1:-1]:
-        ax.axvline(bound, color="black", linewidth=1.2)
-    _frame(ax, "column tile", "row tile")
-    many = len(drawing.covers) > 1
-    title = f"pass {number + 1} of {len(drawing.covers)}" if many else f"{e.tiles} tiles, waste {e.waste:.2f}"
-    ax.set_title(f"{title}, rows seen as {tiles.rows.kind}", fontsize=8.5, loc="left")
-    cover = drawing.covers[number]
-    partly = int((cover.entries[:, 5] > 0).sum())
-    lines = [(FULL, f"{cover.tiles - partly} full tiles"),
-             (BITS, f"{partly} tiles with bits ({cover.shapes.count} distinct); pale: computed and masked")]  # fmt: skip
-    lines += [("white", f"rows {tiles.rows}")] + [("white", f"columns {view}") for view in tiles.cols[:4]]
-    if many:
-        lines.append(("white", f"all passes: {e.tiles} tiles, waste {e.waste:.2f}"))
-    _legend(ax, lines)
+    tables, passes = drawing.tables[number], len(drawing.covers)
+    tiles = tile_image(drawing.covers[number], tables, SIZE)
+    legend = [(FULL, f"{tables.full_tiles} full tiles")]
+    if tables.bit_tiles:
+        legend += [(BITS, f"{tables.bit_tiles} tiles with bits, {len(tables.bits)} distinct"), (WASTE, "computed and masked")]
+    legend += [("", f"rows {tiles.rows}"), *(("", f"columns {view}") for view in tiles.cols[:4])]
+    legend.append(("", f"{'all passes: ' if passes > 1 else ''}{e.tiles} tiles, waste {e.waste:.2f}"))
+
+    def draw(ax: Any) -> None:
+        ax.imshow(colour_tiles(tiles), extent=(0, tiles.bounds[-1], tiles.row_tiles, 0), interpolation="nearest", aspect="auto")
+        if max(tiles.bounds[-1], tiles.row_tiles) <= MAX_BORDERS:
+            _borders(ax, tiles)
+        for bound in tiles.bounds[1:-1]:
+            ax.axvline(bound, color="black", linewidth=1.0)
+
+    title = f"tiles{f' of pass {number + 1} of {passes}' if passes > 1 else ''}, in the order of the kernel's views"
+    return Panel(title, ("column tile", "row tile"), tiles.row_tiles, tiles.bounds[-1], legend, draw)
 
 
 def _borders(ax: Any, tiles: TileImage) -> None:
     """A thin line round every visited tile."""
     from matplotlib.collections import LineCollection
 
-    cells = tiles.cells
-    visited = tiles.visited[cells // 2 :: cells, cells // 2 :: cells] > 0.5
-    y, x = np.nonzero(visited)
+    middle = slice(tiles.cells // 2, None, tiles.cells)
+    y, x = np.nonzero(tiles.visited[middle, middle] > 0.5)
     corners = np.stack([np.stack([x + dx, y + dy], 1) for dx, dy in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0))], 1)
-    with_bits = tiles.bits[cells // 2 :: cells, cells // 2 :: cells][y, x] > 0.5
+    with_bits = tiles.bits[middle, middle][y, x] > 0.5
     for mask, colour in ((~with_bits, BORDER), (with_bits, BITS)):
         ax.add_collection(LineCollection(list(corners[mask]), colors=colour, linewidths=0.5))
 
@@ -136,22 +163,13 @@ def rgb(colour: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _frame(ax: Any, x: str, y: str) -> None:
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
+def _frame(ax: Any, panel: Panel) -> None:
+    x, y = panel.axes
+    ax.set_xlabel(x, labelpad=2)
+    ax.set_ylabel(y, labelpad=2)
     ax.xaxis.set_label_position("top")
-    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2.5, width=0.6)
-    ax.set_aspect("equal")
-
-
-def _legend(ax: Any, lines: list[tuple[str, str]]) -> None:
-    from matplotlib.patches import Patch
-
-    if not lines:
-        return
-    handles = [Patch(facecolor=colour, edgecolor="none", label=text) for colour, text in lines]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.01), frameon=False, fontsize=7, borderaxespad=0.2,
-              handlelength=1.0, handleheight=0.9, labelspacing=0.35)  # fmt: skip
+    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2.5, width=0.6, labelsize=7)
+    ax.set_title(panel.title, fontsize=8.5, loc="left", pad=6)
 
 
 def _shorten(text: str, limit: int) -> str:

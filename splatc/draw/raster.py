@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.tables import Tables
 from splatc.codegen.target import Target
 from splatc.compile import make_plan
 from splatc.formats.acsr import ACSR
 from splatc.formats.fold import owners, unnest
 from splatc.formats.strips import Ints, RowRuns, element_counts, ramp, row_runs
-from splatc.ir.cover import Grid, paint, tile_count
+from splatc.ir.cover import Grid, tile_count
 from splatc.ir.program import Cover, Mask, Program
 from splatc.ir.views import View
 from splatc.patterns.base import Pattern
@@ -33,6 +34,7 @@ class Drawing:
     pattern: str
     acsr: ACSR
     covers: tuple[Cover, ...]
+    tables: tuple[Tables, ...]
     explanation: Explanation
     order: Ints
 
@@ -49,7 +51,7 @@ class Drawing:
         spec = KernelSpec(64, 64, "float32", 64, 64, Target("cpu", "native"))
         plan = make_plan(pattern, q_len, q_len if kv_len is None else kv_len, spec, after)
         covers = tuple(domain for _, domain in plan.programs[0].domains if isinstance(domain, Cover))
-        return Drawing(str(pattern), found[0], covers, plan.explanation, np.argsort(-piece_sizes(found[0]), kind="stable"))
+        return Drawing(str(pattern), found[0], covers, plan.tables[0], plan.explanation, np.argsort(-piece_sizes(found[0]), kind="stable"))
 
     @property
     def named(self) -> list[tuple[str, int]]:
@@ -142,33 +144,33 @@ class TileImage:
     row_tiles: int
 
 
-def tile_image(cover: Cover, size: int) -> TileImage:
+def tile_image(cover: Cover, tables: Tables, size: int) -> TileImage:
     """The tiles of a pass as an image of at most about size x size cells; column views that hold no tile are left out."""
-    used = [v for v in range(len(cover.cols)) if (cover.entries[:, 3] == v).any()] or [0]
-    counts = [tile_count(cover.cols[v]) for v in used]
-    bounds = np.concatenate([[0], np.cumsum(counts)])
+    owner, i = ramp(tables.items[:, 4].astype(np.int64))
+    entry = tables.entries[tables.items[owner, 3] + i].astype(np.int64)
+    view, repeat, kind = entry[:, 5] - 1, entry[:, 3], entry[:, 4]
+    used = [v for v in range(len(cover.cols)) if (view == v).any()] or [0]
+    bounds = np.concatenate([[0], np.cumsum([tile_count(cover.cols[v]) for v in used])])
     n_rows, n_cols = tile_count(cover.rows), int(bounds[-1])
     cells = int(np.clip(size // max(n_rows, n_cols), 1, min(cover.rows.lanes, cover.cols[0].lanes)))
     height, width = min(n_rows, size), n_cols * cells if n_cols <= size else size
 
-    row = _numbers(cover.rows, cover.items[:, :3])[np.repeat(np.arange(len(cover.items)), cover.items[:, 4])]
-    owner, i = ramp(cover.items[:, 4])
-    entry = cover.entries[cover.items[owner, 3] + i]
+    row = _numbers(cover.rows, tables.items[:, :3].astype(np.int64))[owner]
     col = np.zeros(len(entry), np.int64)
     for v, base in zip(used, bounds[:-1], strict=True):
-        mine = entry[:, 3] == v
+        mine = view == v
         col[mine] = base + _numbers(cover.cols[v], entry[mine, :3])
-    partly = entry[:, 5] > 0
     scale = width / n_cols
     images = []
-    for m in (~partly, partly):
+    for m in (kind == 0, kind > 0):
         weight = np.full(int(m.sum()), height / n_rows)  # row tiles that share a cell add up
-        image = accumulate(row[m] * height // n_rows, col[m] * scale, (col[m] + entry[m, 4]) * scale, weight, height, width)
+        image = accumulate(row[m] * height // n_rows, col[m] * scale, (col[m] + repeat[m]) * scale, weight, height, width)
         images.append(np.clip(np.repeat(image, cells, axis=0), 0, 1))
     full, bits = images
+    partly = kind > 0
     if height == n_rows and width == n_cols * cells:
         kept = np.zeros((n_rows, n_cols, cells, cells))
-        np.add.at(kept, (row[partly], col[partly]), _shares(cover, cells)[entry[partly, 5] - 1])
+        np.add.at(kept, (row[partly], col[partly]), _shares(tables.bits, cells)[kind[partly] - 1])
         kept = full + kept.transpose(0, 2, 1, 3).reshape(full.shape)
     else:
         kept = full + bits * 0.5  # too small to tell
@@ -185,16 +187,17 @@ def _numbers(view: View, origin: Ints) -> Ints:
     return origin[:, 0] // grid.b1 + grid.across * (origin[:, 1] // grid.b2)
 
 
-def _shares(cover: Cover, cells: int) -> Image:
-    """Each distinct partly filled tile as cells x cells shares."""
-    lanes_q, lanes_k = cover.rows.lanes, cover.cols[0].lanes
-    out = np.zeros((cover.shapes.count, cells, cells))
+def _shares(bits: NDArray[np.uint32], cells: int) -> Image:
+    """Each distinct tile of bits as cells x cells shares."""
+    octets = np.ascontiguousarray(bits).view(np.uint8).reshape(len(bits), bits.shape[1], -1)
+    lanes_k, lanes_q = octets.shape[1], octets.shape[2] * 8
     y, x = np.arange(lanes_q) * cells // lanes_q, np.arange(lanes_k) * cells // lanes_k
-    fold_rows, fold_cols = np.zeros((cells, lanes_q)), np.zeros((lanes_k, cells))
-    fold_rows[y, np.arange(lanes_q)], fold_cols[np.arange(lanes_k), x] = 1, 1
-    fold_rows /= fold_rows.sum(1, keepdims=True)
-    fold_cols /= fold_cols.sum(0, keepdims=True)
-    for first in range(0, cover.shapes.count, 512):
-        chosen = slice(first, min(first + 512, cover.shapes.count))
-        out[chosen] = fold_rows @ paint(cover.shapes, chosen, lanes_q, lanes_k).astype(float) @ fold_cols
+    fold_rows, fold_cols = np.zeros((lanes_q, cells)), np.zeros((cells, lanes_k))
+    fold_rows[np.arange(lanes_q), y], fold_cols[x, np.arange(lanes_k)] = 1, 1
+    fold_rows /= fold_rows.sum(0)
+    fold_cols /= fold_cols.sum(1, keepdims=True)
+    out = np.zeros((len(bits), cells, cells))
+    for first in range(0, len(bits), 512):  # as many as fit in little memory
+        dense = np.unpackbits(octets[first : first + 512], axis=2, bitorder="little")
+        out[first : first + 512] = (fold_cols @ dense @ fold_rows).transpose(0, 2, 1)
     return out

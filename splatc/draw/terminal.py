@@ -33,9 +33,9 @@ def print_to(console: Console, drawing: Drawing, *, pieces: bool = True, tiles: 
         if e.remainder_nnz:
             console.print(Text.assemble(("# " if ascii_only else "■ ", REMAINDER), f"remainder of {e.remainder_nnz} elements"))
     if tiles:
-        for i, cover in enumerate(drawing.covers):
-            console.print(f"\npass {i + 1} of {len(drawing.covers)}: {cover.tiles} tiles, rows {cover.rows}", soft_wrap=True)
-            image = tile_image(cover, columns // 2 - 1)
+        for i, (cover, tables) in enumerate(zip(drawing.covers, drawing.tables, strict=True)):
+            console.print(f"\npass {i + 1} of {len(drawing.covers)}: {tables.tiles} tiles, rows {cover.rows}", soft_wrap=True)
+            image = tile_image(cover, tables, columns // 2 - 1)
             console.print(_boxed(tiles_text(image, ascii_only), ascii_only), soft_wrap=True)
         shades = ("#", "+") if ascii_only else ("█", "▒")
         console.print(Text.assemble((f"{shades[0]} ", FULL), f"{e.full_tiles} full  ", (f"{shades[1]} ", BITS),

@@ -325,6 +325,8 @@ def _holds(pattern: Pattern, q_len: int, kv_len: int, strips: Ints) -> NDArray[n
 def _fold_single_rows(strips: Ints) -> Ints:
     """Strips of one row each (both kinds of residue in one pattern) go the way of an explicit mask's rows."""
     runs = unit_runs(row_runs(strips))
+    if not len(runs.row):
+        return make()
     order = np.lexsort((runs.start, runs.row))
     row, start, stop = (column[order] for column in runs)
     fresh = np.ones(len(row), bool)

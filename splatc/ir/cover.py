@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from splatc.errors import VerifyError
 from splatc.formats.remainder import BLOCK, BlockBits
 from splatc.formats.strips import COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, ramp
 from splatc.ir.patches import cover_patches
@@ -221,6 +222,8 @@ def _shapes(
     blocks, bits = [np.zeros((0, 6), np.int64)], [np.zeros((0, BLOCK), np.uint64)]
     for remainder, view in shared:
         lanes_q, lanes_k = rows.lanes, cols[view].lanes
+        if lanes_q % BLOCK or lanes_k % BLOCK:
+            raise VerifyError(f"blocks of 64 x 64 bits do not fit tiles of {lanes_q} x {lanes_k}; use multiples of 64")
         q, k = remainder.rows * BLOCK, remainder.cols * BLOCK
         number = np.arange(len(q)) + sum(len(b) for b in bits)
         blocks.append(

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,8 @@ def cpu_identity() -> str:
 
 def _version(name: str, module: str) -> str:
     """The version of an installed package; where it was unpacked without metadata, the state of its files."""
+    from importlib import metadata  # slow to import
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

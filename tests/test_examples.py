@@ -1,0 +1,76 @@
+"""What people copy works: every example runs, every python block of the documentation runs and prints what it says.
+
+A ```text block right after a ```python block is what that prints ("..." stands for anything); --update-golden rewrites it.
+The python blocks of a page share their names, from the first to the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "show.py")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def keep_dots(got: str, wanted: str) -> str:
+    """``got``, with the lines of ``wanted`` that leave something open kept so."""
+    open_lines = [line for line in wanted.splitlines() if "..." in line]
+    kept = (next((o for o in open_lines if line.startswith(o.partition("...")[0])), line) for line in got.splitlines())
+    return "".join(f"{line}\n" for line in kept)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
+def test_example(path, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    if "import torch" in path.read_text():
+        pytest.importorskip("torch")
+    monkeypatch.setattr(sys, "argv", [str(path), "--out", str(tmp_path)])
+    monkeypatch.syspath_prepend(str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "tiles " in printed and "error " in printed
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 500
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)
+def test_page(page, tmp_path, monkeypatch, pytestconfig):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    names: dict[str, object] = {"__name__": "page"}
+    new, end = [], 0
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start("code"))
+        code = compile("\n" * line + block["code"], str(page), "exec")  # tracebacks name the line of the page
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        got, wanted = printed.getvalue(), block["output"]
+        if wanted is None:
+            assert not got, f"{name(page)}:{line}: the block prints something: add a ```text block after it"
+        elif not doctest.OutputChecker().check_output(wanted, got, doctest.ELLIPSIS):
+            assert pytestconfig.getoption("--update-golden"), f"{name(page)}:{line} prints\n{got}instead of\n{wanted}"
+            new += [text[end : block.start("output")], keep_dots(got, wanted)]
+            end = block.end("output")
+    if new:
+        page.write_text("".join([*new, text[end:]]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links(page):
+    """Every relative link and picture of a page exists."""
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{name(page)}: {target} does not exist"
