@@ -1,8 +1,9 @@
-"""Draws docs/img: one small PNG for each pattern, and the pictures of the README and of docs/acsr.md.
+"""Draws docs/img: one small PNG for each pattern, and the pictures of the README and of docs/architecture.md.
 
     make docs-pictures            (or: python docs/pictures.py)
 
-A pixel block is one (query, key) pair, queries down, keys across. Everything is painted into arrays: no text, no axes.
+A square of pixels is one (query, key) pair, queries down, keys across: no text, no axes, a kilobyte or two each. For a
+picture of any mask with axes and a legend use `splatc show` or splatc.draw.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 
 import splatc
 from splatc import patterns as P
+from splatc.draw import Drawing
+from splatc.draw import save as save_drawing
 from splatc.formats.acsr import ACSR
 from splatc.formats.fold import unnest
 from splatc.formats.strips import paint
@@ -132,6 +135,8 @@ def main() -> None:
     pieces = by_piece(acsr)
     passes = list(by_tile(acsr, pieces, tile=8, scale=3))
     save("tiles", side_by_side(enlarge(pieces, 3), *passes))
+    drawing = Drawing.of(P.causal() & P.fixed(128, 16), 2048)
+    save_drawing(drawing, FOLDER / "views.png")
     sizes = [path.stat().st_size for path in FOLDER.glob("*.png")]
     print(f"{len(sizes)} pictures, {sum(sizes) // 1024} KiB in {FOLDER}")
 

@@ -33,6 +33,8 @@ def analyze(mask: Any, seq_len: int | None = None, kv_len: int | None = None) ->
     Lengths are needed for a symbolic pattern and taken from a matrix otherwise; kv_len defaults to seq_len.
     """
     pattern, q_len, kv_len = _sized(mask, seq_len, kv_len)
+    if isinstance(pattern, PerHead):
+        raise InvalidInput("analyze takes the mask of one head: analyze the patterns of a per-head list one by one")
     return ACSR.from_pattern(pattern, q_len, kv_len)
 
 

@@ -49,3 +49,13 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
         assert text == path.read_text(), f"{path} differs: review it, then run pytest --update-golden"
 
     return check
+
+
+@pytest.fixture
+def eager_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views are chosen by estimate alone and passes are free, so that short masks go through all kinds of them."""
+    from splatc.ir import choose
+
+    for name, value in (("FEW_TILES", 0), ("CLEARLY", 0), ("PASS_TILES", -100.0)):
+        assert hasattr(choose, name)
+        monkeypatch.setattr(choose, name, value)

@@ -86,6 +86,17 @@ def test_random_compositions(case):
     run(tensors(q_len, kv_len, heads=1), pattern, pattern.dense(q_len, kv_len))
 
 
+@settings(max_examples=100)
+@given(case=library.strided_patterns())
+@pytest.mark.usefixtures("eager_views")
+def test_strided_patterns(case):
+    """Through residue, block and patch views, in up to three passes."""
+    pattern, q_len, kv_len = case
+    attend = splatc.compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=D, dtype="float32", target="cpu")
+    qkv = tensors(q_len, kv_len)
+    check(attend(*qkv, return_lse=True), qkv, pattern.dense(q_len, kv_len))
+
+
 @settings(max_examples=60)
 @given(library.masks())
 def test_random_masks(mask):

@@ -11,6 +11,7 @@ import doctest
 import io
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -74,3 +75,15 @@ def test_links(page):
     """Every relative link and picture of a page exists."""
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), f"{name(page)}: {target} does not exist"
+
+
+COMMANDS = re.findall(r"^splatc .*$", "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/cli.md").read_text(), re.M | re.S)), re.M)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line, tmp_path, monkeypatch, capsys):
+    """Every command of docs/cli.md runs."""
+    from splatc.cli.main import run
+
+    monkeypatch.chdir(tmp_path)
+    assert run(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err

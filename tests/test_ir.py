@@ -70,6 +70,17 @@ def test_every_pass_keeps_longer_patterns(case):
 
 
 @settings(max_examples=150)
+@given(case=library.strided_patterns(), from_matrix=st.booleans())
+@pytest.mark.usefixtures("eager_views")
+def test_every_pass_keeps_strided_patterns(case, from_matrix):
+    """Through residue, block and patch views, in up to three passes."""
+    pattern, q_len, kv_len = case
+    mask = pattern.dense(q_len, kv_len)
+    acsr = ACSR.from_dense(mask) if from_matrix else ACSR.from_pattern(pattern, q_len, kv_len)
+    run_checked(acsr, mask, Schedule())
+
+
+@settings(max_examples=150)
 @given(library.masks(), st.sampled_from(TILES))
 def test_every_pass_keeps_random_masks(mask, tile):
     run_checked(ACSR.from_dense(mask), mask, Schedule(*tile))

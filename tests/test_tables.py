@@ -105,6 +105,15 @@ def test_tables_hold_random_patterns(case, from_matrix, tile):
 
 
 @settings(max_examples=60)
+@given(case=library.strided_patterns())
+@pytest.mark.usefixtures("eager_views")
+def test_tables_hold_strided_patterns(case):
+    pattern, q_len, kv_len = case
+    mask = pattern.dense(q_len, kv_len)
+    assert_holds([tables_of(ACSR.from_pattern(pattern, q_len, kv_len))], [0], mask[None])
+
+
+@settings(max_examples=60)
 @given(library.masks())
 def test_tables_hold_random_masks(mask):
     assert_holds([tables_of(ACSR.from_dense(mask))], [0], mask[None])

@@ -11,7 +11,16 @@ import numpy as np
 import typer
 
 from splatc.cli.masks import (
-    Dtype, HeadDim, KvLen, MaskArgument, SeqLen, VHeadDim, kernel_spec, plan_mask, quick_target, sized_mask,
+    Dtype,
+    HeadDim,
+    KvLen,
+    MaskArgument,
+    SeqLen,
+    VHeadDim,
+    kernel_spec,
+    plan_mask,
+    quick_target,
+    sized_mask,
 )  # fmt: skip
 from splatc.cli.output import console, note, size, write_or_print
 from splatc.codegen.kernel import KernelSpec
@@ -79,11 +88,15 @@ def compile_kernel(
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
     if spec.target.kind == "cuda" and find_nvcc() is None:
-        raise Unsupported(f"compiling for {spec.target.arch} needs nvcc: install the CUDA toolkit (`splatc dump` needs none)")
+        raise Unsupported(
+            f"compiling for {spec.target.arch} needs nvcc: install the CUDA toolkit (`splatc dump` needs none)"
+        )
     with console(stderr=True).status(f"compiling {spec.name} for {spec.target}"):
         folder = find_kernel(spec).folder
     if not folder.is_relative_to(root):
-        raise CacheError(f"the kernel cannot be kept in {root} (read-only or full): set SPLATC_CACHE_DIR to another folder")
+        raise CacheError(
+            f"the kernel cannot be kept in {root} (read-only or full): set SPLATC_CACHE_DIR to another folder"
+        )
     print(folder)
 
 
@@ -153,7 +166,9 @@ def _write_tables(plan: Plan, output: Path | None) -> None:
     named = [(f"mask{p}_pass{i}" if len(plan.tables) > 1 else f"pass{i}", t)
              for p, passes in enumerate(plan.tables) for i, t in enumerate(passes)]  # fmt: skip
     if output is not None and output.suffix == ".npz":
-        arrays = {f"{name}_{part}": getattr(t, part) for name, t in named for part in ("views", "items", "entries", "bits")}
+        arrays = {
+            f"{name}_{part}": getattr(t, part) for name, t in named for part in ("views", "items", "entries", "bits")
+        }
         data = io.BytesIO()
         np.savez(data, **arrays)
         output.write_bytes(data.getvalue())
@@ -164,7 +179,9 @@ def _write_tables(plan: Plan, output: Path | None) -> None:
 
 def tables_text(name: str, tables: Tables) -> str:
     """One pass's tables for people: a line a view, item and entry, and each distinct tile of bits as a picture."""
-    lines = [f"{name}: {tables.tiles} tiles ({tables.full_tiles} full, {tables.bit_tiles} with bits), {size(tables.nbytes)}"]
+    lines = [
+        f"{name}: {tables.tiles} tiles ({tables.full_tiles} full, {tables.bit_tiles} with bits), {size(tables.nbytes)}"
+    ]
     lines += ["", "view  extents / strides / box (view 0 is the rows')"]
     for i, v in enumerate(tables.views.tolist()):
         lines.append(f"{i:>4}  {v[0:3]} / {v[3:6]} / {v[6:9]}")
@@ -177,7 +194,9 @@ def tables_text(name: str, tables: Tables) -> str:
             parts.append(f"view{view}[{k1}, {k2}, {k3}] {kind}")
         lines.append(f"{i:>4}  [{x1}, {x2}, {x3}]: " + ("; ".join(parts) or "nothing"))
     for i, tile in enumerate(tables.bits if tables.bit_tiles else ()):
-        dense = np.unpackbits(np.ascontiguousarray(tile).view(np.uint8).reshape(len(tile), -1), axis=1, bitorder="little").T
+        dense = np.unpackbits(
+            np.ascontiguousarray(tile).view(np.uint8).reshape(len(tile), -1), axis=1, bitorder="little"
+        ).T
         lines += ["", f"bits{i} (rows down, columns across)"]
         lines += ["".join("#" if bit else "." for bit in row) for row in dense]
     return "\n".join(lines) + "\n"

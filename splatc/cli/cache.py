@@ -13,7 +13,9 @@ from splatc.errors import InvalidInput
 from splatc.runtime.cache import Entry, KernelCache
 from splatc.runtime.kernel import kernel_cache
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The compiled kernels on disk: list, show, clear, prune.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="The compiled kernels on disk: list, show, clear, prune."
+)
 
 _AGE = {"min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -47,7 +49,9 @@ def list_entries(json: Annotated[bool, typer.Option("--json", help="A JSON array
 
 @app.command(epilog="\b\nExamples:\n  splatc cache show attention_d64_float32_m64n64")
 def show(
-    name: Annotated[str, typer.Argument(help="The beginning of a kernel's name or key, as `splatc cache list` prints it.")],
+    name: Annotated[
+        str, typer.Argument(help="The beginning of a kernel's name or key, as `splatc cache list` prints it.")
+    ],
     json: Annotated[bool, typer.Option("--json", help="The manifest as JSON.")] = False,
 ) -> None:
     """How a kernel was made, and its files."""
@@ -91,7 +95,9 @@ def prune(
     """Delete the least recently used kernels."""
     cache = _open()
     age = None if older_than is None else _seconds(older_than)
-    limit = parse_size(max_size, name="--max-size") if max_size is not None else cache.max_bytes if age is None else None
+    limit = (
+        parse_size(max_size, name="--max-size") if max_size is not None else cache.max_bytes if age is None else None
+    )
     _report(cache.prune(max_bytes=limit, older_than=age))
 
 

@@ -52,7 +52,9 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="A JSON array on st
         rows = []
         for f in findings:
             state = "OK" if f.works else "MISSING" if f.needed else "optional"
-            rows.append((f.what, Text(state, colours[state]), f.detail + (f"\n-> {f.cure}" if f.cure and not f.works else "")))
+            rows.append(
+                (f.what, Text(state, colours[state]), f.detail + (f"\n-> {f.cure}" if f.cure and not f.works else ""))
+            )
         console().print(table(("part", "state", "what was found"), rows, left=3))
         gpu = all(f.works for f in findings if f.what in ("GPU", "nvcc"))
         verdict = f"missing for the CPU: {', '.join(f.what for f in broken)}" if broken else "the CPU path works"
@@ -88,7 +90,9 @@ def examine() -> list[Finding]:
 
 def _python() -> Finding:
     works = (3, 10) <= sys.version_info < (3, 14)
-    return Finding("Python", works, f"{platform.python_version()} at {sys.executable}", True, "install Python 3.10 to 3.13")
+    return Finding(
+        "Python", works, f"{platform.python_version()} at {sys.executable}", True, "install Python 3.10 to 3.13"
+    )
 
 
 def _package(name: str, needed: bool, cure: str, use: str = "") -> Finding:
@@ -107,14 +111,18 @@ def _tvm() -> Finding:
     script = ("import tvm; from tvm.target.codegen import llvm_version_major as v, llvm_get_system_cpu as c; "
               "print(tvm.__version__, 'with LLVM', v(), 'for', c())")  # fmt: skip
     done = _python_says(script)  # in a process of its own: a broken build may crash
-    lines = (done.stdout.split("\n")[0] if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]) or "crashed"
+    lines = (
+        done.stdout.split("\n")[0] if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
+    ) or "crashed"
     return Finding("tvm", done.returncode == 0, lines, True, cure)
 
 
 def _compiler() -> Finding:
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     cure = "apt install gcc (or your system's C compiler)"
-    return Finding("C compiler", found is not None, found or "none of cc, gcc, clang (they link the kernels)", True, cure)
+    return Finding(
+        "C compiler", found is not None, found or "none of cc, gcc, clang (they link the kernels)", True, cure
+    )
 
 
 def _cache() -> Finding:
@@ -127,7 +135,9 @@ def _cache() -> Finding:
     except SplatcError as error:
         return Finding("cache folder", False, str(error), True, "see above")
     detail = f"{config.cache_dir}, {len(entries.entries())} kernels"
-    return Finding("cache folder", not problem, problem or detail, False, "set SPLATC_CACHE_DIR to a folder of your own")
+    return Finding(
+        "cache folder", not problem, problem or detail, False, "set SPLATC_CACHE_DIR to a folder of your own"
+    )
 
 
 def _folder_problem(path: Path) -> str:
@@ -146,7 +156,13 @@ def _folder_problem(path: Path) -> str:
 
 def _torch() -> Finding:
     if importlib.util.find_spec("torch") is None:
-        return Finding("torch", False, "not installed (torch tensors; NumPy arrays work without)", False, "pip install 'splatc[torch]'")
+        return Finding(
+            "torch",
+            False,
+            "not installed (torch tensors; NumPy arrays work without)",
+            False,
+            "pip install 'splatc[torch]'",
+        )
     done = _python_says("import torch; print(torch.__version__, 'CUDA', torch.version.cuda or 'none')")
     text = done.stdout.strip() if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
     return Finding("torch", done.returncode == 0, text, False, "pip install 'splatc[torch]'")
@@ -166,7 +182,9 @@ def _nvcc() -> Finding:
     found = find_nvcc()
     cure = "install the CUDA toolkit: https://developer.nvidia.com/cuda-downloads (or set CUDA_HOME)"
     if found is None:
-        return Finding("nvcc", False, "not on PATH, in CUDA_HOME or /usr/local/cuda (compiles kernels for a GPU)", False, cure)
+        return Finding(
+            "nvcc", False, "not on PATH, in CUDA_HOME or /usr/local/cuda (compiles kernels for a GPU)", False, cure
+        )
     done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False, timeout=60)
     release = next((line.strip() for line in done.stdout.splitlines() if "release" in line), "no version")
     return Finding("nvcc", done.returncode == 0, f"{found}: {release}", False, cure)

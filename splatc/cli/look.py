@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from splatc.cli.masks import Dtype, HeadDim, KvLen, MaskArgument, SeqLen, kernel_spec, plan_mask, quick_target, sized_mask
+from splatc.cli.masks import (
+    Dtype,
+    HeadDim,
+    KvLen,
+    MaskArgument,
+    SeqLen,
+    kernel_spec,
+    plan_mask,
+    quick_target,
+    sized_mask,
+)
 from splatc.cli.output import console, fields, note, percent, print_json, seconds, size
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Mask

@@ -41,7 +41,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of splatc itself."""
     start_logging(Config.from_env().log_level)
@@ -67,7 +69,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory: use a smaller --seq-len, or a symbolic pattern in place of a matrix", 1)
     except Exception as error:
-        message = getattr(error, "format_message", None)  # a usage error of typer's: wrong option, missing argument, ...
+        message = getattr(
+            error, "format_message", None
+        )  # a usage error of typer's: wrong option, missing argument, ...
         if message is None:
             raise
         if type(error).__name__ == "NoArgsIsHelpError":

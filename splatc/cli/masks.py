@@ -18,10 +18,14 @@ from splatc.runtime.attention import Plan
 MaskArgument = Annotated[str, typer.Argument(
     metavar="PATTERN_OR_FILE", show_default=False,
     help="A pattern such as 'causal & window(256, 0)', or a mask file: .npy, .npz, .mtx, .txt, .splat")]  # fmt: skip
-SeqLen = Annotated[int | None, typer.Option("--seq-len", "-s", show_default=False, help="Queries; a matrix knows its own.")]
+SeqLen = Annotated[
+    int | None, typer.Option("--seq-len", "-s", show_default=False, help="Queries; a matrix knows its own.")
+]
 KvLen = Annotated[int | None, typer.Option("--kv-len", show_default=False, help="Keys, if not as many as queries.")]
 HeadDim = Annotated[int, typer.Option("--head-dim", "-d", help="Size of a query and key vector, 1 to 256.")]
-VHeadDim = Annotated[int | None, typer.Option("--v-head-dim", show_default=False, help="That of a value vector, if another.")]
+VHeadDim = Annotated[
+    int | None, typer.Option("--v-head-dim", show_default=False, help="That of a value vector, if another.")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
 
 

@@ -1,7 +1,7 @@
 """Pictures of masks: the pieces that splatc finds and the tiles that a kernel visits, in a file or in a terminal.
 
-    drawing = Drawing.of(patterns.parse("fixed(128, 16)"), 1024)
-    save(drawing, "fixed.png")
+drawing = Drawing.of(patterns.parse("fixed(128, 16)"), 1024)
+save(drawing, "fixed.png")
 """
 
 from splatc.draw.figure import figure, save

@@ -40,7 +40,9 @@ def figure(drawing: Drawing, *, pieces: bool = True, tiles: bool = True) -> Any:
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
     except ImportError:
-        raise Unsupported("pictures need matplotlib: pip install 'splatc[plot]' (or leave out -o to draw in the terminal)") from None
+        raise Unsupported(
+            "pictures need matplotlib: pip install 'splatc[plot]' (or leave out -o to draw in the terminal)"
+        ) from None
     panels = [_pieces_panel(drawing)] if pieces else []
     panels += [_tiles_panel(drawing, i) for i in range(len(drawing.covers) if tiles else 0)]
     lines = max(len(panel.legend) for panel in panels)
@@ -61,7 +63,14 @@ def figure(drawing: Drawing, *, pieces: bool = True, tiles: bool = True) -> Any:
                     out.patches.append(Rectangle((x / wide, y - 0.04 / high), 0.1 / wide, 0.08 / high, facecolor=colour,
                                                  transform=out.transFigure))  # fmt: skip
                 out.text((x + 0.15) / wide, y, text, fontsize=7, va="center")
-        out.text(LEFT / wide, 1 - 0.17 / high, _shorten(drawing.pattern, 75 * len(panels)), fontsize=10, fontweight="bold", va="center")
+        out.text(
+            LEFT / wide,
+            1 - 0.17 / high,
+            _shorten(drawing.pattern, 75 * len(panels)),
+            fontsize=10,
+            fontweight="bold",
+            va="center",
+        )
     return out
 
 
@@ -99,12 +108,20 @@ def _tiles_panel(drawing: Drawing, number: int) -> Panel:
     tiles = tile_image(drawing.covers[number], tables, SIZE)
     legend = [(FULL, f"{tables.full_tiles} full tiles")]
     if tables.bit_tiles:
-        legend += [(BITS, f"{tables.bit_tiles} tiles with bits, {len(tables.bits)} distinct"), (WASTE, "computed and masked")]
+        legend += [
+            (BITS, f"{tables.bit_tiles} tiles with bits, {len(tables.bits)} distinct"),
+            (WASTE, "computed and masked"),
+        ]
     legend += [("", f"rows {tiles.rows}"), *(("", f"columns {view}") for view in tiles.cols[:4])]
     legend.append(("", f"{'all passes: ' if passes > 1 else ''}{e.tiles} tiles, waste {e.waste:.2f}"))
 
     def draw(ax: Any) -> None:
-        ax.imshow(colour_tiles(tiles), extent=(0, tiles.bounds[-1], tiles.row_tiles, 0), interpolation="nearest", aspect="auto")
+        ax.imshow(
+            colour_tiles(tiles),
+            extent=(0, tiles.bounds[-1], tiles.row_tiles, 0),
+            interpolation="nearest",
+            aspect="auto",
+        )
         if max(tiles.bounds[-1], tiles.row_tiles) <= MAX_BORDERS:
             _borders(ax, tiles)
         for bound in tiles.bounds[1:-1]:

@@ -51,7 +51,14 @@ class Drawing:
         spec = KernelSpec(64, 64, "float32", 64, 64, Target("cpu", "native"))
         plan = make_plan(pattern, q_len, q_len if kv_len is None else kv_len, spec, after)
         covers = tuple(domain for _, domain in plan.programs[0].domains if isinstance(domain, Cover))
-        return Drawing(str(pattern), found[0], covers, plan.tables[0], plan.explanation, np.argsort(-piece_sizes(found[0]), kind="stable"))
+        return Drawing(
+            str(pattern),
+            found[0],
+            covers,
+            plan.tables[0],
+            plan.explanation,
+            np.argsort(-piece_sizes(found[0]), kind="stable"),
+        )
 
     @property
     def named(self) -> list[tuple[str, int]]:
@@ -93,7 +100,9 @@ class Drawing:
         return np.clip(image / np.maximum(count, 1)[:, None], 0, 1)
 
 
-def accumulate(y: Ints, x0: Image, x1: Image, weight: Image, height: int, width: int) -> Image:
+def accumulate(
+    y: Ints, x0: NDArray[np.floating], x1: NDArray[np.floating], weight: Image, height: int, width: int
+) -> Image:
     """The sum of spans [x0, x1) of rows y, times their weight, as an image; x in cells, edges anti-aliased."""
     steps = np.zeros((height, width + 1))
     for x, sign in ((x0, 1.0), (x1, -1.0)):
@@ -164,7 +173,9 @@ def tile_image(cover: Cover, tables: Tables, size: int) -> TileImage:
     images = []
     for m in (kind == 0, kind > 0):
         weight = np.full(int(m.sum()), height / n_rows)  # row tiles that share a cell add up
-        image = accumulate(row[m] * height // n_rows, col[m] * scale, (col[m] + repeat[m]) * scale, weight, height, width)
+        image = accumulate(
+            row[m] * height // n_rows, col[m] * scale, (col[m] + repeat[m]) * scale, weight, height, width
+        )
         images.append(np.clip(np.repeat(image, cells, axis=0), 0, 1))
     full, bits = images
     partly = kind > 0

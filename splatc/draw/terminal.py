@@ -24,17 +24,23 @@ def print_to(console: Console, drawing: Drawing, *, pieces: bool = True, tiles: 
     ascii_only = not (console.encoding or "").lower().startswith("utf")
     console.print(Text(drawing.pattern, "bold"), soft_wrap=True)
     if pieces:
-        console.print(f"mask {e.q_len} x {e.kv_len}: {e.nnz} attend, density {e.density:.2%}, {e.pieces} pieces", soft_wrap=True)
+        console.print(
+            f"mask {e.q_len} x {e.kv_len}: {e.nnz} attend, density {e.density:.2%}, {e.pieces} pieces", soft_wrap=True
+        )
         console.print(_boxed(mask_text(drawing, columns - 2, ascii_only), ascii_only), soft_wrap=True)
         for hue, (text, _) in zip(HUES, drawing.named, strict=False):
             console.print(Text.assemble(("# " if ascii_only else "■ ", hue), text), soft_wrap=True)
         if drawing.others:
             console.print(Text.assemble(("# " if ascii_only else "■ ", OTHERS), f"{drawing.others} more pieces"))
         if e.remainder_nnz:
-            console.print(Text.assemble(("# " if ascii_only else "■ ", REMAINDER), f"remainder of {e.remainder_nnz} elements"))
+            console.print(
+                Text.assemble(("# " if ascii_only else "■ ", REMAINDER), f"remainder of {e.remainder_nnz} elements")
+            )
     if tiles:
         for i, (cover, tables) in enumerate(zip(drawing.covers, drawing.tables, strict=True)):
-            console.print(f"\npass {i + 1} of {len(drawing.covers)}: {tables.tiles} tiles, rows {cover.rows}", soft_wrap=True)
+            console.print(
+                f"\npass {i + 1} of {len(drawing.covers)}: {tables.tiles} tiles, rows {cover.rows}", soft_wrap=True
+            )
             image = tile_image(cover, tables, columns // 2 - 1)
             console.print(_boxed(tiles_text(image, ascii_only), ascii_only), soft_wrap=True)
         shades = ("#", "+") if ascii_only else ("█", "▒")

@@ -19,16 +19,7 @@ from splatc.formats.analysis import analyze_runs, fold_dense
 from splatc.formats.fold import MAX_LEVELS, fold_columns, nest, unnest
 from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import (
-    COL,
-    COUNT,
-    DCOL,
-    DCOUNT,
-    DWIDTH,
     FIELDS,
-    ROW,
-    ROWS,
-    STRIDE,
-    WIDTH,
     Ints,
     Runs,
     element_counts,
@@ -211,6 +202,17 @@ class ACSR:
         """Bytes of this representation."""
         return int(self.pieces.table.nbytes) + self.remainder.nbytes
 
+    def statistics(self) -> dict[str, float]:
+        """nnz, density, pieces, strips, remainder_nnz, nbytes, empty_rows, and the fewest, mean and most elements a
+        row.
+        """
+        row, start, stop = self.runs()
+        per_row = np.bincount(row, stop - start, self.q_len)
+        rows = {"empty_rows": int((per_row == 0).sum()), "row_min": int(per_row.min(initial=self.kv_len)),
+                "row_mean": self.nnz / max(self.q_len, 1), "row_max": int(per_row.max(initial=0))}  # fmt: skip
+        return {"nnz": self.nnz, "density": self.density, "pieces": len(self.pieces), "strips": len(self.strips),
+                "remainder_nnz": self.remainder.nnz, "nbytes": self.nbytes, **rows}  # fmt: skip
+
     def __str__(self) -> str:
         head = (
             f"acsr {self.q_len} x {self.kv_len}: nnz {self.nnz}, density {self.density:.4f}, {len(self.pieces)} pieces"
@@ -352,6 +354,3 @@ def _sweep(sets: Sequence[Runs], kv_len: int, keep: Any) -> Runs:
     start, stop = key[turns[0::2]], key[turns[1::2]]
     row = start // (kv_len + 1)
     return Runs(row, start - row * (kv_len + 1), stop - row * (kv_len + 1))
-
-
-__all__ = ["ACSR", "Piece", "Pieces", "COL", "COUNT", "DCOL", "DCOUNT", "DWIDTH", "ROW", "ROWS", "STRIDE", "WIDTH"]

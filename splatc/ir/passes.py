@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from splatc.errors import VerifyError
 from splatc.formats.acsr import ACSR
 from splatc.ir.choose import choose_regions
 from splatc.ir.cover import cover
-from splatc.ir.program import Attend, Cover, Mask, Program, Region, Regions, Sddmm, Softmax, Spmm
-from splatc.ir.views import contiguous
+from splatc.ir.program import Attend, Cover, Mask, Program, Regions, Sddmm, Softmax, Spmm
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,3 @@ def run_passes(program: Program, schedule: Schedule, passes: tuple[Pass, ...] = 
         if after:
             after(one.__name__, program)
     return program
-
-
-__all__ = ["PASSES", "UNFUSED", "Schedule", "Region", "VerifyError", "contiguous", "lower", "run_passes"]

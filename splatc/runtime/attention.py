@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -192,6 +192,3 @@ def workers() -> int:
     """Threads that a CPU kernel uses: torch's setting if torch is loaded, else the CPUs we may run on."""
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch else len(os.sched_getaffinity(0))
-
-
-__all__ = ["CompiledAttention", "Plan", "replace"]
