@@ -18,7 +18,7 @@ def grid_of(n: int, axes: int) -> tuple[int, ...]:
     """n as a product of `axes` factors, as equal as can be, the largest last."""
     if axes == 1:
         return (n,)
-    first = max(d for d in range(1, int(round(n ** (1 / axes))) + 1) if n % d == 0)
+    first = max(d for d in range(1, round(n ** (1 / axes)) + 1) if n % d == 0)
     return (first, *grid_of(n // first, axes - 1))
 
 

@@ -1,6 +1,7 @@
 """Results end to end on the CPU, against the float64 oracle: every pattern, dtype, layout and kind of input."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,16 +33,23 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(attention, "outputs", outputs)
 
 
-def tensors(q_len, kv_len, *, batch=1, heads=2, kv_heads=None, d=D, dv=None, dtype="float32", seed=0):
+def tensors(q_len, kv_len, *, batch=1, heads=2, kv_heads=None, d=D, dv=None, dtype="float32", seed=0) -> Any:
     rng = np.random.default_rng(seed)
-    shapes = (batch, heads, q_len, d), (batch, kv_heads or heads, kv_len, d), (batch, kv_heads or heads, kv_len, dv or d)
+    kv_heads = kv_heads or heads
+    shapes = (batch, heads, q_len, d), (batch, kv_heads, kv_len, d), (batch, kv_heads, kv_len, dv or d)
     return [torch.from_numpy(rng.standard_normal(s)).to(getattr(torch, dtype)) for s in shapes]
+
+
+def attention(qkv: Any, mask: Any, **options: Any) -> Any:
+    q, k, v = qkv
+    return splatc.attention(q, k, v, mask, **options)
 
 
 def check(got, qkv, mask, dtype="float32", scale=None):
     """(o, lse) agree with the oracle on the very same inputs; rows without a key give exactly 0 and -inf."""
     o, lse = (np.asarray(x.double() if isinstance(x, torch.Tensor) else x, np.float64) for x in got)
-    wanted, wanted_lse = oracle.attention(*(np.asarray(x.double()) for x in qkv), mask, scale)
+    q, k, v = (np.asarray(x.double()) for x in qkv)
+    wanted, wanted_lse = oracle.attention(q, k, v, mask, scale)
     assert o.shape == wanted.shape and lse.shape == wanted_lse.shape
     empty = np.isneginf(wanted_lse)
     assert (np.isneginf(lse) == empty).all()
@@ -52,9 +60,9 @@ def check(got, qkv, mask, dtype="float32", scale=None):
 
 
 def run(qkv, mask, dense, dtype="float32", **options):
-    """splatc.attention on these tensors, checked."""
+    """Attention on these tensors, checked."""
     scale = options.get("scale")
-    got = splatc.attention(*qkv, mask, return_lse=True, **options)
+    got = attention(qkv, mask, return_lse=True, **options)
     assert got[0].dtype == qkv[0].dtype and got[1].dtype == torch.float32
     check(got, qkv, dense, dtype, scale)
     return got
@@ -70,8 +78,11 @@ def test_every_pattern(name, dtype):
     run(tensors(200, 200, dtype=dtype), pattern, pattern.dense(200), dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (63, 63), (127, 127), (1000, 1000), (100, 333), (333, 100), (1, 500)],
-                         ids=lambda s: f"{s[0]}x{s[1]}")  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (2, 2), (63, 63), (127, 127), (1000, 1000), (100, 333), (333, 100), (1, 500)],
+    ids=lambda s: f"{s[0]}x{s[1]}",
+)
 def test_every_pattern_at_odd_sizes(shape):
     for name in library.NAMES:
         pattern = library.pattern(name, *shape)
@@ -109,7 +120,7 @@ def test_rows_without_keys(dtype):
     dense = pattern.dense(150, 100)
     assert (~dense.any(1)).sum() >= 50
     run(tensors(150, 100, dtype=dtype), pattern, dense, dtype)
-    o, lse = splatc.attention(*tensors(50, 60, dtype=dtype), P.global_cols(0), return_lse=True)
+    o, lse = attention(tensors(50, 60, dtype=dtype), P.global_cols(0), return_lse=True)
     assert (o == 0).all() and torch.isneginf(lse).all()
 
 
@@ -152,7 +163,7 @@ def test_layouts():
     qkv = tensors(150, 150, batch=2, heads=3)
     o, lse = run(qkv, MIXED, DENSE)
     moved = [x.transpose(1, 2).contiguous() for x in qkv]
-    got, got_lse = splatc.attention(*moved, MIXED, layout="bshd", return_lse=True)
+    got, got_lse = attention(moved, MIXED, layout="bshd", return_lse=True)
     assert got.shape == (2, 150, 3, D) and got.is_contiguous() and got_lse.shape == (2, 3, 150)
     assert torch.equal(got.transpose(1, 2), o) and torch.equal(got_lse, lse)
     attend = splatc.compile(MIXED, seq_len=150, head_dim=D, dtype=torch.float32, target="cpu", layout="bshd")
@@ -163,7 +174,7 @@ def test_layouts():
 
 def test_any_strides():
     qkv = tensors(150, 150, batch=2, heads=3)
-    wanted = splatc.attention(*qkv, MIXED)
+    wanted = attention(qkv, MIXED)
     wide = [torch.zeros(2, 3, 300, 2 * D) for _ in qkv]
     for w, x in zip(wide, qkv):
         w[:, :, ::2, :D] = x
@@ -177,34 +188,34 @@ def test_any_strides():
         last,
     ):
         before = [x.clone() for x in given_]
-        assert torch.equal(splatc.attention(*given_, MIXED), wanted)
+        assert torch.equal(attention(given_, MIXED), wanted)
         assert all(torch.equal(a, b) for a, b in zip(before, given_))
     q, k, v = qkv
     expanded = [q, k[:1, :1].expand(2, 3, 150, D), v[:1, :1].expand(2, 3, 150, D)]
     run(expanded, MIXED, DENSE)
     flipped = [x.numpy()[:, :, ::-1] for x in qkv]
-    backwards = splatc.attention(*flipped, P.full())
-    np.testing.assert_array_equal(backwards, splatc.attention(*(np.ascontiguousarray(x) for x in flipped), P.full()))
+    backwards = attention(flipped, P.full())
+    np.testing.assert_array_equal(backwards, attention([np.ascontiguousarray(x) for x in flipped], P.full()))
 
 
 def test_numpy_arrays():
-    qkv = [x.numpy() for x in tensors(150, 150)]
-    o, lse = splatc.attention(*qkv, MIXED, return_lse=True)
+    qkv: Any = [x.numpy() for x in tensors(150, 150)]
+    o, lse = attention(qkv, MIXED, return_lse=True)
     assert type(o) is np.ndarray and o.dtype == np.float32 and type(lse) is np.ndarray
     check((o, lse), [torch.from_numpy(x) for x in qkv], DENSE)
     for x in qkv:
         x.flags.writeable = False
-    assert np.array_equal(splatc.attention(*qkv, MIXED), o)
+    assert np.array_equal(attention(qkv, MIXED), o)
     frozen = [np.frombuffer(x.tobytes(), np.float32).reshape(x.shape) for x in qkv]  # owned by bytes
-    assert np.array_equal(splatc.attention(*frozen, MIXED), o)
+    assert np.array_equal(attention(frozen, MIXED), o)
     half = [x.astype(np.float16) for x in qkv]
-    check(splatc.attention(*half, MIXED, return_lse=True), [torch.from_numpy(x) for x in half], DENSE, "float16")
+    check(attention(half, MIXED, return_lse=True), [torch.from_numpy(x) for x in half], DENSE, "float16")
 
 
 @pytest.mark.parametrize("scale", [0.3, 1, 0, -0.5, np.float32(0.25), torch.tensor(2.0)], ids=repr)
 def test_scale(scale):
     qkv = tensors(150, 150)
-    check(splatc.attention(*qkv, MIXED, scale=scale, return_lse=True), qkv, DENSE, scale=float(scale))
+    check(attention(qkv, MIXED, scale=scale, return_lse=True), qkv, DENSE, scale=float(scale))
 
 
 def test_large_scores_do_not_overflow():
@@ -214,7 +225,7 @@ def test_large_scores_do_not_overflow():
 
 def test_runs_are_equal_whatever_the_threads():
     qkv = tensors(300, 300, heads=3)
-    one = splatc.attention(*qkv, MIXED)
+    one = attention(qkv, MIXED)
     threads = torch.get_num_threads()
     try:
         for n in (1, 3):
@@ -278,10 +289,10 @@ def test_attention_is_memoised():
     from splatc.compile import _memo
 
     qkv = tensors(150, 150)
-    splatc.attention(*qkv, DENSE)
+    attention(qkv, DENSE)
     before = _memo.cache_info()
-    splatc.attention(*qkv, DENSE.copy())
-    splatc.attention(*tensors(150, 150, batch=2, heads=1), P.mask(DENSE))
+    attention(qkv, DENSE.copy())
+    attention(tensors(150, 150, batch=2, heads=1), P.mask(DENSE))
     after = _memo.cache_info()
     assert (after.hits - before.hits, after.misses - before.misses) == (2, 0)
 

@@ -1,7 +1,7 @@
 """What people copy works: every example runs, every python block of the documentation runs and prints what it says.
 
-A ```text block right after a ```python block is what that prints ("..." stands for anything); --update-golden rewrites it.
-The python blocks of a page share their names, from the first to the last.
+A ```text block right after a ```python block is what that prints ("..." stands for anything); --update-golden rewrites
+it. The python blocks of a page share their names, from the first to the last.
 """
 
 from __future__ import annotations
@@ -77,10 +77,20 @@ def test_links(page):
         assert "://" in target or (page.parent / target).exists(), f"{name(page)}: {target} does not exist"
 
 
-COMMANDS = re.findall(r"^splatc .*$", "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/cli.md").read_text(), re.M | re.S)), re.M)
+def test_every_pattern_has_a_line_and_a_picture():
+    from splatc.patterns.text import NAMES
+
+    page = (ROOT / "docs/patterns.md").read_text()
+    missing = [one for one in NAMES if f"{one}(" not in page]
+    assert not missing, f"docs/patterns.md says nothing of {missing}"
+    used = set(re.findall(r"img/(\w+\.png)", "".join(p.read_text() for p in PAGES)))
+    assert used == {p.name for p in (ROOT / "docs/img").iterdir()}
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+SHELL = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/cli.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("line", "".join(SHELL).splitlines())
 def test_command(line, tmp_path, monkeypatch, capsys):
     """Every command of docs/cli.md runs."""
     from splatc.cli.main import run

@@ -58,7 +58,7 @@ def test_every_pass_keeps_random_patterns(case, tile, views, from_matrix):
     pattern, q_len, kv_len = case
     mask = pattern.dense(q_len, kv_len)
     acsr = ACSR.from_dense(mask) if from_matrix else ACSR.from_pattern(pattern, q_len, kv_len)
-    run_checked(acsr, mask, Schedule(*tile, views=views))
+    run_checked(acsr, mask, Schedule(tile[0], tile[1], views=views))
 
 
 @settings(max_examples=200)
@@ -264,7 +264,7 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 def test_text(name, golden):
     pattern, n = TINY[name]
-    texts = {}
+    texts: dict[str, str] = {}
     program = lower(ACSR.from_pattern(pattern, n))
     run_passes(program, Schedule(8, 8), PASSES, lambda step, p: texts.__setitem__(step, to_text(p)))
     steps = list(texts)

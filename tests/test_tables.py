@@ -171,7 +171,8 @@ def test_a_new_length_is_a_new_table_of_the_same_size():
 @given(st.lists(st.floats(0.4, 500), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 64))
 def test_chunks_cover_all_work(cost, batch, workers):
     none = np.zeros((0, 8), np.int32)
-    launch = Launch(np.zeros((len(cost), 2), np.int32), none, none, none, np.zeros((1, 64, 2), np.uint32), np.array(cost))
+    work, bits = np.zeros((len(cost), 2), np.int32), np.zeros((1, 64, 2), np.uint32)
+    launch = Launch(work, none, none, none, bits, np.array(cost))
     bounds = launch.chunks(batch, workers)
     assert bounds.dtype == np.int32 and len(bounds) == workers + 1
     assert bounds[0] == 0 and bounds[-1] == batch * len(cost) and (np.diff(bounds) >= 0).all()

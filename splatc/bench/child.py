@@ -1,31 +1,71 @@
-"""What is measured in a process of its own: ``python -m splatc.bench.child NAME ...`` prints one JSON object."""
+"""What is measured in a process of its own, which prints one JSON object."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from splatc.errors import SplatcError
 
+SMALL = 4096  # the length of the plan before
+MEMORY = 6 << 30  # bytes of address space; also keeps a runaway plan from taking the machine down
 
-def measure(*arguments: str) -> dict[str, Any]:
-    """Run a measurement in a fresh process. Raises SplatcError if it fails."""
-    command = [sys.executable, "-m", "splatc.bench.child", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+STARTUP = """
+import json, sys, time
+import torch, tvm
+q = torch.zeros((1, int(sys.argv[2]), int(sys.argv[1]), 64))
+began = time.perf_counter()
+import splatc
+imported = time.perf_counter()
+splatc.attention(q, q, q, "window(256, 256)")
+first = time.perf_counter()
+splatc.attention(q, q, q, "window(256, 256)")
+second = time.perf_counter()
+print(json.dumps({"seconds": first - began, "import_s": imported - began, "second_call_s": second - first}))
+"""
+
+
+def startup(length: int, heads: int) -> dict[str, Any]:
+    """Seconds of a new process from after the imports of torch and tvm to the first result of a cached kernel."""
+    return _measure("-c", STARTUP, str(length), str(heads))
+
+
+def plan_in_child(name: str, length: int) -> dict[str, Any]:
+    """``plan`` in a new process."""
+    return _measure("-m", "splatc.bench.child", name, str(length))
+
+
+def _measure(*arguments: str) -> dict[str, Any]:
+    """Run Python and read the JSON it prints. Raises SplatcError if it fails."""
+    here = str(Path(__file__).parents[2])
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise SplatcError(f"measuring {' '.join(arguments)} failed: {reason}")
+        raise SplatcError(f"the measuring process failed: {reason}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
 def plan(name: str, length: str) -> dict[str, Any]:
-    """Seconds and extra peak memory (MiB) of analysis and tables for one of ``million_cases``."""
-    import networkx  # noqa: F401  (part of the baseline, as are the modules below)
+    """Seconds and extra peak memory (MiB) of analysis and tables for one of ``million_cases``.
+
+    The baseline is the peak after all imports and a small plan. A plan that takes more than MEMORY fails.
+    """
+    import networkx  # noqa: F401  (part of the baseline)
     import scipy.sparse  # noqa: F401
 
     from splatc.bench.cases import million_cases
@@ -33,35 +73,26 @@ def plan(name: str, length: str) -> dict[str, Any]:
     from splatc.codegen.target import Target
     from splatc.compile import make_plan
 
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     n = int(length)
     pattern = million_cases(n)[name]
     spec = KernelSpec(64, 64, "float32", 64, 64, Target("cpu", "native"))
-    make_plan(pattern if name != "documents" else million_cases(4096)["window"], min(n, 4096) if name != "documents" else 4096,
-              min(n, 4096) if name != "documents" else 4096, spec)  # fmt: skip
+    make_plan(million_cases(SMALL)[name], SMALL, SMALL, spec)
     before = _peak()
     began = time.perf_counter()
     made = make_plan(pattern, n, n, spec)
     seconds = time.perf_counter() - began
     e = made.explanation
-    return {"seconds": seconds, "extra_mib": (_peak() - before) / 1024, "pieces": e.pieces, "remainder_nnz": e.remainder_nnz,
-            "nnz": e.nnz, "tiles": e.tiles, "waste": e.waste, "table_mib": e.table_bytes / 2**20}  # fmt: skip
-
-
-def startup(length: str, heads: str) -> dict[str, Any]:
-    """Seconds from after the imports of torch and tvm to the first result of a cached kernel."""
-    import torch
-    import tvm  # type: ignore[import-not-found,unused-ignore]
-
-    assert torch.__version__ and tvm.__version__
-    q = torch.zeros((1, int(heads), int(length), 64))
-    began = time.perf_counter()
-    import splatc
-
-    imported = time.perf_counter()
-    splatc.attention(q, q, q, "window(256, 256)")
-    first = time.perf_counter()
-    splatc.attention(q, q, q, "window(256, 256)")
-    return {"seconds": first - began, "import_s": imported - began, "second_call_s": time.perf_counter() - first}
+    return {
+        "seconds": seconds,
+        "extra_mib": (_peak() - before) / 1024,
+        "pieces": e.pieces,
+        "remainder_nnz": e.remainder_nnz,
+        "nnz": e.nnz,
+        "tiles": e.tiles,
+        "waste": e.waste,
+        "table_mib": e.table_bytes / 2**20,
+    }
 
 
 def _peak() -> int:
@@ -71,4 +102,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"plan": plan, "startup": startup}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps(plan(*sys.argv[1:])))

@@ -43,9 +43,13 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(command),
         "versions": versions,
-        "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform(),
-                    "load": [round(x, 2) for x in os.getloadavg()]},
-    }  # fmt: skip
+        "machine": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "system": platform.platform(),
+            "load": [round(x, 2) for x in os.getloadavg()],
+        },
+    }
 
 
 def _cpu() -> str:
@@ -66,7 +70,10 @@ def to_markdown(sections: Sequence[Section], about: dict[str, Any]) -> str:
     """The tables in Markdown, after a paragraph on what they were measured on."""
     machine = about["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [f"`{about['command']}` on {about['date'][:10]}: {machine['cpu']}, {machine['cores']} cores; {versions}.", ""]
+    lines = [
+        f"`{about['command']}` on {about['date'][:10]}: {machine['cpu']}, {machine['cores']} cores; {versions}.",
+        "",
+    ]
     for section in sections:
         lines += [f"## {section.title}", ""] + ([section.note, ""] if section.note else [])
         lines.append("| " + " | ".join(section.columns) + " |")

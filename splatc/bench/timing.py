@@ -25,8 +25,12 @@ class Timing:
 
     def to_dict(self) -> dict[str, float]:
         """JSON values, in milliseconds."""
-        return {"median_ms": self.median * 1e3, "min_ms": self.fastest * 1e3, "max_ms": self.slowest * 1e3,
-                "rounds": self.rounds}  # fmt: skip
+        return {
+            "median_ms": self.median * 1e3,
+            "min_ms": self.fastest * 1e3,
+            "max_ms": self.slowest * 1e3,
+            "rounds": self.rounds,
+        }
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, budget: float = 20.0) -> dict[str, Timing]:

@@ -32,8 +32,12 @@ def add_to(app: typer.Typer) -> None:
 def bench(
     compiler: Annotated[bool, typer.Option("--analysis", help="Measure the compiler instead.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Both.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", show_default=False, help="Write the figures to a file.")] = None,
-    markdown: Annotated[Path | None, typer.Option("--markdown", show_default=False, help="Write tables to a file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", show_default=False, help="Write the figures to a file.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", show_default=False, help="Write tables to a file.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds.")] = False,
 ) -> None:
     """Time attention on this CPU against torch. Exit code 1 if a stated target is missed."""
@@ -67,23 +71,52 @@ def bench(
 def _attention(quick: bool) -> list[Task]:
     setting = attention.Setting(seq_len=1024, heads=2, rounds=3) if quick else attention.Setting()
     sizes = f"S={setting.seq_len}, {setting.heads} heads, D={setting.head_dim}, float32, batch 1"
-    how = (f"Medians of interleaved rounds. Errors are relative, against float64 on {attention.SAMPLED_ROWS} random rows of "
-           "each head. Predicted: by the cost model, not fitted to this run.")  # fmt: skip
+    how = (
+        f"Medians of interleaved rounds. Errors are relative, against float64 on {attention.SAMPLED_ROWS} random rows "
+        "of each head. Predicted: by the cost model, not fitted to this run."
+    )
     return [
-        (report.Section(f"CPU attention: {sizes}", attention.COLUMNS, how), attention.run(setting), attention.count(setting)),
-        (report.Section("Warm start: a new process, cached kernel", analysis.START_COLUMNS,
-                        "From after `import torch, tvm` to the first result."), analysis.warm_start(), 1),
-    ]  # fmt: skip
+        (
+            report.Section(f"CPU attention: {sizes}", attention.COLUMNS, how),
+            attention.run(setting),
+            attention.count(setting),
+        ),
+        (
+            report.Section(
+                "Warm start: a new process, cached kernel",
+                analysis.START_COLUMNS,
+                "From after `import torch, tvm` to the first result.",
+            ),
+            analysis.warm_start(),
+            1,
+        ),
+    ]
 
 
 def _compiler(quick: bool) -> list[Task]:
     million, matrix, length = (1 << 16, 2048, 2048) if quick else (analysis.MILLION, analysis.MATRIX, analysis.WASTE)
     return [
-        (report.Section(f"Analysis and tables at S={million:,}", analysis.PLAN_COLUMNS,
-                        "Each in a fresh process; memory is the peak above that after all imports and a small plan."),
-         analysis.plans(million), len(cases.million_cases(4096))),
-        (report.Section(f"Analysis of a {matrix:,} x {matrix:,} boolean matrix", analysis.MATRIX_COLUMNS, "Medians of 3."),
-         analysis.matrices(matrix), 4),
-        (report.Section(f"Tile waste at S={length:,}", analysis.WASTE_COLUMNS, "Waste: tile area / elements that attend."),
-         analysis.waste(length), len(cases.library_cases(length))),
-    ]  # fmt: skip
+        (
+            report.Section(
+                f"Analysis and tables at S={million:,}",
+                analysis.PLAN_COLUMNS,
+                "Each in a fresh process; memory is the peak above that after all imports and a small plan.",
+            ),
+            analysis.plans(million),
+            len(cases.million_cases(4096)),
+        ),
+        (
+            report.Section(
+                f"Analysis of a {matrix:,} x {matrix:,} boolean matrix", analysis.MATRIX_COLUMNS, "Medians of 3."
+            ),
+            analysis.matrices(matrix),
+            4,
+        ),
+        (
+            report.Section(
+                f"Tile waste at S={length:,}", analysis.WASTE_COLUMNS, "Waste: tile area / elements that attend."
+            ),
+            analysis.waste(length),
+            len(cases.library_cases(length)),
+        ),
+    ]

@@ -21,7 +21,7 @@ from splatc.cli.masks import (
     plan_mask,
     quick_target,
     sized_mask,
-)  # fmt: skip
+)
 from splatc.cli.output import console, note, size, write_or_print
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.nvcc import find_nvcc
@@ -36,6 +36,8 @@ from splatc.runtime.attention import Plan
 from splatc.runtime.kernel import find_kernel, kernel_cache
 
 Sized = tuple[Pattern, int, int]
+
+PASS_NAMES = ", ".join(["lower", *(one.__name__ for one in PASSES)])
 
 COMPILE_EXAMPLES = """\b
 Examples:
@@ -69,16 +71,29 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compile_kernel(
-    mask: Annotated[str, typer.Argument(metavar="PATTERN_OR_FILE|none", show_default=False,
-                                        help="A mask to check as well; none: a kernel serves all masks.")],
+    mask: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATTERN_OR_FILE|none",
+            show_default=False,
+            help="A mask to check as well; none: a kernel serves all masks.",
+        ),
+    ],
     seq_len: SeqLen = None,
     kv_len: KvLen = None,
     head_dim: HeadDim = 64,
     v_head_dim: VHeadDim = None,
     dtype: Dtype = "float32",
-    target: Annotated[str | None, typer.Option("--target", "--arch", show_default="the GPU here, else the CPU",
-                                               help="cpu, cuda or an arch such as sm_90a (which needs nvcc here).")] = None,
-) -> None:  # fmt: skip
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "--arch",
+            show_default="the GPU here, else the CPU",
+            help="cpu, cuda or an arch such as sm_90a (which needs nvcc here).",
+        ),
+    ] = None,
+) -> None:
     """Compile a kernel into the cache, ahead of time, and print its folder."""
     spec = kernel_spec(head_dim, v_head_dim, dtype, target)
     if mask != "none":
@@ -107,14 +122,24 @@ def dump(
     head_dim: HeadDim = 64,
     v_head_dim: VHeadDim = None,
     dtype: Dtype = "float32",
-    arch: Annotated[str | None, typer.Option("--arch", "--target", show_default="SPLATC_ARCH, else cpu",
-                                             help="cpu or an arch such as sm_90a.")] = None,
-    what: Annotated[What | None, typer.Option("--what", show_default="cuda; llvm for the CPU",
-                                              help="What to write.")] = None,
-    after: Annotated[str | None, typer.Option("--after", metavar="PASS", show_default="the last one",
-                                              help=f"The IR after a pass: lower, {', '.join(p.__name__ for p in PASSES)}.")] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", "--target", show_default="SPLATC_ARCH, else cpu", help="cpu or an arch such as sm_90a."),
+    ] = None,
+    what: Annotated[
+        What | None, typer.Option("--what", show_default="cuda; llvm for the CPU", help="What to write.")
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            "--after",
+            metavar="PASS",
+            show_default="the last one",
+            help=f"The IR after a pass: {PASS_NAMES}.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="A file.")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
     spec = kernel_spec(head_dim, v_head_dim, dtype, quick_target(arch))
     if what is None:
@@ -132,10 +157,10 @@ def dump(
 
 
 def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:
-    names = ["lower", *(one.__name__ for one in PASSES)]
+    names = PASS_NAMES.split(", ")
     wanted = wanted or names[-1]
     if wanted not in names:
-        raise InvalidInput(f"there is no pass {wanted!r}: the passes are {', '.join(names)}")
+        raise InvalidInput(f"there is no pass {wanted!r}: the passes are {PASS_NAMES}")
     seen: list[Program] = []
     plan = plan_mask(sized, spec, lambda name, program: seen.append(program) if name == wanted else None)
     texts = [to_text(program) for program in seen]
@@ -163,8 +188,11 @@ def _source(spec: KernelSpec, what: What) -> str:
 
 
 def _write_tables(plan: Plan, output: Path | None) -> None:
-    named = [(f"mask{p}_pass{i}" if len(plan.tables) > 1 else f"pass{i}", t)
-             for p, passes in enumerate(plan.tables) for i, t in enumerate(passes)]  # fmt: skip
+    named = [
+        (f"mask{p}_pass{i}" if len(plan.tables) > 1 else f"pass{i}", t)
+        for p, passes in enumerate(plan.tables)
+        for i, t in enumerate(passes)
+    ]
     if output is not None and output.suffix == ".npz":
         arrays = {
             f"{name}_{part}": getattr(t, part) for name, t in named for part in ("views", "items", "entries", "bits")

@@ -87,11 +87,17 @@ def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] 
 
 @app.command(epilog=PRUNE_EXAMPLES)
 def prune(
-    max_size: Annotated[str | None, typer.Option(
-        "--max-size", show_default="SPLATC_CACHE_SIZE", help="Keep at most this much: bytes, 500MB, 2GiB.")] = None,
-    older_than: Annotated[str | None, typer.Option(
-        "--older-than", show_default=False, help="Drop what was not used for this long: 12h, 30d, 4w.")] = None,
-) -> None:  # fmt: skip
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-size", show_default="SPLATC_CACHE_SIZE", help="Keep at most this much: bytes, 500MB, 2GiB."
+        ),
+    ] = None,
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", show_default=False, help="Drop what was not used for this long: 12h, 30d, 4w."),
+    ] = None,
+) -> None:
     """Delete the least recently used kernels."""
     cache = _open()
     age = None if older_than is None else _seconds(older_than)

@@ -67,8 +67,10 @@ def examine() -> list[Finding]:
     """All findings; a check that fails in an unforeseen way is a finding itself."""
     checks: tuple[tuple[str, bool, Callable[[], Finding]], ...] = (
         ("Python", True, _python),
-        *((name, True, lambda name=name: _package(name, True, f"pip install {name}"))  # type: ignore[misc]
-          for name in ("numpy", "scipy", "networkx", "lark", "filelock")),
+        *(
+            (name, True, lambda name=name: _package(name, True, f"pip install {name}"))  # type: ignore[misc]
+            for name in ("numpy", "scipy", "networkx", "lark", "filelock")
+        ),
         ("tvm", True, _tvm),
         ("C compiler", True, _compiler),
         ("cache folder", True, _cache),
@@ -77,7 +79,7 @@ def examine() -> list[Finding]:
         ("nvcc", False, _nvcc),
         ("NVRTC", False, _nvrtc),
         ("matplotlib", False, lambda: _package("matplotlib", False, "pip install 'splatc[plot]'", " (pictures)")),
-    )  # fmt: skip
+    )
     found = []
     for name, needed, check in checks:
         try:
@@ -108,8 +110,10 @@ def _tvm() -> Finding:
     cure = "pip install 'apache-tvm==0.27.0.post1'"
     if importlib.util.find_spec("tvm") is None:
         return Finding("tvm", False, "not installed (the code generator)", True, cure)
-    script = ("import tvm; from tvm.target.codegen import llvm_version_major as v, llvm_get_system_cpu as c; "
-              "print(tvm.__version__, 'with LLVM', v(), 'for', c())")  # fmt: skip
+    script = (
+        "import tvm; from tvm.target.codegen import llvm_version_major as v, llvm_get_system_cpu as c; "
+        "print(tvm.__version__, 'with LLVM', v(), 'for', c())"
+    )
     done = _python_says(script)  # in a process of its own: a broken build may crash
     lines = (
         done.stdout.split("\n")[0] if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
@@ -169,8 +173,10 @@ def _torch() -> Finding:
 
 
 def _gpu() -> Finding:
-    script = ("import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; print(n, *("
-              "torch.cuda.get_device_name(i) + ' sm_%d%d' % torch.cuda.get_device_capability(i) for i in range(n)), sep='; ')")  # fmt: skip
+    script = (
+        "import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; print(n, *("
+        "torch.cuda.get_device_name(i) + ' sm_%d%d' % torch.cuda.get_device_capability(i) for i in range(n)), sep='; ')"
+    )
     done = _python_says(script)
     count, _, names = done.stdout.strip().partition("; ")
     works = done.returncode == 0 and count not in ("", "0")
@@ -200,8 +206,13 @@ def _nvrtc() -> Finding:
     nvcc = find_nvcc()
     roots = [Path(nvcc).resolve().parent.parent] if nvcc else []
     library = next((p for root in roots for p in sorted(root.glob("**/libnvrtc.so*"))), None)
-    return Finding("NVRTC", library is not None, str(library or "not found (nothing needs it where nvcc is)"), False,
-                   "comes with the CUDA toolkit, or pip install nvidia-cuda-nvrtc")  # fmt: skip
+    return Finding(
+        "NVRTC",
+        library is not None,
+        str(library or "not found (nothing needs it where nvcc is)"),
+        False,
+        "comes with the CUDA toolkit, or pip install nvidia-cuda-nvrtc",
+    )
 
 
 def _python_says(script: str) -> subprocess.CompletedProcess[str]:

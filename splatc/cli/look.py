@@ -50,9 +50,10 @@ def analyze(
     pieces: Annotated[bool, typer.Option("--pieces", help="Print the pieces themselves, too.")] = False,
     head_dim: HeadDim = 64,
     dtype: Dtype = "float32",
-    target: Annotated[str | None, typer.Option("--target", show_default="cpu",
-                                               help="cpu, cuda or an arch such as sm_90a.")] = None,
-) -> None:  # fmt: skip
+    target: Annotated[
+        str | None, typer.Option("--target", show_default="cpu", help="cpu, cuda or an arch such as sm_90a.")
+    ] = None,
+) -> None:
     """What splatc finds in a mask: pieces, density, tiles, waste and a predicted time. Compiles nothing."""
     found: list[ACSR] = []
 
@@ -100,12 +101,16 @@ def show(
     mask: MaskArgument,
     seq_len: SeqLen = None,
     kv_len: KvLen = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", show_default="the terminal",
-                                                help="A .png, .svg or .pdf file (needs matplotlib).")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", show_default="the terminal", help="A .png, .svg or .pdf file (needs matplotlib)."
+        ),
+    ] = None,
     pieces: Annotated[bool, typer.Option("--pieces", help="Only the mask with its pieces.")] = False,
     tiles: Annotated[bool, typer.Option("--tiles", help="Only the tiles.")] = False,
     head: Annotated[int, typer.Option("--head", help="Which head, if each has its own mask.")] = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Draw a mask with its pieces and its tiles, in a file or in the terminal. Compiles nothing."""
     from splatc.draw import Drawing, print_to, save
 

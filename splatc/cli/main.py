@@ -14,11 +14,15 @@ from splatc.config import Config, start_logging
 from splatc.errors import InvalidInput, SplatcError
 
 app = typer.Typer(
-    name="splatc", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="splatc",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Compiles the geometry of an attention mask into fused kernels.",
     epilog="Exit codes: 0 fine, 1 failed, 2 wrong input, 130 interrupted. `splatc COMMAND --help` has examples.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)  # fmt: skip
+)
 
 look.add_to(app)
 build.add_to(app)

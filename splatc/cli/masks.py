@@ -15,9 +15,14 @@ from splatc.patterns.base import Pattern
 from splatc.patterns.importers import parse_or_load
 from splatc.runtime.attention import Plan
 
-MaskArgument = Annotated[str, typer.Argument(
-    metavar="PATTERN_OR_FILE", show_default=False,
-    help="A pattern such as 'causal & window(256, 0)', or a mask file: .npy, .npz, .mtx, .txt, .splat")]  # fmt: skip
+MaskArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATTERN_OR_FILE",
+        show_default=False,
+        help="A pattern such as 'causal & window(256, 0)', or a mask file: .npy, .npz, .mtx, .txt, .splat",
+    ),
+]
 SeqLen = Annotated[
     int | None, typer.Option("--seq-len", "-s", show_default=False, help="Queries; a matrix knows its own.")
 ]

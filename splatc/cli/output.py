@@ -48,9 +48,16 @@ def fields(pairs: Iterable[tuple[str, Any]]) -> Table:
 
 def progress() -> Progress:
     """Progress bars on stderr that vanish when done; nothing at all where stderr is no terminal."""
-    return Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                    TimeElapsedColumn(), console=console(stderr=True), transient=True,
-                    disable=not sys.stderr.isatty())  # fmt: skip
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
 
 
 def note(text: str) -> None:
@@ -75,7 +82,7 @@ def write_or_print(text: str, path: Path | None) -> None:
 def size(count: int) -> str:
     """Bytes as 812 B, 4.1 KiB, 2.0 GiB."""
     value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):  # noqa: B007 (used after the loop)
         if value < 1024:
             break
         value /= 1024

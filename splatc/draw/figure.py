@@ -60,8 +60,15 @@ def figure(drawing: Drawing, *, pieces: bool = True, tiles: bool = True) -> Any:
             for j, (colour, text) in enumerate(panel.legend):
                 y = (high - TOP - h - 0.12 - LINE * (j + 0.5)) / high
                 if colour:
-                    out.patches.append(Rectangle((x / wide, y - 0.04 / high), 0.1 / wide, 0.08 / high, facecolor=colour,
-                                                 transform=out.transFigure))  # fmt: skip
+                    out.patches.append(
+                        Rectangle(
+                            (x / wide, y - 0.04 / high),
+                            0.1 / wide,
+                            0.08 / high,
+                            facecolor=colour,
+                            transform=out.transFigure,
+                        )
+                    )
                 out.text((x + 0.15) / wide, y, text, fontsize=7, va="center")
         out.text(
             LEFT / wide,

@@ -72,8 +72,10 @@ class Drawing:
         return max(len(self.acsr.pieces) - NAMED, 0)
 
     def layers(self, height: int, width: int) -> Image:
-        """Coverage in [0, 1] of each cell of an image (height, width) by the named pieces, the others and the remainder:
-        (NAMED + 2, height, width)."""
+        """Coverage of each cell of an image: (NAMED + 2, height, width), in [0, 1].
+
+        A layer for each named piece, one for the others and one for the remainder.
+        """
         table = self.acsr.pieces.table
         groups = [table[[i]] for i in self.order[:NAMED]]
         groups += [table[:0]] * (NAMED - len(groups)) + [table[self.order[NAMED:]]]
@@ -154,7 +156,7 @@ class TileImage:
 
 
 def tile_image(cover: Cover, tables: Tables, size: int) -> TileImage:
-    """The tiles of a pass as an image of at most about size x size cells; column views that hold no tile are left out."""
+    """The tiles of a pass as an image of about size x size cells at most; column views without tiles are left out."""
     owner, i = ramp(tables.items[:, 4].astype(np.int64))
     entry = tables.entries[tables.items[owner, 3] + i].astype(np.int64)
     view, repeat, kind = entry[:, 5] - 1, entry[:, 3], entry[:, 4]
@@ -186,8 +188,16 @@ def tile_image(cover: Cover, tables: Tables, size: int) -> TileImage:
     else:
         kept = full + bits * 0.5  # too small to tell
     views = tuple(cover.cols[v] for v in used)
-    return TileImage(cover.rows, views, np.clip(kept, 0, 1), np.clip(full + bits, 0, 1), bits, cells,
-                     tuple(int(b) for b in bounds), n_rows)  # fmt: skip
+    return TileImage(
+        cover.rows,
+        views,
+        np.clip(kept, 0, 1),
+        np.clip(full + bits, 0, 1),
+        bits,
+        cells,
+        tuple(int(b) for b in bounds),
+        n_rows,
+    )
 
 
 def _numbers(view: View, origin: Ints) -> Ints:

@@ -44,12 +44,18 @@ def print_to(console: Console, drawing: Drawing, *, pieces: bool = True, tiles: 
             image = tile_image(cover, tables, columns // 2 - 1)
             console.print(_boxed(tiles_text(image, ascii_only), ascii_only), soft_wrap=True)
         shades = ("#", "+") if ascii_only else ("█", "▒")
-        console.print(Text.assemble((f"{shades[0]} ", FULL), f"{e.full_tiles} full  ", (f"{shades[1]} ", BITS),
-                                    f"{e.bit_tiles} with bits  tiles {e.tiles}  waste {e.waste:.3f}"))  # fmt: skip
+        console.print(
+            Text.assemble(
+                (f"{shades[0]} ", FULL),
+                f"{e.full_tiles} full  ",
+                (f"{shades[1]} ", BITS),
+                f"{e.bit_tiles} with bits  tiles {e.tiles}  waste {e.waste:.3f}",
+            )
+        )
 
 
 def mask_text(drawing: Drawing, columns: int, ascii_only: bool = False) -> Text:
-    """The mask in at most ``columns`` characters a line: a dot an element or, if shrunk, as many dots as it is dense."""
+    """The mask in lines of at most ``columns`` characters: a dot an element or, if shrunk, dots as it is dense."""
     e = drawing.explanation
     dots = columns * 2
     height, width = image_size(e.q_len, e.kv_len, dots)

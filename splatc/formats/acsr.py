@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import InvalidInput, VerifyError
-from splatc.formats.analysis import analyze_runs, fold_dense
+from splatc.formats.analysis import analyze_runs, fold_dense, is_irregular
 from splatc.formats.fold import MAX_LEVELS, fold_columns, nest, unnest
 from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import (
@@ -139,6 +139,8 @@ class ACSR:
                 f"a mask must be a boolean matrix (q_len, kv_len), got {mask.dtype} of shape {mask.shape}; "
                 "convert with mask.astype(bool)"
             )
+        if is_irregular(mask):
+            return ACSR(mask.shape[0], mask.shape[1], Pieces(nest(make())), BlockBits.from_dense(mask))
         pieces, remainder = analyze_runs(fold_dense(mask))
         return ACSR(mask.shape[0], mask.shape[1], Pieces(pieces), remainder)
 

@@ -6,14 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import VerifyError
-from splatc.formats.fold import fold_columns, fold_rows, nest, unnest
-from splatc.formats.remainder import BLOCK, BlockBits
+from splatc.formats.fold import fold_columns, fold_rows, nest, owners, unnest
+from splatc.formats.remainder import BLOCK, BlockBits, split_at_blocks
 from splatc.formats.strips import Ints, RowRuns, Runs, element_counts, make, ramp, row_runs, unit_runs
 
 PIECE_BYTES = 80  # what a piece costs in memory, to weigh it against bits
 BLOCK_BYTES = 8 * BLOCK + 16
-SMALL = 64  # a piece of fewer elements may be cheaper as bits
-CROWDED = 64  # more row runs than this times the rows: the mask is irregular, only long runs are worth folding
+SMALL = (64, 1024, 1 << 62)  # pieces of fewer elements than one of these become bits: whichever is cheapest
+MANY = 20_000  # more strips than this are weighed against bits before looking for repetition, which takes longer
+CROWDED = 64  # rows that need more strided runs than this on average are irregular: all bits
+SAMPLED_ROWS = 64
 
 
 def runs_of_dense(mask: NDArray[np.bool_]) -> Runs:
@@ -29,6 +31,13 @@ def runs_of_dense(mask: NDArray[np.bool_]) -> Runs:
     row = start // (cols + 1)
     base = row * (cols + 1)
     return Runs(row, start - base, stop - base)
+
+
+def is_irregular(mask: NDArray[np.bool_]) -> bool:
+    """Whether a sample of rows folds so badly that looking for structure in all of them is a waste of time."""
+    rows = np.unique(np.linspace(0, len(mask) - 1, SAMPLED_ROWS).astype(np.int64)) if len(mask) else []
+    runs = runs_of_dense(mask[rows])
+    return len(fold_columns(runs.row, runs.start, runs.stop - runs.start).row) > CROWDED * len(rows)
 
 
 def fold_dense(mask: NDArray[np.bool_]) -> RowRuns:
@@ -71,27 +80,41 @@ def _fold_checked(runs: Runs) -> RowRuns:
 
 def analyze_runs(folded: RowRuns) -> tuple[Ints, BlockBits]:
     """Row runs (sorted by row, start) to nested pieces and a remainder, verified against the row runs."""
-    scattered: list[RowRuns] = []
-    rows = len(np.unique(folded.row)) if len(folded.row) else 0
-    if len(folded.row) > CROWDED * max(rows, 1):
-        long = folded.width * folded.times >= SMALL
-        scattered.append(RowRuns(*(column[~long] for column in folded)))
-        folded = RowRuns(*(column[long] for column in folded))
     strips = fold_rows(folded)
     _check_rows(strips, folded)
-    strips, loose = _split_small(strips)
-    if len(loose):
-        scattered.append(row_runs(loose))
-    elements = [_elements(runs) for runs in scattered]
-    remainder = BlockBits.none()
-    if elements:
-        remainder = BlockBits.from_elements(*(np.concatenate(parts) for parts in zip(*elements, strict=True)))
-        if remainder.nnz != sum(len(q) for q, _ in elements):
-            raise VerifyError("the remainder holds an element twice; please report this mask")
+    if len(strips) > MANY and _bits_bytes(strips) < len(strips) * PIECE_BYTES:
+        return nest(make()), _to_bits(strips)
     pieces = nest(strips)
     if not np.array_equal(_sorted(unnest(pieces)), _sorted(strips)):
         raise VerifyError("nest changed the strips; please report this mask")
-    return pieces, remainder
+    size = np.bincount(owners(pieces), element_counts(unnest(pieces)), len(pieces))
+    bits = _cheaper_as_bits(pieces, size)
+    return pieces[~bits], _to_bits(unnest(pieces[bits]))
+
+
+def _cheaper_as_bits(pieces: Ints, size: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which pieces to keep as bits: all of fewer elements than some limit, or none."""
+    best, best_bytes = np.zeros(len(pieces), bool), len(pieces) * PIECE_BYTES
+    for limit in SMALL:
+        bits = size < limit
+        kept = int((~bits).sum()) * PIECE_BYTES
+        if kept + size[bits].sum() / BLOCK**2 * BLOCK_BYTES < best_bytes:  # else not even full blocks would pay
+            total = kept + _bits_bytes(unnest(pieces[bits]))
+            if total < best_bytes:
+                best, best_bytes = bits, total
+    return best
+
+
+def _bits_bytes(strips: Ints) -> int:
+    row, block, _, _ = split_at_blocks(unit_runs(row_runs(strips)))
+    return len(np.unique((row // BLOCK << 32) + block)) * BLOCK_BYTES
+
+
+def _to_bits(strips: Ints) -> BlockBits:
+    remainder = BlockBits.from_runs(unit_runs(row_runs(strips)))
+    if remainder.nnz != element_counts(strips).sum():
+        raise VerifyError("the remainder lost or repeated elements; please report this mask")
+    return remainder
 
 
 def _check_rows(strips: Ints, folded: RowRuns) -> None:
@@ -104,30 +127,6 @@ def _check_rows(strips: Ints, folded: RowRuns) -> None:
             a, b = a[folded.times > 1], b[folded.times > 1]
         if not np.array_equal(a, b):
             raise VerifyError(f"fold_rows changed the mask ({name}); please report this mask")
-
-
-def _split_small(strips: Ints) -> tuple[Ints, Ints]:
-    """(strips to keep, strips that are cheaper as bits): many small ones in the same 64 x 64 blocks."""
-    if not len(strips):
-        return strips, make()
-    pieces = nest(strips)
-    counts = element_counts(pieces[:, :9])
-    repeats = pieces[:, 9] * pieces[:, 19] * pieces[:, 29]
-    small = counts * repeats < SMALL
-    if not small.any():
-        return strips, make()
-    loose = unnest(pieces[small])
-    q, k = _elements(row_runs(loose))
-    blocks = len(np.unique(q // BLOCK * (int(k.max()) // BLOCK + 1) + k // BLOCK))
-    if small.sum() * PIECE_BYTES <= blocks * BLOCK_BYTES:
-        return strips, make()
-    return unnest(pieces[~small]), loose
-
-
-def _elements(runs: RowRuns) -> tuple[Ints, Ints]:
-    units = unit_runs(runs)
-    owner, j = ramp(units.stop - units.start)
-    return units.row[owner], units.start[owner] + j
 
 
 def _sorted(strips: Ints) -> Ints:

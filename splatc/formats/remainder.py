@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from splatc.formats.strips import Ints, Runs
+from splatc.formats.strips import Ints, Runs, ramp
 
 BLOCK = 64
 
@@ -30,16 +30,26 @@ class BlockBits:
         return BlockBits(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, BLOCK), np.uint64))
 
     @staticmethod
-    def from_elements(q: Ints, k: Ints) -> BlockBits:
-        """From element coordinates, each at most once (int64 arrays of one length)."""
-        if not len(q):
-            return BlockBits.none()
-        width = int(k.max()) // BLOCK + 1
-        key = q // BLOCK * width + k // BLOCK
-        blocks, where = np.unique(key, return_inverse=True)
-        dense = np.zeros((len(blocks), BLOCK, BLOCK), bool)
-        dense[where, q % BLOCK, k % BLOCK] = True
-        return BlockBits(blocks // width, blocks % width, pack_rows(dense))
+    def from_runs(runs: Runs) -> BlockBits:
+        """From disjoint runs of adjacent columns, in any order."""
+        row, block, low, high = split_at_blocks(runs)
+        key, where = np.unique((row // BLOCK << 32) + block, return_inverse=True)
+        bits = np.zeros((len(key), BLOCK), np.uint64)
+        ones = np.uint64(0xFFFFFFFFFFFFFFFF)
+        word = (ones >> (BLOCK - (high - low)).astype(np.uint64)) << low.astype(np.uint64)
+        np.add.at(bits, (where, row % BLOCK), word)
+        return BlockBits(key >> 32, key & 0xFFFFFFFF, bits)
+
+    @staticmethod
+    def from_dense(mask: NDArray[np.bool_]) -> BlockBits:
+        """From a boolean matrix."""
+        rows, cols = (-(-n // BLOCK) for n in mask.shape)
+        octets = np.zeros((rows * BLOCK, cols * BLOCK // 8), np.uint8)
+        packed = np.packbits(mask, axis=1, bitorder="little")
+        octets[: packed.shape[0], : packed.shape[1]] = packed
+        words = octets.view(np.uint64).reshape(rows, BLOCK, cols).transpose(0, 2, 1)
+        row, col = np.nonzero(words.any(axis=2))
+        return BlockBits(row, col, np.ascontiguousarray(words[row, col]))
 
     @cached_property
     def nnz(self) -> int:
@@ -72,7 +82,11 @@ class BlockBits:
         return Runs(row[order], (base + start)[order], (base + stop)[order])
 
 
-def pack_rows(blocks: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """bool (n, 64, 64) to uint64 (n, 64), bit j of a word is column j."""
-    packed: NDArray[np.uint64] = np.packbits(blocks, axis=2, bitorder="little").view(np.uint64)[:, :, 0]
-    return packed
+def split_at_blocks(runs: Runs) -> tuple[Ints, Ints, Ints, Ints]:
+    """Runs cut at block borders: (row, block column, first and one past the last column inside the block)."""
+    first, last = runs.start // BLOCK, (runs.stop - 1) // BLOCK
+    owner, i = ramp(last - first + 1)
+    block = first[owner] + i
+    low = np.maximum(runs.start[owner] - block * BLOCK, 0)
+    high = np.minimum(runs.stop[owner] - block * BLOCK, BLOCK)
+    return runs.row[owner], block, low, high
