@@ -17,7 +17,6 @@ from splatc.ir.program import Cover, Program
 from splatc.patterns import as_pattern
 from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
-from splatc.patterns.matrix import lengths_of
 from splatc.runtime.attention import CompiledAttention, Plan, workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
@@ -105,7 +104,7 @@ def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: 
 def _sized(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:
     """The pattern of a mask and its lengths."""
     pattern = as_pattern(mask, q_len=q_len, kv_len=kv_len)
-    own = lengths_of(pattern) or getattr(mask, "seq_lengths", None)
+    own = pattern.own_lengths() or getattr(mask, "seq_lengths", None)
     if q_len is None and own is not None:
         q_len, kv_len = (int(n) for n in own)
     if q_len is None:

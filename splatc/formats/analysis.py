@@ -35,7 +35,7 @@ def runs_of_dense(mask: NDArray[np.bool_]) -> Runs:
 
 def is_irregular(mask: NDArray[np.bool_]) -> bool:
     """Whether a sample of rows folds so badly that looking for structure in all of them is a waste of time."""
-    rows = np.unique(np.linspace(0, len(mask) - 1, SAMPLED_ROWS).astype(np.int64)) if len(mask) else []
+    rows = np.unique(np.linspace(0, max(len(mask) - 1, 0), SAMPLED_ROWS).astype(np.int64))[: len(mask)]
     runs = runs_of_dense(mask[rows])
     return len(fold_columns(runs.row, runs.start, runs.stop - runs.start).row) > CROWDED * len(rows)
 
@@ -87,7 +87,7 @@ def analyze_runs(folded: RowRuns) -> tuple[Ints, BlockBits]:
     pieces = nest(strips)
     if not np.array_equal(_sorted(unnest(pieces)), _sorted(strips)):
         raise VerifyError("nest changed the strips; please report this mask")
-    size = np.bincount(owners(pieces), element_counts(unnest(pieces)), len(pieces))
+    size = np.bincount(owners(pieces), element_counts(unnest(pieces)), len(pieces)).astype(np.float64)
     bits = _cheaper_as_bits(pieces, size)
     return pieces[~bits], _to_bits(unnest(pieces[bits]))
 

@@ -157,6 +157,10 @@ class Pattern:
             if value < 1:
                 raise InvalidInput(f"{name} is {value}: a pattern needs at least one position")
 
+    def own_lengths(self) -> tuple[int, int] | None:
+        """(q_len, kv_len) if the pattern is for these alone (a matrix, documents, a grid), else None."""
+        return None
+
     def dense(self, q_len: int, kv_len: int | None = None) -> Bool:
         """The mask as bool[q_len, kv_len], for small sizes; kv_len defaults to q_len. Calls check() first."""
         kv_len = q_len if kv_len is None else kv_len
@@ -228,6 +232,9 @@ class Derived(Leaf):
     def check(self, q_len: int, kv_len: int) -> None:
         self.body().check(q_len, kv_len)
 
+    def own_lengths(self) -> tuple[int, int] | None:
+        return self.body().own_lengths()
+
 
 @dataclass(frozen=True, repr=False)
 class _Combination(Pattern):
@@ -255,6 +262,9 @@ class _Combination(Pattern):
     def check(self, q_len: int, kv_len: int) -> None:
         for p in self.parts:
             p.check(q_len, kv_len)
+
+    def own_lengths(self) -> tuple[int, int] | None:
+        return first_lengths(self.parts)
 
     def __repr__(self) -> str:
         # Python's precedence: ~ over & over |.
@@ -302,11 +312,19 @@ class Not(Pattern):
     def check(self, q_len: int, kv_len: int) -> None:
         self.part.check(q_len, kv_len)
 
+    def own_lengths(self) -> tuple[int, int] | None:
+        return self.part.own_lengths()
+
     def __invert__(self) -> Pattern:
         return self.part
 
     def __repr__(self) -> str:
         return f"~({self.part})" if isinstance(self.part, _Combination) else f"~{self.part!r}"
+
+
+def first_lengths(parts: Iterable[Pattern]) -> tuple[int, int] | None:
+    """The lengths of the first part that has its own."""
+    return next((lengths for p in parts if (lengths := p.own_lengths()) is not None), None)
 
 
 def show(value: object) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from splatc.errors import InvalidInput
-from splatc.patterns.base import And, Bool, Int, Or, Pattern
+from splatc.patterns.base import And, Bool, Int, Or, Pattern, first_lengths
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +28,9 @@ class PerHead(Pattern):
     def check(self, q_len: int, kv_len: int) -> None:
         for p in dict.fromkeys(self.heads):
             p.check(q_len, kv_len)
+
+    def own_lengths(self) -> tuple[int, int] | None:
+        return first_lengths(self.heads)
 
     def dense(self, q_len: int, kv_len: int | None = None) -> Bool:
         """bool[heads, q_len, kv_len]."""

@@ -288,6 +288,10 @@ class Documents(Leaf):
         end = np.stack([q[:-1], q[1:], k[1:]], 1)
         return Lines.of(q_len, kv_len, rows=q, cols=np.concatenate([begin, end]))
 
+    def own_lengths(self) -> tuple[int, int] | None:
+        q_starts, kv_starts = self._starts
+        return int(q_starts[-1]), int(kv_starts[-1])
+
     def check(self, q_len: int, kv_len: int) -> None:
         super().check(q_len, kv_len)
         q_sum, kv_sum = (int(s[-1]) for s in self._starts)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from splatc.errors import InvalidInput
-from splatc.patterns.base import MAX_DENSE, Bool, Int, Leaf, Not, Pattern
+from splatc.patterns.base import MAX_DENSE, Bool, Int, Leaf, Pattern
 from splatc.patterns.blocks import as_bool
 
 _ROWS_BYTES = 2**24  # rows unpacked at a time
@@ -25,6 +25,9 @@ class _Data(Leaf):
 
     shape: tuple[int, int]
     digest: str
+
+    def own_lengths(self) -> tuple[int, int] | None:
+        return self.shape
 
     def check(self, q_len: int, kv_len: int) -> None:
         super().check(q_len, kv_len)
@@ -155,12 +158,3 @@ def refuse_large(q_len: int, kv_len: int) -> None:
 
 def _digest(shape: tuple[int, int], data: bytes) -> str:
     return hashlib.sha256(repr(shape).encode() + data).hexdigest()
-
-
-def lengths_of(pattern: Pattern) -> tuple[int, int] | None:
-    """(q_len, kv_len) of the first explicit matrix inside a pattern, None if it has none."""
-    if isinstance(pattern, _Data):
-        return pattern.shape
-    inside = getattr(pattern, "parts", None) or getattr(pattern, "heads", None) or ()
-    inside = (*inside, pattern.part) if isinstance(pattern, Not) else inside
-    return next((found for p in inside if (found := lengths_of(p)) is not None), None)

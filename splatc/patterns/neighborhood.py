@@ -80,6 +80,9 @@ class Neighborhood(Leaf):
             dst = (dst[:, None] * n + to[None, :]).reshape(-1)
         return src, dst
 
+    def own_lengths(self) -> tuple[int, int] | None:
+        return math.prod(self.grid), math.prod(self.grid)
+
     def check(self, q_len: int, kv_len: int) -> None:
         total = math.prod(self.grid)
         if q_len != total or kv_len != total:
