@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from splatc import patterns as P
 from splatc.errors import InvalidInput, VerifyError
 from splatc.formats.acsr import ACSR
+from splatc.formats.analysis import runs_of_dense
 from splatc.formats.remainder import BlockBits
-from splatc.formats.strips import paint
+from splatc.formats.strips import Runs, paint
 from tests import library
 
 SIZES = [(1, 1), (2, 2), (63, 63), (127, 127), (129, 129), (1000, 1000), (127, 1000), (1000, 129), (2, 63)]
@@ -182,12 +183,12 @@ def test_metadata_is_small():
 @settings(max_examples=100)
 @given(library.masks())
 def test_block_bits_hold_what_they_are_given(mask):
-    q, k = np.nonzero(mask)
-    bits = BlockBits.from_elements(q, k)
-    assert bits.nnz == mask.sum()
-    back = np.zeros_like(mask)
-    back[bits.elements()] = True
-    np.testing.assert_array_equal(back, mask)
+    shuffled = np.random.default_rng(0).permutation(np.stack(runs_of_dense(mask), 1))
+    for bits in (BlockBits.from_dense(mask), BlockBits.from_runs(Runs(*shuffled.T))):
+        assert bits.nnz == mask.sum()
+        back = np.zeros_like(mask)
+        back[bits.elements()] = True
+        np.testing.assert_array_equal(back, mask)
     runs = bits.runs()
     back = np.zeros_like(mask)
     for row, start, stop in zip(*runs):

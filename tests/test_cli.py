@@ -48,11 +48,12 @@ def cache(tmp_path, monkeypatch):
     """An own cache with three entries, the first built first."""
     monkeypatch.setenv("SPLATC_CACHE_DIR", str(tmp_path / "cache"))
     store = KernelCache(tmp_path / "cache", 1 << 30)
+
+    def build(folder):
+        (folder / "kernel.ll").write_bytes(b"x" * 1000)
+
     for i in range(3):
-        fields = {"target": "cpu:native", "number": i}
-        store.get_or_build(
-            fields, lambda folder, i=i: (folder / "kernel.ll").write_bytes(b"x" * 1000), label=f"kernel_{i}"
-        )
+        store.get_or_build({"target": "cpu:native", "number": i}, build, label=f"kernel_{i}")
     return store
 
 
@@ -92,7 +93,7 @@ def test_version(cli):
 
 def test_no_command_prints_help(cli):
     code, out, err = cli()
-    assert code == 2 and "Usage:" in out + err
+    assert code == 0 and "Usage:" in out and not err
 
 
 @pytest.mark.parametrize("error, code", [
@@ -118,10 +119,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_a_closed_pipe_is_quiet():
-    command = [sys.executable, "-m", "splatc", "dump", "bigbird(16)", "-s", "4000", "--what", "tables"]
+    command = [sys.executable, "-m", "splatc", "analyze", "causal", "-s", "2000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
-        process.stdout.close()
+        process.stdout.close()  # before it has started
         assert process.stderr.read() == ""
         assert process.wait(60) == 1
 
@@ -351,7 +351,7 @@ def test_cache_prune(cli, refused, cache):
     assert len(cache.entries()) == 3
     limit = sum(entry.size for entry in cache.entries()) - 1
     code, out, err = cli("cache", "prune", "--max-size", limit)
-    assert code == 0 and "kernel_" in out and "deleted 1 kernels" in err
+    assert code == 0 and "kernel_" in out and "deleted 1 kernel," in err
     assert len(cache.entries()) == 2
 
 

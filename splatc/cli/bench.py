@@ -18,7 +18,7 @@ Examples:
   splatc bench                                  (attention against torch, warm start)
   splatc bench --analysis --json analysis.json  (the compiler: a million rows, big matrices, tile waste)
   splatc bench --all --markdown results.md
-  splatc bench --quick                          (small sizes; only errors are judged)"""
+  splatc bench --quick                          (small sizes, for which few targets are stated)"""
 
 # of one section: its table, the rows to come, how many there will be
 Task = tuple[report.Section, Iterator[report.Row], int]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splatc.cli.output import ago, console, fields, note, print_json, size, table
+from splatc.cli.output import ago, console, fields, note, plural, print_json, size, table
 from splatc.config import Config, parse_size
 from splatc.errors import InvalidInput
 from splatc.runtime.cache import Entry, KernelCache
@@ -44,7 +44,9 @@ def list_entries(json: Annotated[bool, typer.Option("--json", help="A JSON array
     if entries:
         rows = [(e.name, e.target, size(e.size), ago(e.created), ago(e.last_used)) for e in entries]
         console().print(table(("kernel", "target", "size", "built", "last used"), rows, left=2))
-    console().print(f"{len(entries)} kernels, {size(total)} of {size(cache.max_bytes)} in {cache.root}", soft_wrap=True)
+    console().print(
+        f"{plural(len(entries), 'kernel')}, {size(total)} of {size(cache.max_bytes)} in {cache.root}", soft_wrap=True
+    )
 
 
 @app.command(epilog="\b\nExamples:\n  splatc cache show attention_d64_float32_m64n64")
@@ -79,7 +81,7 @@ def clear(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] 
     cache = _open()
     entries = cache.entries()
     if entries and not yes:
-        question = f"Delete {len(entries)} kernels ({size(sum(e.size for e in entries))}) in {cache.root}?"
+        question = f"Delete {plural(len(entries), 'kernel')} ({size(sum(e.size for e in entries))}) in {cache.root}?"
         if not typer.confirm(question, err=True):
             raise typer.Exit(1)
     _report(cache.clear())
@@ -117,4 +119,4 @@ def _seconds(text: str) -> float:
 def _report(gone: list[Entry]) -> None:
     for entry in gone:
         console().print(entry.name, soft_wrap=True)
-    note(f"deleted {len(gone)} kernels, {size(sum(entry.size for entry in gone))}")
+    note(f"deleted {plural(len(gone), 'kernel')}, {size(sum(entry.size for entry in gone))}")

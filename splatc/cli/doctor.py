@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from splatc.cli.output import console, print_json, table
+from splatc.cli.output import console, plural, print_json, table
 from splatc.codegen.nvcc import find_nvcc
 from splatc.config import Config
 from splatc.errors import SplatcError
@@ -138,7 +138,7 @@ def _cache() -> Finding:
         problem = _folder_problem(config.cache_dir)
     except SplatcError as error:
         return Finding("cache folder", False, str(error), True, "see above")
-    detail = f"{config.cache_dir}, {len(entries.entries())} kernels"
+    detail = f"{config.cache_dir}, {plural(len(entries.entries()), 'kernel')}"
     return Finding(
         "cache folder", not problem, problem or detail, False, "set SPLATC_CACHE_DIR to a folder of your own"
     )

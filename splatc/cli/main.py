@@ -73,14 +73,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory: use a smaller --seq-len, or a symbolic pattern in place of a matrix", 1)
     except Exception as error:
-        message = getattr(
-            error, "format_message", None
-        )  # a usage error of typer's: wrong option, missing argument, ...
+        message = getattr(error, "format_message", None)  # of a usage error: wrong option, missing argument, ...
         if message is None:
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             print(message())
-            return 2
+            return 0
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "splatc"
         return _fail(f"{message()} (see `{where} --help`)", 2)

@@ -91,6 +91,11 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def plural(count: int, thing: str) -> str:
+    """1 kernel, 2,000 kernels."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
+
+
 def seconds(value: float) -> str:
     """A duration as 12 us, 3.40 ms, 1.20 s."""
     for factor, unit in ((1e6, "us"), (1e3, "ms")):

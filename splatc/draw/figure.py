@@ -105,7 +105,7 @@ def _pieces_panel(drawing: Drawing) -> Panel:
         image = colour_layers(drawing.layers(*image_size(e.q_len, e.kv_len, SIZE)))
         ax.imshow(image, extent=(0, e.kv_len, e.q_len, 0), interpolation="nearest", aspect="auto")
 
-    title = f"mask {e.q_len} x {e.kv_len}: density {e.density:.2%}, {e.pieces} pieces"
+    title = f"mask {e.q_len} x {e.kv_len}: density {e.density:.2%}, {e.pieces} {'piece' if e.pieces == 1 else 'pieces'}"
     return Panel(title, ("key", "query"), e.q_len, e.kv_len, legend, draw)
 
 

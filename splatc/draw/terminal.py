@@ -25,7 +25,8 @@ def print_to(console: Console, drawing: Drawing, *, pieces: bool = True, tiles: 
     console.print(Text(drawing.pattern, "bold"), soft_wrap=True)
     if pieces:
         console.print(
-            f"mask {e.q_len} x {e.kv_len}: {e.nnz} attend, density {e.density:.2%}, {e.pieces} pieces", soft_wrap=True
+            f"mask {e.q_len} x {e.kv_len}: {e.nnz} attend, density {e.density:.2%}, {e.pieces} {'piece' if e.pieces == 1 else 'pieces'}",
+            soft_wrap=True,
         )
         console.print(_boxed(mask_text(drawing, columns - 2, ascii_only), ascii_only), soft_wrap=True)
         for hue, (text, _) in zip(HUES, drawing.named, strict=False):
