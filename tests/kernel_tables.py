@@ -67,7 +67,7 @@ class Tables:
 
     def add_view(self, view: View) -> int:
         """The id of `view`, appended to the table."""
-        row = np.array([[*view.n, *view.s, *view.box, 0, 0, 0]], np.int32)
+        row = np.array([[*view.n, *view.s, *view.box, view.box[0], 0, 0]], np.int32)
         self.views = np.concatenate([self.views, row])
         return len(self.views) - 1
 

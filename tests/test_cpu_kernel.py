@@ -82,7 +82,7 @@ class Plan:
     def tables(self, batch: int, heads: int, workers: int) -> list[Any]:
         m, n = self.shape
         work = [(h, i) for h in range(heads) for i in range(len(self.items))]
-        views = [[*v.n, *v.s, *v.b, 0, 0, 0] for v in self.views]
+        views = [[*v.n, *v.s, *v.b, v.b[0], 0, 0] for v in self.views]
         bits = np.array(self.bits or np.zeros((1, n, m // 32)), np.int32)
         chunks = np.linspace(0, batch * len(work), workers + 1).astype(np.int32)
         ints = [np.array(x, np.int32).reshape(-1, c) for x, c in

@@ -39,7 +39,7 @@ def rebuild(launch: Launch, heads: int, q_len: int, kv_len: int) -> tuple[np.nda
             view = launch.views[k_view].tolist()
             assert repeat >= 1 and (repeat == 1 or bits == 0)
             for i in range(repeat):
-                cols = lanes_at(view, (x1 + i * view[6], x2, x3), kv_len)
+                cols = lanes_at(view, tuple(x + i * step for x, step in zip((x1, x2, x3), view[9:12])), kv_len)
                 if bits:
                     words = launch.bits[bits - 1]
                     lane = np.arange(len(rows))

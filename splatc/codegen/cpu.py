@@ -145,8 +145,7 @@ def emit_entry(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], e: Expr)
     view = I.Bind(t.entries[e, 5])
     bits = I.Bind(t.entries[e, 4])
     with I.serial(0, t.entries[e, 3]) as r:
-        x1 = I.Bind(t.entries[e, 0] + r * t.views[view, 6])
-        origin = [x1, t.entries[e, 1], t.entries[e, 2]]
+        origin = [I.Bind(t.entries[e, i] + r * t.views[view, 9 + i]) for i in range(3)]
         emit_positions(b.col_pos, t.views, view, origin, t.k.shape[2])
         emit_pack_rows(b.k, s.d, t.k, at, b.col_pos, s.n, s.d, s.lanes)
         emit_pack_rows(b.v, s.dv, t.v, at, b.col_pos, s.n, s.dv, s.lanes)

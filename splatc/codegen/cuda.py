@@ -224,10 +224,14 @@ def attention_cuda(spec: KernelSpec) -> tvm.IRModule:
             repeat: T.let = entries[first_entry + e, 3]
             bit_tile: T.let = entries[first_entry + e, 4]
             k_view: T.let = entries[first_entry + e, 5]
-            k1_step: T.let = views[k_view, 6]
+            k1_step: T.let = views[k_view, 9]
+            k2_step: T.let = views[k_view, 10]
+            k3_step: T.let = views[k_view, 11]
             for r in range(repeat):
                 k1_now: T.let = k1_origin + r * k1_step
-                locate_lanes(col_pos, views, k_view, k1_now, k2_origin, k3_origin, g.n, kv_len, tid)
+                k2_now: T.let = k2_origin + r * k2_step
+                k3_now: T.let = k3_origin + r * k3_step
+                locate_lanes(col_pos, views, k_view, k1_now, k2_now, k3_now, g.n, kv_len, tid)
                 add_all_scores(g, scores, q_tile, kv_tile, k_flat, k_base, k2, col_pos, tid, ty, tx)
                 scale_scores(g, scores, scale * T.float32(LOG2E))
                 if bit_tile > 0:

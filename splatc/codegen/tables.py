@@ -18,7 +18,8 @@ CHUNK = 2048  # shapes painted at a time
 class Tables:
     """One pass of a kernel, as data.
 
-    views: int32 (n, 12) n1 n2 n3 s1 s2 s3 b1 b2 b3 0 0 0; view 0 is the rows', the others the columns'.
+    views: int32 (n, 12) extents n1 n2 n3, strides s1 s2 s3, box b1 b2 b3, and how far x1 x2 x3 move from one tile of a
+    repeated entry to the next; view 0 is the rows', the others the columns'.
     items: int32 (n, 8) q x1 x2 x3, first entry, entries, view 0, tiles, 0.
     entries: int32 (m, 8) k x1 x2 x3, repeat, bits (0: full, else 1 + index), view, 0, 0.
     bits: uint32 (b, tile_n, tile_m / 32): bit i % 32 of word [b, j, i // 32]: row lane i attends to column lane j.
@@ -60,7 +61,7 @@ def build_tables(cover: Cover) -> Tables:
     table[:, :3], table[:, 3], table[:, 4], table[:, 5] = entries[:, :3], entries[:, 4], kind, entries[:, 3] + 1
     full = kind == 0
     return Tables(
-        views=np.array([[*v.extents, *v.strides, *v.box, 0, 0, 0] for v in (cover.rows, *cover.cols)], np.int32),
+        views=np.array([[*v.extents, *v.strides, *v.box, *v.advance] for v in (cover.rows, *cover.cols)], np.int32),
         items=_items(items, entries),
         entries=table if len(table) else np.zeros((1, 8), np.int32),
         bits=bits,

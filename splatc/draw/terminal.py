@@ -24,8 +24,9 @@ def print_to(console: Console, drawing: Drawing, *, pieces: bool = True, tiles: 
     ascii_only = not (console.encoding or "").lower().startswith("utf")
     console.print(Text(drawing.pattern, "bold"), soft_wrap=True)
     if pieces:
+        pieces_found = "1 piece" if e.pieces == 1 else f"{e.pieces} pieces"
         console.print(
-            f"mask {e.q_len} x {e.kv_len}: {e.nnz} attend, density {e.density:.2%}, {e.pieces} {'piece' if e.pieces == 1 else 'pieces'}",
+            f"mask {e.q_len} x {e.kv_len}: {e.nnz} attend, density {e.density:.2%}, {pieces_found}",
             soft_wrap=True,
         )
         console.print(_boxed(mask_text(drawing, columns - 2, ascii_only), ascii_only), soft_wrap=True)

@@ -37,6 +37,7 @@ MAX_STEPS = 4  # candidate residue views, by how many elements have that stride
 MAX_PASSES = 3
 CLEARLY = 4  # unless views are estimated to need this many times fewer tiles than none, both are counted exactly
 FEW_TILES = 4096  # and when there are so few that counting costs nothing
+GOOD_WASTE = 1.35  # tile area / elements at which the search for something better ends
 MAX_SINGLY = 64  # pieces up to which each is tried by itself where a view cannot show them all
 PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
 SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in tiles
@@ -70,7 +71,8 @@ def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> 
     doubtful = by_cost.min(0).sum() * CLEARLY > costs[plain_rows][0].sum()
     if len(col_views) > 1 and (doubtful or costs[plain_rows][0].sum() < FEW_TILES):  # estimates err: count
         chosen = min(chosen, plain, key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
-    if views and not len(acsr.remainder.rows) and (grid := _grid(table, acsr)) is not None:
+    wasteful = by_cost.min(0).sum() * tile_m * tile_n > GOOD_WASTE * acsr.nnz
+    if views and wasteful and not len(acsr.remainder.rows) and (grid := _grid(table, acsr)) is not None:
         region = patch_region(table, plain[0], grid, tile_m, tile_n)
         if region is not None:
             chosen = min(chosen, (region,), key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
@@ -80,7 +82,7 @@ def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> 
 def _grid(table: Ints, acsr: ACSR) -> tuple[int, int, int] | None:
     """The grid (W, H, Z) of a neighbourhood: runs of moving columns that recur every W, and repeat every W*H."""
     strips = unnest(table)
-    lines = strips[(strips[:, DCOL] == 1) & (strips[:, COUNT] > 1) & (strips[:, STRIDE] > 1)]
+    lines = strips[(strips[:, DCOL] == 1) & (strips[:, COUNT] > 1) & (strips[:, WIDTH] > 1)]
     if acsr.q_len != acsr.kv_len or not element_counts(lines).sum() * 2 > acsr.nnz:
         return None
     widths, votes = np.unique(lines[:, STRIDE], return_counts=True)

@@ -71,9 +71,6 @@ def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool)
         if seen is None:
             raise AssertionError(f"view {region.cols} does not show the region's pieces")
         full, spans = _fragments(seen, Grid.of(rows), Grid.of(region.cols), lanes_valid)
-        if region.cols.kind == "blocks":  # a repeated entry advances along x1, and these tiles follow along x2
-            owner, i = ramp(full[:, 2])
-            full = np.stack([full[owner, 0], full[owner, 1] + i, np.ones_like(i), np.zeros_like(i)], axis=1)
         view = cols.index(region.cols)
         runs.append(np.insert(full, 1, view, axis=1))
         partial.append(np.insert(spans, 1, view, axis=1))

@@ -68,7 +68,7 @@ def tiles(cover: Cover) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDAr
         for x1, x2, x3, view, repeat, shape in cover.entries[first : first + count].tolist():
             cols = cover.cols[view]
             for i in range(repeat):
-                k = cols.positions(np.array([[x1 + i * cols.box[0], x2, x3]]))[0]
+                k = cols.positions(np.array([[x1, x2, x3]]) + i * np.array(cols.advance))[0]
                 out.append((q, k, shapes[shape - 1] if shape else everything))
     return out
 

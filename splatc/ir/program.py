@@ -69,7 +69,7 @@ class Cover:
     """Tiles of one pass: items (row tiles) and, for each, its entries (column tiles), int64 arrays.
 
     items: (n, 5): origin x1, x2, x3 in the row view, first entry, entry count.
-    entries: (m, 6): origin x1, x2, x3 in column view ``view``, ``view``, repeat (adjacent full tiles along x1), shape
+    entries: (m, 6): origin x1, x2, x3 in column view ``view``, ``view``, repeat (full tiles, each ``advance`` on), shape
     (0: full, else 1 + index into ``shapes``).
     """
 

@@ -39,6 +39,11 @@ class View:
             self.strides[0] if self.kind == "residue" else self.strides[1] if self.kind in ("blocks", "patches") else 1
         )
 
+    @property
+    def advance(self) -> Triple:
+        """How far a repeated entry moves on from one full tile to the next."""
+        return (0, self.box[1], 0) if self.kind == "blocks" else (self.box[0], 0, 0)
+
     def positions(self, origin: Ints) -> Ints:
         """Positions of every lane of boxes at ``origin`` (n, 3): int64 (n, lanes), -1 where there is none."""
         b1, b2, _ = self.box

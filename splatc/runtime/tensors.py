@@ -11,6 +11,7 @@ import numpy as np
 from splatc.errors import InvalidInput, Unsupported
 
 LAYOUTS = ("bhsd", "bshd")
+MAX_SCALE = 1e38  # times log2(e), still finite in float32
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
     devices = {name: str(x.device) if is_torch(x) else "cpu" for name, x in named}
     if len(set(devices.values())) > 1:
         raise InvalidInput(f"q, k and v are on different devices ({_list(devices)}): move them to one")
+    if devices["q"].partition(":")[0] not in ("cpu", "cuda"):
+        raise InvalidInput(f"q, k and v are on {devices['q']}: move them to the CPU or a CUDA GPU")
     dtypes = {name: dtype_name(x) for name, x in named}
     if len(set(dtypes.values())) > 1:
         raise InvalidInput(f"q, k and v have different dtypes ({_list(dtypes)}): convert them to one")
@@ -91,10 +94,10 @@ def check_scale(scale: Any, head_dim: int) -> float:
         return 1 / math.sqrt(head_dim)
     try:
         value = float(scale)
-    except (TypeError, ValueError):
-        raise InvalidInput(f"scale is {scale!r}: it must be a number, or None for 1/sqrt(head_dim)") from None
-    if not math.isfinite(value):
-        raise InvalidInput(f"scale is {value}: it must be finite, or None for 1/sqrt(head_dim)")
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"scale is {repr(scale)[:40]}: it must be a number, or None for 1/sqrt(head_dim)") from None
+    if not abs(value) <= MAX_SCALE:
+        raise InvalidInput(f"scale is {value}: it must be finite in float32, or None for 1/sqrt(head_dim)")
     return value
 
 
