@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from splatc.codegen.kernel import DTYPES, KernelSpec
+from splatc.codegen.kernel import KernelSpec, kernel_spec
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
@@ -31,7 +31,7 @@ def analyze(mask: Any, seq_len: int | None = None, kv_len: int | None = None) ->
 
     Lengths are needed for a symbolic pattern and taken from a matrix otherwise; kv_len defaults to seq_len.
     """
-    pattern, q_len, kv_len = _sized(mask, seq_len, kv_len)
+    pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
     if isinstance(pattern, PerHead):
         raise InvalidInput("analyze takes the mask of one head: analyze the patterns of a per-head list one by one")
     return ACSR.from_pattern(pattern, q_len, kv_len)
@@ -47,8 +47,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     binary. dtype: "float32", "float16", "bfloat16" or torch's. target: "cpu", "cuda" or an arch such as "sm_90a"
     (default: the GPU here, else the CPU). layout: "bhsd" or "bshd". after(name, program) is called after each pass.
     """
-    pattern, q_len, kv_len = _sized(mask, seq_len, kv_len)
-    spec = _spec(head_dim, v_head_dim, dtype, resolve_target(target))
+    pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
+    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target))
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
 
@@ -101,8 +101,8 @@ def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: 
                    target=target, layout=layout)  # fmt: skip
 
 
-def _sized(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:
-    """The pattern of a mask and its lengths."""
+def resolve_mask(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:
+    """The pattern of a mask (anything that ``compile`` takes) and its lengths, or InvalidInput if they are unknown."""
     pattern = as_pattern(mask, q_len=q_len, kv_len=kv_len)
     own = pattern.own_lengths() or getattr(mask, "seq_lengths", None)
     if q_len is None and own is not None:
@@ -110,13 +110,3 @@ def _sized(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, i
     if q_len is None:
         raise InvalidInput(f"seq_len is missing: the pattern {pattern} has no length of its own")
     return pattern, q_len, q_len if kv_len is None else kv_len
-
-
-def _spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target) -> KernelSpec:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(DTYPES)}")
-    for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
-        if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
-            raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
-    return KernelSpec(head_dim, v_head_dim or head_dim, name, 64, 64, target)

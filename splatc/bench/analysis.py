@@ -11,7 +11,7 @@ import splatc
 from splatc.bench.cases import library_cases, matrix_cases, million_cases
 from splatc.bench.child import plan_in_child, startup
 from splatc.bench.report import Row
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import kernel_spec
 from splatc.codegen.target import Target
 from splatc.compile import make_plan
 from splatc.errors import SplatcError
@@ -85,7 +85,7 @@ def matrices(n: int = MATRIX) -> Iterator[Row]:
 
 def waste(n: int = WASTE) -> Iterator[Row]:
     """Tile area / elements, against blocks of 128 x 128 that a block mask would visit."""
-    spec = KernelSpec(64, 64, "float32", 64, 64, Target("cpu", "native"))
+    spec = kernel_spec(64, None, "float32", Target("cpu", "native"))
     for name, pattern in library_cases(n).items():
         e = make_plan(pattern, n, n, spec).explanation
         blocks = _blocks_visited(pattern.dense(n)) * BLOCK * BLOCK / max(e.nnz, 1)

@@ -69,14 +69,14 @@ def plan(name: str, length: str) -> dict[str, Any]:
     import scipy.sparse  # noqa: F401
 
     from splatc.bench.cases import million_cases
-    from splatc.codegen.kernel import KernelSpec
+    from splatc.codegen.kernel import kernel_spec
     from splatc.codegen.target import Target
     from splatc.compile import make_plan
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     n = int(length)
     pattern = million_cases(n)[name]
-    spec = KernelSpec(64, 64, "float32", 64, 64, Target("cpu", "native"))
+    spec = kernel_spec(64, None, "float32", Target("cpu", "native"))
     make_plan(million_cases(SMALL)[name], SMALL, SMALL, spec)
     before = _peak()
     began = time.perf_counter()

@@ -17,15 +17,15 @@ from splatc.cli.masks import (
     MaskArgument,
     SeqLen,
     VHeadDim,
-    kernel_spec,
     plan_mask,
     quick_target,
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import KernelSpec, kernel_spec
 from splatc.codegen.nvcc import find_nvcc
 from splatc.codegen.tables import Tables
+from splatc.codegen.target import resolve_target
 from splatc.config import Config
 from splatc.errors import CacheError, InvalidInput, Unsupported
 from splatc.ir.passes import PASSES
@@ -95,7 +95,7 @@ def compile_kernel(
     ] = None,
 ) -> None:
     """Compile a kernel into the cache, ahead of time, and print its folder."""
-    spec = kernel_spec(head_dim, v_head_dim, dtype, target)
+    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target))
     if mask != "none":
         sized = sized_mask(mask, seq_len, kv_len)
         plan_mask(sized, spec)
@@ -141,7 +141,7 @@ def dump(
     output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="A file.")] = None,
 ) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
-    spec = kernel_spec(head_dim, v_head_dim, dtype, quick_target(arch))
+    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(quick_target(arch)))
     if what is None:
         what = What.ir if after is not None else What.cuda if spec.target.kind == "cuda" else What.llvm
     if after is not None and what is not What.ir:

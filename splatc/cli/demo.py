@@ -12,9 +12,9 @@ import numpy as np
 import typer
 
 from splatc.bench.cases import documents
-from splatc.cli.masks import kernel_spec
 from splatc.cli.output import console, note, percent, progress, size, table
-from splatc.codegen.target import Target, gpu_arch
+from splatc.codegen.kernel import kernel_spec
+from splatc.codegen.target import Target, gpu_arch, resolve_target
 from splatc.errors import InvalidInput, SplatcError, Unsupported
 from splatc.patterns.base import Pattern
 
@@ -53,7 +53,7 @@ def demo(
     import splatc
     from splatc.oracle import attention, relative_error
 
-    spec = kernel_spec(HEAD_DIM, None, "float32", target or ("cuda" if gpu_arch() else "cpu"))
+    spec = kernel_spec(HEAD_DIM, None, "float32", resolve_target(target or ("cuda" if gpu_arch() else "cpu")))
     where = _processor(spec.target)
     console().print(f"float32 attention, {HEADS} heads of {HEAD_DIM}, {seq_len} queries and keys, on {where}")
     rng = np.random.default_rng()
@@ -182,7 +182,8 @@ def _write_cuda(folder: Path) -> None:
     path = folder / f"attention_{ARCH}.cu"
     try:
         with console(stderr=True).status(f"generating CUDA for {ARCH}"):
-            path.write_text(cuda_source(kernel_spec(HEAD_DIM, None, "bfloat16", ARCH))[1], encoding="utf-8")
+            spec = kernel_spec(HEAD_DIM, None, "bfloat16", Target("cuda", ARCH))
+            path.write_text(cuda_source(spec)[1], encoding="utf-8")
     except SplatcError as error:
         note(f"no CUDA for {ARCH} written: {error}")
         return

@@ -13,12 +13,13 @@ from splatc.cli.masks import (
     KvLen,
     MaskArgument,
     SeqLen,
-    kernel_spec,
     plan_mask,
     quick_target,
     sized_mask,
 )
 from splatc.cli.output import console, fields, note, percent, print_json, seconds, size
+from splatc.codegen.kernel import kernel_spec
+from splatc.codegen.target import resolve_target
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Mask
 from splatc.runtime.attention import Plan
@@ -61,7 +62,7 @@ def analyze(
         domains = getattr(program, "domains", ())
         found.extend(d.acsr for _, d in domains if name == "lower" and isinstance(d, Mask))
 
-    spec = kernel_spec(head_dim, None, dtype, quick_target(target))
+    spec = kernel_spec(head_dim, None, dtype, resolve_target(quick_target(target)))
     plan = plan_mask(sized_mask(mask, seq_len, kv_len), spec, after)
     lines = [str(piece) for acsr in found for piece in acsr.pieces] if pieces else []
     if json:

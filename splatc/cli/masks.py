@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from splatc.codegen.kernel import KernelSpec
-from splatc.codegen.target import resolve_target
-from splatc.compile import After, _sized, _spec, make_plan
+from splatc.compile import After, make_plan, resolve_mask
 from splatc.config import Config
 from splatc.errors import InvalidInput
 from splatc.patterns.base import Pattern
@@ -41,16 +40,11 @@ def sized_mask(text: str, seq_len: int | None, kv_len: int | None) -> tuple[Patt
             raise InvalidInput(f"{name} is {value}: it must be at least 1")
     pattern = parse_or_load(text)
     try:
-        return _sized(pattern, seq_len, kv_len)
+        return resolve_mask(pattern, seq_len, kv_len)
     except InvalidInput as error:
         if seq_len is None and "seq_len is missing" in str(error):
             raise InvalidInput(f"{pattern} has no length of its own: give --seq-len N") from None
         raise
-
-
-def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: str, target: str | None) -> KernelSpec:
-    """The kernel that options name; target None means the GPU here, else the CPU (this loads torch to look)."""
-    return _spec(head_dim, v_head_dim, dtype, resolve_target(target))
 
 
 def quick_target(target: str | None) -> str:

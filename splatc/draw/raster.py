@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import kernel_spec
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import Target
 from splatc.compile import make_plan
@@ -48,7 +48,7 @@ class Drawing:
         def after(name: str, program: Program) -> None:
             found.extend(domain.acsr for _, domain in program.domains if isinstance(domain, Mask) and name == "lower")
 
-        spec = KernelSpec(64, 64, "float32", 64, 64, Target("cpu", "native"))
+        spec = kernel_spec(64, None, "float32", Target("cpu", "native"))
         plan = make_plan(pattern, q_len, q_len if kv_len is None else kv_len, spec, after)
         covers = tuple(domain for _, domain in plan.programs[0].domains if isinstance(domain, Cover))
         return Drawing(

@@ -35,8 +35,11 @@ from splatc.ir.views import View, blocks, contiguous, residue
 
 MAX_STEPS = 4  # candidate residue views, by how many elements have that stride
 MAX_PASSES = 3
-CLEARLY = 4  # unless views are estimated to need this many times fewer tiles than none, both are counted exactly
-FEW_TILES = 4096  # and when there are so few that counting costs nothing
+# Estimates err. Tiles are counted exactly where the contiguous view needs few; where it needs more, unless other views
+# are estimated to need several times fewer; never where counting itself would be slow.
+FEW_TILES = 1 << 15
+CLEARLY = 2
+MANY_TILES = 1 << 20
 GOOD_WASTE = 1.35  # tile area / elements at which the search for something better ends
 MAX_SINGLY = 64  # pieces up to which each is tried by itself where a view cannot show them all
 PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
@@ -68,8 +71,9 @@ def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> 
                 regions.append(Region(rows, cols, table[mine], remainder))
     plain = (Region(plain_rows, plain_cols, table, acsr.remainder),)
     chosen = tuple(regions) or plain
-    doubtful = by_cost.min(0).sum() * CLEARLY > costs[plain_rows][0].sum()
-    if len(col_views) > 1 and (doubtful or costs[plain_rows][0].sum() < FEW_TILES):  # estimates err: count
+    plain_tiles = costs[plain_rows][0].sum()
+    limit = MANY_TILES if by_cost.min(0).sum() * CLEARLY > plain_tiles else FEW_TILES
+    if len(col_views) > 1 and plain_tiles < limit:
         chosen = min(chosen, plain, key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
     wasteful = by_cost.min(0).sum() * tile_m * tile_n > GOOD_WASTE * acsr.nnz
     if views and wasteful and not len(acsr.remainder.rows) and (grid := _grid(table, acsr)) is not None:

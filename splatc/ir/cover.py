@@ -154,7 +154,7 @@ def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[I
     columns = [row_tile[owner], base[owner] + j, lane[owner], lanes[owner], begin + inside[owner], dbegin, w, dw,
                stride[owner], count[owner], dcount[owner]]  # fmt: skip
     spans = np.stack(columns, axis=1)
-    return full, spans if cols.b2 == 1 else _clip_lines(spans, inside[owner], cols.b1)
+    return full, _clip_combs(spans, cols.b1) if cols.b2 == 1 else _clip_lines(spans, inside[owner], cols.b1)
 
 
 def _spread(strips: Ints, size: int) -> tuple[Ints, Ints]:
@@ -191,6 +191,26 @@ def _clip(col: Ints, dcol: Ints, width: Ints, dwidth: Ints, last: Ints, solid: N
     col, dcol = np.where(left, 0, col), np.where(left, 0, dcol)
     end, dend = np.where(right, size, end), np.where(right, 0, dend)
     return col, dcol, end - col, dend - dcol
+
+
+def _clip_combs(spans: Ints, size: int) -> Ints:
+    """Leave out the runs of a strided span that lie before or behind the tile in every lane."""
+    comb = spans[:, 9] > 1
+    if not comb.any():
+        return spans
+    s = spans[comb].copy()
+    last = s[:, 3] - 1
+    low = np.minimum(s[:, 4], s[:, 4] + s[:, 5] * last)
+    high = np.maximum(s[:, 4] + s[:, 6], s[:, 4] + s[:, 5] * last + s[:, 6] + s[:, 7] * last)
+    before = np.maximum(-high // s[:, 8] + 1, 0)  # runs whose end is at most 0
+    within = (size - 1 - low) // s[:, 8] + 1 - before
+    s[:, 4] += s[:, 8] * before
+    s[:, 9] -= before
+    longer = np.minimum(s[:, 9], s[:, 9] + s[:, 10] * last) >= within
+    s[longer, 9], s[longer, 10] = within[longer], 0
+    clipped: Ints = spans.copy()
+    clipped[comb] = s
+    return clipped
 
 
 def _clip_lines(spans: Ints, inside: Ints, size: int) -> Ints:

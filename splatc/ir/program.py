@@ -69,8 +69,8 @@ class Cover:
     """Tiles of one pass: items (row tiles) and, for each, its entries (column tiles), int64 arrays.
 
     items: (n, 5): origin x1, x2, x3 in the row view, first entry, entry count.
-    entries: (m, 6): origin x1, x2, x3 in column view ``view``, ``view``, repeat (full tiles, each ``advance`` on), shape
-    (0: full, else 1 + index into ``shapes``).
+    entries: (m, 6): origin x1, x2, x3 in a column view, the view's number, repeat (how many full tiles, each the view's
+    ``advance`` on), shape (0: full, else 1 + index into ``shapes``).
     """
 
     q_len: int

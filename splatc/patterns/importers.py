@@ -162,6 +162,8 @@ def load_mask(path: str | Path) -> Pattern:
         raise InvalidInput(f"{path}: reading {kind} files needs scipy: pip install scipy") from None
     except Exception as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        if "pickle" in reason:  # what NumPy says of an object array, and of a file that is none of its own
+            reason = "it is damaged or holds Python objects, which are not loaded; save a boolean array"
         raise InvalidInput(f"{path}: not a readable {kind} file: {reason}") from e
 
 
