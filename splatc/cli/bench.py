@@ -100,7 +100,7 @@ def _compiler(quick: bool) -> list[Task]:
             report.Section(
                 f"Analysis and tables at S={million:,}",
                 analysis.PLAN_COLUMNS,
-                "Each in a fresh process; memory is the peak above that after all imports and a small plan.",
+                "Each in a fresh process; memory is the peak above that after all imports.",
             ),
             analysis.plans(million),
             len(cases.million_cases(4096)),

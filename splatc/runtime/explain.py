@@ -9,6 +9,7 @@ from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Cover, Program
+from splatc.runtime.plan import ITEM_TILES
 
 # Sustained rates of the tile loops, multiply-adds counted as two operations: measured by `splatc bench`, see
 # docs/performance.md. CPU: a core. CUDA: the portable kernel on an H200.
@@ -70,6 +71,7 @@ KernelSpec, cores: int) -> Explanation:  # fmt: skip
     """The explanation of a plan."""
     every = [t for passes in tables for t in passes]
     area = sum(t.tiles for t in every) * spec.tile_m * spec.tile_n
+    starts = ITEM_TILES * sum(len(t.items) for t in every) * spec.tile_m * spec.tile_n
     nnz = sum(a.nnz for a in acsrs)
     covers = [d for program in programs for _, d in program.domains if isinstance(d, Cover)]
     size = sum(a.q_len * a.kv_len for a in acsrs)
@@ -82,5 +84,5 @@ KernelSpec, cores: int) -> Explanation:  # fmt: skip
         tile_area=area, waste=area / max(nnz, 1), passes=max(len(p) for p in tables),
         views=tuple(f"{c.rows} / {'; '.join(map(str, c.cols))}" for c in covers),
         table_bytes=sum(t.nbytes for t in every), head_dim=spec.head_dim, dtype=spec.dtype, target=str(spec.target),
-        seconds=2 * area * (spec.head_dim + spec.v_head_dim) / rate,
+        seconds=2 * (area + starts) * (spec.head_dim + spec.v_head_dim) / rate,
     )  # fmt: skip
