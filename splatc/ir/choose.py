@@ -40,7 +40,6 @@ MAX_PASSES = 3
 FEW_TILES = 1 << 15
 CLEARLY = 2
 MANY_TILES = 1 << 20
-GOOD_WASTE = 1.35  # tile area / elements at which the search for something better ends
 MAX_SINGLY = 64  # pieces up to which each is tried by itself where a view cannot show them all
 PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
 SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in tiles
@@ -49,45 +48,54 @@ SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in til
 def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> Regions:
     """The regions of a mask, each with its row view and column view."""
     table = acsr.pieces.table
-    plain_rows, plain_cols = contiguous(acsr.q_len, tile_m), contiguous(acsr.kv_len, tile_n)
-    row_views, col_views = [plain_rows], [plain_cols]
+    rows, cols = contiguous(acsr.q_len, tile_m), contiguous(acsr.kv_len, tile_n)
+    plain: tuple[Region, ...] = (Region(rows, cols, table, acsr.remainder),)
+    chosen = plain
     if views and len(table):
-        strips = unnest(table)
-        for step in _steps(strips):
-            row_views.append(residue(acsr.q_len, step, tile_m))
-            col_views.append(residue(acsr.kv_len, step, tile_n))
-        col_views += _block_views(strips, acsr.kv_len, tile_n)
+        chosen = _strided_views(acsr, plain[0])
+        grid = _grid(table, acsr)
+        if grid is not None:
+            region = patch_region(table, plain[0], grid, tile_m, tile_n)
+            chosen = _fewest_tiles(acsr, chosen, (region,) if region is not None else plain)
+    return Regions(acsr.q_len, acsr.kv_len, chosen)
+
+
+def _fewest_tiles(acsr: ACSR, *plans: tuple[Region, ...]) -> tuple[Region, ...]:
+    """The plan with the fewest tiles, counted exactly; the first of equals."""
+    return min(plans, key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
+
+
+def _strided_views(acsr: ACSR, plain: Region) -> tuple[Region, ...]:
+    """The pieces distributed over the cheapest set of contiguous, residue and block views."""
+    table, strips = plain.pieces, unnest(plain.pieces)
+    row_views, col_views = [plain.rows], [plain.cols]
+    for step in _steps(strips):
+        row_views.append(residue(acsr.q_len, step, plain.rows.lanes))
+        col_views.append(residue(acsr.kv_len, step, plain.cols.lanes))
+    col_views += _block_views(strips, acsr.kv_len, plain.cols.lanes)
+    if len(col_views) == 1:
+        return (plain,)
     costs = {rows: _cheapest(table, rows, col_views) for rows in row_views}
     used = _cheapest_set(costs, acsr)
     by_cost = np.stack([costs[rows][0] for rows in used])
     row_choice = by_cost.argmin(0)
     regions: list[Region] = []
     for r, rows in enumerate(used):
-        col_choice = costs[rows][1]
         for c, cols in enumerate(col_views):
-            mine = (row_choice == r) & (col_choice == c)
+            mine = (row_choice == r) & (costs[rows][1] == c)
             remainder = acsr.remainder if rows.kind == "contiguous" and c == 0 else BlockBits.none()
             if mine.any() or len(remainder.rows):
                 regions.append(Region(rows, cols, table[mine], remainder))
-    plain = (Region(plain_rows, plain_cols, table, acsr.remainder),)
-    chosen = tuple(regions) or plain
-    plain_tiles = costs[plain_rows][0].sum()
+    plain_tiles = costs[plain.rows][0].sum()
     limit = MANY_TILES if by_cost.min(0).sum() * CLEARLY > plain_tiles else FEW_TILES
-    if len(col_views) > 1 and plain_tiles < limit:
-        chosen = min(chosen, plain, key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
-    wasteful = by_cost.min(0).sum() * tile_m * tile_n > GOOD_WASTE * acsr.nnz
-    if views and wasteful and not len(acsr.remainder.rows) and (grid := _grid(table, acsr)) is not None:
-        region = patch_region(table, plain[0], grid, tile_m, tile_n)
-        if region is not None:
-            chosen = min(chosen, (region,), key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
-    return Regions(acsr.q_len, acsr.kv_len, chosen)
+    return _fewest_tiles(acsr, tuple(regions), (plain,)) if plain_tiles < limit else tuple(regions)
 
 
 def _grid(table: Ints, acsr: ACSR) -> tuple[int, int, int] | None:
-    """The grid (W, H, Z) of a neighbourhood: runs of moving columns that recur every W, and repeat every W*H."""
+    """The grid (W, H, Z) of a neighbourhood: wide runs of moving columns that recur every W, and repeat every W*H."""
     strips = unnest(table)
     lines = strips[(strips[:, DCOL] == 1) & (strips[:, COUNT] > 1) & (strips[:, WIDTH] > 1)]
-    if acsr.q_len != acsr.kv_len or not element_counts(lines).sum() * 2 > acsr.nnz:
+    if acsr.q_len != acsr.kv_len or len(acsr.remainder.rows) or not element_counts(lines).sum() * 2 > acsr.nnz:
         return None
     widths, votes = np.unique(lines[:, STRIDE], return_counts=True)
     width = int(widths[votes.argmax()])
