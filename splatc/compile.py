@@ -21,7 +21,7 @@ from splatc.runtime.attention import CompiledAttention, Plan, workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
 from splatc.runtime.kernel import find_kernel
-from splatc.runtime.tensors import LAYOUTS, check_call, dtype_name
+from splatc.runtime.tensors import LAYOUTS, check_call
 
 After = Callable[[str, Program], None]
 
@@ -85,20 +85,19 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
     """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention."""
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
-    shape = check_call(q, k, v, layout, enable_gqa)
-    pattern = as_pattern(mask, q_len=shape.q_len, kv_len=shape.kv_len, heads=shape.heads)
-    target = resolve_target("cpu") if shape.device == "cpu" else resolve_target("cuda")
-    compiled = _memo(
-        pattern, shape.q_len, shape.kv_len, shape.head_dim, shape.v_head_dim, dtype_name(q), target, layout
-    )
+    s = check_call(q, k, v, layout, enable_gqa)
+    if not isinstance(mask, Pattern):
+        mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
+    kind = "cpu" if s.device == "cpu" else "cuda"
+    compiled = _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, kind, layout)
     return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa)
 
 
 @lru_cache(maxsize=256)
-def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: int, dtype: str, target: Target,
+def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: int, dtype: str, kind: str,
           layout: str) -> CompiledAttention:  # fmt: skip
     return compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype,
-                   target=target, layout=layout)  # fmt: skip
+                   target=kind, layout=layout)  # fmt: skip
 
 
 def resolve_mask(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:

@@ -259,6 +259,7 @@ def _shapes(
     np.add.at(total, where, mixed)
     np.add.at(total, block_where, _hash(block[:, 3:]))
     _, representative, shape = np.unique(total, return_index=True, return_inverse=True)
+    _check_equal(content, where, mixed, representative[shape])
     chosen = np.zeros(len(tiles), bool)
     chosen[representative] = True
     mine, block_mine = chosen[where], chosen[block_where]
@@ -268,6 +269,17 @@ def _shapes(
     outer = tiles // across
     entries = np.stack([outer // len(cols), outer % len(cols), tiles % across, np.ones_like(shape), 1 + shape], axis=1)
     return entries, Shapes(len(representative), shape_spans[order], shape_blocks, np.concatenate(bits))
+
+
+def _check_equal(content: Ints, where: Ints, mixed: NDArray[np.uint64], model: Ints) -> None:
+    """Raise VerifyError unless the spans of every tile are those of its model: hashes alone prove nothing."""
+    order = np.lexsort((mixed, where))
+    count = np.bincount(where, minlength=len(model))
+    first = np.cumsum(count) - count
+    tile, i = ramp(count)
+    same = (count == count[model]).all()
+    if not same or not np.array_equal(content[order[first[tile] + i]], content[order[first[model[tile]] + i]]):
+        raise VerifyError("two different tiles have one hash; please report this mask")
 
 
 def _hash(rows: Ints) -> NDArray[np.uint64]:

@@ -26,6 +26,7 @@ from splatc.runtime.tensors import (
     check_scale,
     is_torch,
     last_axis_contiguous,
+    on_device,
     outputs,
     to_bhsd,
 )  # fmt: skip
@@ -117,8 +118,9 @@ class CompiledAttention:
         o, lse = outputs(q, shape, self.layout)
         if shape.q_len and shape.kv_len:
             run = self.kernel.load()
-            for merge, tables in enumerate(self._tables(shape)):
-                run(*(_exchange(x) for x in (*tensors, o, lse)), *tables, number, int(merge > 0))
+            with on_device(q):
+                for merge, tables in enumerate(self._tables(shape)):
+                    run(*(_exchange(x) for x in (*tensors, o, lse)), *tables, number, int(merge > 0))
         else:
             o[...], lse[...] = 0, -float("inf")
         o = to_bhsd(o, self.layout)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,9 +33,12 @@ class Shape:
 
 def is_torch(x: Any) -> bool:
     """Whether x is a torch tensor (without importing torch)."""
-    return type(x).__module__.partition(".")[0] == "torch" or any(
-        base.__module__.partition(".")[0] == "torch" for base in type(x).__mro__
-    )
+    return _is_torch(type(x))  # type: ignore[arg-type]
+
+
+@cache
+def _is_torch(kind: type) -> bool:
+    return any(base.__module__.partition(".")[0] == "torch" for base in kind.__mro__)
 
 
 def dtype_name(x: Any) -> str:
@@ -108,6 +113,15 @@ def check_gradients(*tensors: Any) -> None:
 
         if torch.is_grad_enabled():
             raise Unsupported("gradients are not computed yet: call under torch.no_grad() or pass detached tensors")
+
+
+def on_device(x: Any) -> AbstractContextManager[Any]:
+    """A context in which x's GPU is the current one (nothing for a tensor on the CPU)."""
+    if not is_torch(x) or x.device.type != "cuda":
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(x.device)  # type: ignore[no-untyped-call]
 
 
 def last_axis_contiguous(x: Any) -> Any:
