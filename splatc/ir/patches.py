@@ -99,8 +99,7 @@ def cover_patches(q_len: int, kv_len: int, region: Region, every_row: bool) -> C
     """The tiles of one region of patches."""
     rows, cols = region.rows, region.cols
     patch, fragment, corner, _ = _fragments(region.pieces, rows, cols)
-    order = np.lexsort(fragment.T[::-1])
-    fragment = fragment[order]
+    fragment = fragment[np.argsort(fragment[:, 0], kind="stable")]
     kind = _kinds(fragment, len(patch))
     kinds, first, which = np.unique(kind, return_index=True, return_inverse=True)
     chosen = np.full(len(patch), -1)
@@ -133,7 +132,7 @@ def cover_patches(q_len: int, kv_len: int, region: Region, every_row: bool) -> C
 
 
 def _kinds(fragment: Ints, patches: int) -> Ints:
-    """A number for each patch, equal where the (sorted) fragments are equal."""
+    """A number for each patch, the same for patches whose fragments are equal and in the same order."""
     bounds = np.searchsorted(fragment[:, 0], np.arange(patches + 1))
     seen: dict[bytes, int] = {}
     body = np.ascontiguousarray(fragment[:, 1:])
