@@ -13,6 +13,7 @@ from splatc.runtime.plan import ITEM_TILES
 
 # Sustained rates of the tile loops, multiply-adds counted as two operations: measured by `splatc bench`, see
 # docs/performance.md. CPU: a core. CUDA: the portable kernel on an H200.
+KERNELS = {"cpu": "LLVM, vectors of queries", "cuda": "portable CUDA, fp32 multiply-adds, no tensor cores"}
 CPU_CORE_FLOPS = 90e9
 CUDA_FLOPS = 18e12
 
@@ -60,6 +61,7 @@ class Explanation:
             f"tables       {self.table_bytes / 1024:.0f} KiB",
         ]
         lines += [f"pass {i}       {view}" for i, view in enumerate(self.views)]
+        lines.append(f"kernel       {KERNELS[self.target.partition(':')[0]]}")
         lines.append(
             f"predicted    {self.seconds * 1e3:.3f} ms a head (d={self.head_dim}, {self.dtype}, {self.target})"
         )

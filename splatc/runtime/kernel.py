@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from splatc.codegen.nvcc import nvcc_identity
 from splatc.config import Config
 from splatc.errors import Unsupported
 from splatc.runtime.cache import KernelCache, source_fingerprint
+
+_log = logging.getLogger("splatc")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,15 @@ def kernel_cache(config: Config) -> KernelCache:
 def find_kernel(spec: KernelSpec) -> Kernel:
     """The kernel of a spec, from memory, from the cache on disk or built now."""
     config = Config.from_env()
+    if spec.target.kind == "cuda":
+        _say_portable()
     return _find(spec, config.disable_cache, config.cache_dir, config.cache_size)
+
+
+@cache
+def _say_portable() -> None:
+    """Once a process: people who expect tensor cores should not have to find out from their timings."""
+    _log.warning("splatc's CUDA kernel is portable and uses no tensor cores yet (figures: docs/performance.md)")
 
 
 @lru_cache(maxsize=1024)
