@@ -27,7 +27,7 @@ COLUMNS = ("pattern", "density", "pieces", "tiles", "waste", "time", "error")
 EXAMPLES = """\b
 Examples:
   splatc demo
-  splatc demo --seq-len 4096 -o /tmp/splatc-demo"""
+  splatc demo --seq-len 4096 -o out/demo"""
 
 
 def add_to(app: typer.Typer) -> None:
