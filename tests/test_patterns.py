@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from splatc import patterns as P
 from splatc.errors import InvalidInput
 from splatc.patterns.base import Lines
+from tests.library import combinations, leaves
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -313,74 +314,6 @@ def test_bad_input_is_one_line_that_names_what_is_wrong(make, message):
 
 
 # Random patterns at random sizes.
-
-small = st.integers(0, 12)
-step = st.integers(1, 9)
-align = st.sampled_from(["top_left", "bottom_right"])
-
-
-def splits(draw, total, parts):
-    cuts = sorted(draw(st.lists(st.integers(0, total), min_size=parts - 1, max_size=parts - 1)))
-    return np.diff([0, *cuts, total]).tolist()
-
-
-@st.composite
-def leaves(draw, q_len, kv_len):
-    kind = draw(st.integers(0, 15))
-    if kind == 0:
-        return P.causal(draw(align))
-    if kind == 1:
-        return P.window(draw(small), draw(small), draw(align))
-    if kind == 2:
-        return P.dilated(draw(small), draw(small), draw(step), draw(align))
-    if kind == 3:
-        return P.strided(draw(step))
-    if kind == 4:
-        block = draw(step)
-        return P.fixed(block, draw(st.integers(1, block)))
-    if kind == 5:
-        return P.blocked(draw(step))
-    if kind == 6:
-        return P.block_window(draw(step), draw(st.integers(0, 2)), draw(st.integers(0, 2)))
-    if kind == 7:
-        return P.global_rows(draw(small))
-    if kind == 8:
-        return P.global_cols(draw(small))
-    if kind == 9:
-        return P.random_blocks(draw(step), draw(st.integers(1, 4)), seed=draw(small))
-    if kind == 10:
-        n = draw(st.integers(1, 5))
-        return P.documents(splits(draw, q_len, n), kv_lengths=splits(draw, kv_len, n))
-    if kind == 11 and q_len == kv_len:
-        return P.documents(ids=draw(st.lists(st.integers(0, 3), min_size=q_len, max_size=q_len)))
-    if kind == 12:
-        bq, bk = draw(st.integers(2, 12)), draw(st.integers(2, 12))
-        r, c = -(-q_len // bq), -(-kv_len // bk)
-        bits = draw(st.integers(0, 2 ** (r * c) - 1))
-        return P.block_mask(np.array([bits >> i & 1 for i in range(r * c)], bool).reshape(r, c), (bq, bk))
-    if kind == 13 and q_len == kv_len:
-        w = draw(st.sampled_from([d for d in range(1, q_len + 1) if q_len % d == 0]))
-        causal = draw(st.tuples(st.booleans(), st.booleans()))
-        size = tuple(2 * draw(st.integers(0, 2)) + 1 for _ in range(2))
-        return P.neighborhood(
-            (q_len // w, w), size, (draw(st.integers(1, 3)), draw(st.integers(1, 3))), causal
-        )
-    if kind == 14:
-        return P.longformer(draw(small), draw(small))
-    return P.prefix(draw(small)) if kind == 15 else P.full()
-
-
-def combinations(q_len, kv_len):
-    return st.recursive(
-        leaves(q_len, kv_len),
-        lambda inner: st.one_of(
-            st.builds(lambda a, b: a & b, inner, inner),
-            st.builds(lambda a, b: a | b, inner, inner),
-            st.builds(lambda a: ~a, inner),
-        ),
-        max_leaves=4,
-    )
-
 
 @st.composite
 def sized(draw, patterns):

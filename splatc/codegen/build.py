@@ -54,9 +54,7 @@ def load(folder: Path) -> Callable[..., None]:
 
 @cache
 def _load_thread_pool() -> None:
-    """Make TVM's run-time library (parallel loops on a CPU) visible to kernels, without the 2 seconds of importing
-    TVM.
-    """
+    """Make TVM's run-time library (parallel loops on a CPU) visible to kernels; importing TVM would take 2 seconds."""
     spec = importlib.util.find_spec("tvm")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # its own guess halves the cores

@@ -26,7 +26,7 @@ from splatc.formats.strips import (
     make,
     row_runs,
     unit_runs,
-)  # fmt: skip
+)
 from splatc.formats.symbolic import strips_of
 from splatc.patterns.base import Pattern
 from splatc.patterns.matrix import Sparse
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import torch
 
 CHECK_ALL = 1 << 22  # elements up to which a symbolic pattern is compared with its ACSR everywhere
-MAX_MIXED = 1 << 26  # elements up to which a pattern with residues of both k and k - q is evaluated as a matrix
 CHECK_SOME = 1 << 21  # above that, this many elements, in whole random rows
+MAX_MIXED = 1 << 26  # elements up to which a pattern with residues of both k and k - q is evaluated as a matrix
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,7 @@ class ACSR:
 
     @staticmethod
     def from_pattern(pattern: Pattern, q_len: int, kv_len: int | None = None) -> ACSR:
-        """From a symbolic pattern, without S x S memory; a pattern with an explicit matrix in it is analysed
-        densely.
-        """
+        """From a symbolic pattern, without S x S memory; one with an explicit matrix in it is analysed densely."""
         kv_len = q_len if kv_len is None else kv_len
         pattern.check(q_len, kv_len)
         if isinstance(pattern, Sparse):
@@ -205,9 +203,7 @@ class ACSR:
         return int(self.pieces.table.nbytes) + self.remainder.nbytes
 
     def statistics(self) -> dict[str, float]:
-        """nnz, density, pieces, strips, remainder_nnz, nbytes, empty_rows, and the fewest, mean and most elements a
-        row.
-        """
+        """nnz, density, pieces, strips, remainder_nnz, nbytes, empty_rows, row_min, row_mean, row_max (elements)."""
         row, start, stop = self.runs()
         per_row = np.bincount(row, stop - start, self.q_len)
         rows = {"empty_rows": int((per_row == 0).sum()), "row_min": int(per_row.min(initial=self.kv_len)),
@@ -226,7 +222,7 @@ class ACSR:
         """Every maximal run of adjacent columns, sorted by row and column."""
         parts = [unit_runs(row_runs(self.strips)), self.remainder.runs()]
         row, start, stop = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        return _union(Runs(row, start, stop), self.kv_len)
+        return _sweep([Runs(row, start, stop)], self.kv_len, lambda a: a > 0)
 
     # -- conversions ---------------------------------------------------------------------------------------------------
 
@@ -326,10 +322,6 @@ class ACSR:
                 f"pattern {pattern}: element (q={rows[i]}, k={k}) is held by {covered[i, k]} pieces but the mask says "
                 f"{bool(np.broadcast_to(wanted, covered.shape)[i, k])}; please report this pattern"
             )
-
-
-def _union(runs: Runs, kv_len: int) -> Runs:
-    return _sweep([runs], kv_len, lambda a: a > 0)
 
 
 def _sweep(sets: Sequence[Runs], kv_len: int, keep: Any) -> Runs:

@@ -25,7 +25,7 @@ from splatc.formats.strips import (
     Ints,
     RowRuns,
     make,
-)  # fmt: skip
+)
 
 MAX_LEVELS = 3
 

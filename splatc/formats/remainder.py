@@ -67,8 +67,7 @@ class BlockBits:
 
     def dense_blocks(self) -> NDArray[np.bool_]:
         """bool (n, 64, 64)."""
-        octets = self.bits.view(np.uint8).reshape(-1, BLOCK, 8)
-        return np.unpackbits(octets, axis=2, bitorder="little").astype(bool)
+        return unpack(self.bits)
 
     def runs(self) -> Runs:
         """Runs of adjacent set elements inside each block row, sorted by row and column."""
@@ -80,6 +79,12 @@ class BlockBits:
         row, base = self.rows[block] * BLOCK + i, self.cols[block] * BLOCK
         order = np.lexsort((base + start, row))
         return Runs(row[order], (base + start)[order], (base + stop)[order])
+
+
+def unpack(bits: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """uint64 (n, 64) to bool (n, 64, 64): bit j of a word is column j."""
+    octets = np.ascontiguousarray(bits).view(np.uint8).reshape(-1, BLOCK, 8)
+    return np.unpackbits(octets, axis=2, bitorder="little").astype(bool)
 
 
 def split_at_blocks(runs: Runs) -> tuple[Ints, Ints, Ints, Ints]:

@@ -1,8 +1,7 @@
 """A symbolic pattern to strips, without ever forming the S x S mask.
 
 The pattern says along which lines its membership may change (``Pattern.lines``): row breakpoints, columns k, diagonals
-k - q = d, residues of k or of k - q. These lines cut the plane into cells in which membership cannot change; rows are
-cut
+k - q = d, residues of k or of k - q. These lines cut the plane into cells where membership cannot change; rows are cut
 further where two lines cross, so that inside a row segment the order of the lines is fixed and every bound is affine in
 the row. One sample decides a cell. What is left is bookkeeping: cells become strips.
 """

@@ -26,7 +26,7 @@ from splatc.formats.strips import (
     WIDTH,
     Ints,
     element_counts,
-)  # fmt: skip
+)
 from splatc.ir.cover import Grid, tiles_of
 from splatc.ir.patches import patch_region
 from splatc.ir.program import Region, Regions

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import VerifyError
-from splatc.formats.remainder import BLOCK, BlockBits
+from splatc.formats.remainder import BLOCK, BlockBits, unpack
 from splatc.formats.strips import COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, ramp
 from splatc.ir.patches import cover_patches
 from splatc.ir.program import Cover, Region, Shapes
@@ -182,9 +182,7 @@ def _spread(strips: Ints, size: int) -> tuple[Ints, Ints]:
 
 def _clip(col: Ints, dcol: Ints, width: Ints, dwidth: Ints, last: Ints, solid: NDArray[np.bool_],
           size: int) -> tuple[Ints, Ints, Ints, Ints]:  # fmt: skip
-    """Bounds of solid spans that lie outside the tile in every lane move to its edge, so that equal tiles look
-    equal.
-    """
+    """Bounds of solid spans outside the tile in every lane move to its edge, so that equal tiles look equal."""
     end, dend = col + width, dcol + dwidth
     left = solid & (np.maximum(col, col + dcol * last) <= 0)
     right = solid & (np.minimum(end, end + dend * last) >= size)
@@ -315,12 +313,9 @@ def paint(shapes: Shapes, chosen: slice, lanes_q: int, lanes_k: int) -> NDArray[
     np.add.at(steps, (shape, lane, begin), 1)
     np.add.at(steps, (shape, lane, end), -1)
     painted = np.cumsum(steps, axis=2, dtype=np.int8)[:, :, :lanes_k] > 0
-    for number, index, lane0, col0 in shapes.blocks[
-        (shapes.blocks[:, 0] >= first) & (shapes.blocks[:, 0] < chosen.stop)
-    ]:
-        dense = np.unpackbits(shapes.bits[index].view(np.uint8).reshape(BLOCK, 8), axis=1, bitorder="little").astype(
-            bool
-        )
-        view = painted[number - first, lane0 : lane0 + BLOCK, col0 : col0 + BLOCK]
-        view |= dense[: view.shape[0], : view.shape[1]]
+    blocks = shapes.blocks[(shapes.blocks[:, 0] >= first) & (shapes.blocks[:, 0] < chosen.stop)]
+    if len(blocks):  # tiles are whole blocks then, see _shapes
+        number, index, lane0, col0 = blocks.T
+        grid = painted.reshape(n, lanes_q // BLOCK, BLOCK, lanes_k // BLOCK, BLOCK).transpose(0, 1, 3, 2, 4)
+        grid[number - first, lane0 // BLOCK, col0 // BLOCK] |= unpack(shapes.bits[index])
     return painted

@@ -62,8 +62,8 @@ def _reach(seen: Seen, grid: Triple) -> Ints:
 def _fragments(pieces: Ints, rows: View, cols: View) -> tuple[Ints, Ints, Ints, Ints]:
     """(patch numbers, fragments, corner and far corner of what each patch touches).
 
-    fragments: (index of patch, lane, lanes, x, dx, width, dwidth, y, z), one key line each, x y z relative to the
-    corner.
+    fragments: (index of patch, lane, lanes, x, dx, width, dwidth, y, z), each on one line of keys; x y z
+    are relative to the corner.
     """
     seen = see(pieces, rows, cols)
     if seen is None:

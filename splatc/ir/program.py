@@ -53,9 +53,8 @@ class Regions:
 class Shapes:
     """The distinct partly filled tiles, as spans: the compressed form of their bits.
 
-    spans: int64 (n, 10): shape, lane, lanes, then col, dcol, width, dwidth, stride, count, dcount as in a strip,
-    relative
-    to the tile. blocks: int64 (m, 4): shape, index into ``bits``, and the lane and column of the tile it lies at.
+    spans: int64 (n, 10): shape, lane, lanes, then col, dcol, width, dwidth, stride, count, dcount as in a strip, in
+    the tile. blocks: int64 (m, 4): shape, index into ``bits``, and the lane and column of the tile it lies at.
     """
 
     count: int
@@ -84,10 +83,6 @@ class Cover:
     @property
     def tiles(self) -> int:
         return int(self.entries[:, 4].sum())
-
-    @property
-    def tile_area(self) -> int:
-        return self.tiles * self.rows.lanes * (self.cols[0].lanes if self.cols else 0)
 
 
 Domain = Mask | Regions | Cover

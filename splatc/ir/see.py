@@ -24,15 +24,13 @@ from splatc.formats.strips import (
     WIDTH,
     Ints,
     ramp,
-)  # fmt: skip
+)
 from splatc.ir.views import View
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Strips in view coordinates (int64 (n, 9): row and col are u), the lines they lie on, and the piece each is
-    from.
-    """
+    """Strips in view coordinates (int64 (n, 9), row and col are u), the lines they lie on, and each one's piece."""
 
     strips: Ints
     row_line: Ints

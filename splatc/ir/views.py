@@ -13,8 +13,9 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class View:
-    """The axis as (x1, x2, x3): position = sum of x_i * strides_i, valid where 0 <= x_i < extents_i and position <
-    length.
+    """The axis as (x1, x2, x3): position = sum of x_i * strides_i.
+
+    A position exists where 0 <= x_i < extents_i and it is less than length.
 
     A tile side is a box of the view: lane i is at x = origin + (i % b1, i // b1 % b2, i // (b1 b2)).
     kind: "contiguous"; "residue" (x1 steps over a residue class, x2 is the residue); "blocks" (x1 inside a block of

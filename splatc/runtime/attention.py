@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from splatc.runtime.tensors import (
     on_device,
     outputs,
     to_bhsd,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +83,7 @@ class CompiledAttention:
         return self._plan.explanation
 
     def plan(self, seq_len: int | None = None, kv_len: int | None = None) -> Plan:
-        """The plan for other lengths (default: the compiled ones); it is remembered, so calls of that length are
-        ready.
-        """
+        """The plan for other lengths (default: the compiled ones), remembered: calls of that length find it."""
         if seq_len is None:
             return self._plan
         lengths = seq_len, seq_len if kv_len is None else kv_len
@@ -152,7 +149,7 @@ class CompiledAttention:
             _remember(self._ready, key, [_upload(launch, shape) for launch in plan.launches(shape.heads)])
         return self._ready[key]
 
-    @cached_property
+    @property
     def ptx(self) -> str:
         """The PTX (CUDA targets only)."""
         return self.kernel.file("kernel.ptx")
@@ -171,8 +168,8 @@ def _upload(launch: Launch, shape: Shape) -> tuple[Any, ...]:
         return tuple(_exchange(x) for x in (*arrays, launch.chunks(shape.batch, workers())))
     import torch
 
-    return tuple(torch.from_numpy(x.view(np.int32)).to(shape.device).view(torch.uint32 if x.dtype == np.uint32 else
-    torch.int32) for x in arrays)  # fmt: skip
+    tensors = [torch.from_numpy(x.view(np.int32)).to(shape.device) for x in arrays]
+    return (*tensors[:-1], tensors[-1].view(torch.uint32))
 
 
 def _exchange(x: Any) -> Any:

@@ -23,9 +23,7 @@ _SOURCES = {"cuda": "kernel.cu", "ptx": "kernel.ptx", "llvm": "kernel.ll"}
 
 
 def ir_dump(pattern: Pattern, q_len: int, kv_len: int) -> Callable[[str, Program], None] | None:
-    """What writes 00_lower.txt, 01_choose_views.txt, ... to a folder of this mask; None unless SPLATC_DUMP asks for
-    ir.
-    """
+    """What writes 00_lower.txt, 01_choose_views.txt, ... for this mask; None unless SPLATC_DUMP asks for ir."""
     config = Config.from_env()
     if "ir" not in config.dump:
         return None

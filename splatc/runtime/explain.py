@@ -11,9 +11,9 @@ from splatc.formats.acsr import ACSR
 from splatc.ir.program import Cover, Program
 from splatc.runtime.plan import ITEM_TILES
 
-# Sustained rates of the tile loops, multiply-adds counted as two operations: measured by `splatc bench`, see
-# docs/performance.md. CPU: a core. CUDA: the portable kernel on an H200.
 KERNELS = {"cpu": "LLVM, vectors of queries", "cuda": "portable CUDA, fp32 multiply-adds, no tensor cores"}
+# Sustained rates of the tile loops, a multiply-add counted as two operations (docs/performance.md). CPU: a Zen 4 core;
+# CUDA: the portable kernel on an H200.
 CPU_CORE_FLOPS = 90e9
 CUDA_FLOPS = 18e12
 
@@ -68,8 +68,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(pattern: str, acsrs: list[ACSR], programs: list[Program], tables: list[tuple[Tables, ...]], spec:
-KernelSpec, cores: int) -> Explanation:  # fmt: skip
+def explain(
+    pattern: str,
+    acsrs: list[ACSR],
+    programs: list[Program],
+    tables: list[tuple[Tables, ...]],
+    spec: KernelSpec,
+    cores: int,
+) -> Explanation:
     """The explanation of a plan."""
     every = [t for passes in tables for t in passes]
     area = sum(t.tiles for t in every) * spec.tile_m * spec.tile_n

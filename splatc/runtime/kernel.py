@@ -53,7 +53,7 @@ def find_kernel(spec: KernelSpec) -> Kernel:
     config = Config.from_env()
     if spec.target.kind == "cuda":
         _say_portable()
-    return _find(spec, config.disable_cache, config.cache_dir, config.cache_size)
+    return _find(spec, config)
 
 
 @cache
@@ -63,8 +63,8 @@ def _say_portable() -> None:
 
 
 @lru_cache(maxsize=1024)
-def _find(spec: KernelSpec, disabled: bool, root: Path, size: int) -> Kernel:
-    cache = KernelCache(None if disabled else root, size)
+def _find(spec: KernelSpec, config: Config) -> Kernel:
+    cache = kernel_cache(config)
     return Kernel(spec, cache.get_or_build(key_fields(spec), lambda folder: build(spec, folder), label=spec.name))
 
 

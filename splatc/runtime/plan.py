@@ -15,8 +15,9 @@ ITEM_TILES = 0.4  # what starting a row tile costs, in tiles
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel call: the arrays of the kernel ABI (codegen/tables.py), for all heads. cost: of each work row, in
-    tiles.
+    """One kernel call: the arrays of the kernel ABI (codegen/tables.py), for all heads.
+
+    work: int32 (w, 2) head, item. cost: of each of its rows, in tiles.
     """
 
     work: NDArray[np.int32]
@@ -61,8 +62,11 @@ def _launch(tables: list[Tables | None], pattern_of_head: list[int]) -> Launch:
             parts.append(part)
         offset += [len(item), len(entry), len(t.views), len(t.bits)]
     item = np.concatenate(items)
-    work = [np.stack([np.full(len(t.items), head, np.int32), first_item[p] + np.arange(len(t.items), dtype=np.int32)],
-    1) for head, p in enumerate(pattern_of_head) if (t := tables[p]) is not None]  # fmt: skip
-    rows = np.ascontiguousarray(np.concatenate(work), np.int32)
+    work = []
+    for head, p in enumerate(pattern_of_head):
+        if (t := tables[p]) is not None:
+            numbers = first_item[p] + np.arange(len(t.items))
+            work.append(np.stack([np.full_like(numbers, head), numbers], axis=1))
+    rows = np.concatenate(work).astype(np.int32)
     cost = item[rows[:, 1], 6] + ITEM_TILES
     return Launch(rows, item, np.concatenate(entries), np.concatenate(views), np.concatenate(bits), cost)

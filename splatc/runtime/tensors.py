@@ -54,9 +54,7 @@ def to_bhsd(x: Any, layout: str) -> Any:
 
 
 def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
-    """The sizes of q, k, v given in ``layout``; raises InvalidInput or Unsupported with one line that says what to
-    do.
-    """
+    """The sizes of q, k, v given in ``layout``; raises InvalidInput with one line that says what to do."""
     named = (("q", q), ("k", k), ("v", v))
     for name, x in named:
         if not (is_torch(x) or isinstance(x, np.ndarray)):
