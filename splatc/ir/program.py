@@ -84,6 +84,10 @@ class Cover:
     def tiles(self) -> int:
         return int(self.entries[:, 4].sum())
 
+    @property
+    def tile_area(self) -> int:
+        return self.tiles * self.rows.lanes * (self.cols[0].lanes if self.cols else 0)
+
 
 Domain = Mask | Regions | Cover
 
