@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from splatc.codegen.kernel import KernelSpec, kernel_spec
+from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
+from splatc.codegen.kernel import KernelSpec, kernel_spec, tile_shapes
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
@@ -21,7 +23,8 @@ from splatc.runtime.attention import CompiledAttention, Plan, workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
 from splatc.runtime.kernel import find_kernel
-from splatc.runtime.tensors import LAYOUTS, check_call
+from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap
+from splatc.runtime.tuned import tuned_tiles
 
 After = Callable[[str, Program], None]
 
@@ -38,29 +41,44 @@ def analyze(mask: Any, seq_len: int | None = None, kv_len: int | None = None) ->
 
 
 def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None, head_dim: int, dtype: Any,
-            v_head_dim: int | None = None, target: str | Target | None = None, layout: str = "bhsd",
+            v_head_dim: int | None = None, softcap: float | None = None, target: str | Target | None = None,
+            layout: str = "bhsd", tile: tuple[int, int] | None = None,
             after: After | None = None) -> CompiledAttention:  # fmt: skip
     """Compile masked attention.
 
     mask: a pattern, its text, a boolean matrix, a scipy.sparse matrix, a networkx graph, a FlexAttention mask_mod or
     BlockMask, or a list with one of these for each head. seq_len, kv_len: as in ``analyze``; other lengths reuse the
-    binary. dtype: "float32", "float16", "bfloat16" or torch's. target: "cpu", "cuda" or an arch such as "sm_90a"
-    (default: the GPU here, else the CPU). layout: "bhsd" or "bshd". after(name, program) is called after each pass.
+    binary. dtype: "float32", "float16", "bfloat16" or torch's. softcap: scores s become softcap * tanh(s / softcap).
+    target: "cpu", "cuda" or an arch such as "sm_90a" (default: the GPU here, else the CPU). layout: "bhsd" or "bshd".
+    tile: (query rows, key columns) of a tile, default: the fastest for this mask by ``splatc tune`` or the cost model.
+    after(name, program) is called after each pass.
     """
     pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
-    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target))
+    cap = check_softcap(softcap)
+    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), softcap=cap > 0, tile=tile)
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
 
     start_logging(Config.from_env().log_level)
+    first = best_plan(pattern, q_len, kv_len, spec, None if tile is None else (tile,), after)
 
     def plan(q_len: int, kv_len: int) -> Plan:
-        return make_plan(pattern, q_len, kv_len, spec, after)
+        return make_plan(pattern, q_len, kv_len, first.spec, after)
 
-    first = plan(q_len, kv_len)
-    kernel = find_kernel(spec)
+    kernel = find_kernel(first.spec)
     dump_sources(kernel)
-    return CompiledAttention(kernel, first, plan, layout)
+    return CompiledAttention(kernel, first, plan, layout, cap)
+
+
+def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
+              tiles: tuple[tuple[int, int], ...] | None = None, after: After | None = None) -> Plan:  # fmt: skip
+    """The plan of the least predicted time over tile shapes, and the kernel that it needs."""
+    tiles = tiles or tuned_tiles(pattern, q_len, kv_len, spec) or tile_shapes(spec)
+    sized = [replace(spec, tile_m=m, tile_n=n) for m, n in tiles]
+    specs = [replace(one, gather=can_gather(one)) for one in sized]
+    plans = [make_plan(pattern, q_len, kv_len, one, after) for one in specs]
+    best = min(plans, key=lambda plan: plan.explanation.seconds)
+    return replace(best, spec=replace(best.spec, gather=best.gathers))
 
 
 def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None) -> Plan:
@@ -68,20 +86,30 @@ def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after
     heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
     distinct = tuple(dict.fromkeys(heads))
     acsrs = [ACSR.from_pattern(one, q_len, kv_len) for one in distinct]
-    schedule = Schedule(spec.tile_m, spec.tile_n)
+    schedule = schedule_of(spec)
     programs = [run_passes(lower(acsr), schedule, PASSES, after or ir_dump(one, q_len, kv_len))
                 for one, acsr in zip(distinct, acsrs, strict=True)]  # fmt: skip
-    tables = [tuple(build_tables(d) for _, d in p.domains if isinstance(d, Cover)) for p in programs]
+    tables = [tuple(build_tables(d, schedule.fill_empty) for _, d in p.domains if isinstance(d, Cover))
+              for p in programs]  # fmt: skip
     for one, acsr, passes in zip(distinct, acsrs, tables, strict=True):
         check_nnz(passes, acsr.nnz)
         dump_tables(one, q_len, kv_len, passes)
     of_head = tuple(distinct.index(one) for one in heads) if isinstance(pattern, PerHead) else None
     explanation = explain(str(pattern), acsrs, programs, tables, spec, workers())
-    return Plan(pattern, q_len, kv_len, tuple(programs), tuple(tables), of_head, explanation)
+    return Plan(pattern, q_len, kv_len, spec, tuple(programs), tuple(tables), of_head, explanation)
+
+
+def schedule_of(spec: KernelSpec) -> Schedule:
+    """What the passes need to know of a kernel."""
+    if spec.kernel != "hopper":
+        return Schedule(spec.tile_m, spec.tile_n)
+    rows, cols = MAX_VIEWS
+    return Schedule(spec.tile_m, spec.tile_n, max_row_views=rows, max_col_views=cols, gather=spec.gather,
+                    fill_empty=True)  # fmt: skip
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, return_lse: bool = False,
-              enable_gqa: bool = False, layout: str = "bhsd") -> Any:  # fmt: skip
+              enable_gqa: bool = False, softcap: float | None = None, layout: str = "bhsd") -> Any:  # fmt: skip
     """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention."""
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
@@ -89,15 +117,15 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
     if not isinstance(mask, Pattern):
         mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
     kind = "cpu" if s.device == "cpu" else "cuda"
-    compiled = _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, kind, layout)
+    compiled = _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, kind, layout)
     return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa)
 
 
 @lru_cache(maxsize=256)
-def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: int, dtype: str, kind: str,
-          layout: str) -> CompiledAttention:  # fmt: skip
+def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: int, dtype: str,
+          softcap: float | None, kind: str, layout: str) -> CompiledAttention:  # fmt: skip
     return compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype,
-                   target=kind, layout=layout)  # fmt: skip
+                   softcap=softcap, target=kind, layout=layout)  # fmt: skip
 
 
 def resolve_mask(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:

@@ -7,6 +7,7 @@ SPLATC_DUMP           what to write while compiling: any of ir,cuda,ptx,llvm,tab
 SPLATC_DUMP_DIR       where to write it (default: ./splatc-dump)
 SPLATC_LOG_LEVEL      debug, info, warning, error, critical: log to stderr (default: the application decides)
 SPLATC_ARCH           compile for this (sm_90a, x86-64-v4, ...), not for what is here (default: detected)
+SPLATC_CUDA_COMPILER  what compiles CUDA: nvrtc or nvcc (default: the first of them that is installed)
 
 An empty variable counts as unset.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from splatc.errors import InvalidInput
 
 DUMPS = ("ir", "cuda", "ptx", "llvm", "tables")
+CUDA_COMPILERS = ("nvrtc", "nvcc")  # the faster one first
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 DEFAULT_CACHE_SIZE = 2 << 30
 
@@ -39,6 +41,7 @@ class Config:
 
     cache_dir, dump_dir: absolute, need not exist. cache_size: bytes. dump: a subset of DUMPS.
     log_level: a `logging` level, or None to leave logging to the application. arch: None means "detect".
+    cuda_compiler: one of CUDA_COMPILERS, or None for the first that is installed.
     """
 
     cache_dir: Path
@@ -48,6 +51,7 @@ class Config:
     dump: frozenset[str] = frozenset()
     log_level: int | None = None
     arch: str | None = None
+    cuda_compiler: str | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
@@ -65,6 +69,7 @@ class Config:
             dump=_subset("SPLATC_DUMP", get("DUMP"), DUMPS),
             log_level=_level("SPLATC_LOG_LEVEL", get("LOG_LEVEL")),
             arch=_arch("SPLATC_ARCH", get("ARCH")),
+            cuda_compiler=_one("SPLATC_CUDA_COMPILER", get("CUDA_COMPILER"), CUDA_COMPILERS),
         )
 
 
@@ -131,12 +136,15 @@ def _subset(name: str, text: str, allowed: tuple[str, ...]) -> frozenset[str]:
     return frozenset(words)
 
 
+def _one(name: str, text: str, allowed: tuple[str, ...]) -> str | None:
+    if text and text.lower() not in allowed:
+        raise InvalidInput(f"{name}={text!r} is not one of {', '.join(allowed)}")
+    return text.lower() or None
+
+
 def _level(name: str, text: str) -> int | None:
-    if not text:
-        return None
-    if text.lower() not in LOG_LEVELS:
-        raise InvalidInput(f"{name}={text!r} is not one of {', '.join(LOG_LEVELS)}")
-    return int(getattr(logging, text.upper()))
+    word = _one(name, text, LOG_LEVELS)
+    return None if word is None else int(getattr(logging, word.upper()))
 
 
 def _arch(name: str, text: str) -> str | None:

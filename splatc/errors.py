@@ -21,6 +21,10 @@ class CompileError(SplatcError, RuntimeError):
     """A back end (LLVM, nvcc, NVRTC, the linker) refused a kernel, or the kernel spills registers."""
 
 
+class CudaError(SplatcError, RuntimeError):
+    """The CUDA driver refused to load or to start a kernel; the message has the driver's words."""
+
+
 class CacheError(SplatcError, RuntimeError):
     """The kernel cache cannot be used safely (for instance, others may write to it)."""
 

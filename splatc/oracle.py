@@ -9,11 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_],
-              scale: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
+              scale: float | None = None,
+              softcap: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
     """Masked attention in float64.
 
     q (batch, heads, q_len, d), k (batch, kv_heads, kv_len, d), v (batch, kv_heads, kv_len, dv); heads must be a
     multiple of kv_heads. mask: (q_len, kv_len) or (heads, q_len, kv_len), True = attend. scale defaults to 1/sqrt(d).
+    softcap: scores s become softcap * tanh(s / softcap).
     Returns o (batch, heads, q_len, dv) and lse (batch, heads, q_len), natural log. A row that attends to nothing gives
     0 and -inf.
     """
@@ -21,7 +23,10 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_],
     group = q.shape[1] // k.shape[1]
     k, v = (np.repeat(x, group, axis=1) for x in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = np.where(mask, q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    scores = q @ k.swapaxes(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(mask, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isinf(top), 0.0, top))
     total = weights.sum(axis=-1, keepdims=True)

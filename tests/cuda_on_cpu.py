@@ -25,7 +25,7 @@ def kernel_text(source: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = ()) -> Callable[..., None]:
-    """A function launch(grid, **arguments by parameter name); arrays are NumPy, 16-bit ones as uint16 views.
+    """A function launch(grid, **arguments by parameter name); arrays are NumPy (16-bit ones as uint16) or addresses.
 
     Raises CalledProcessError if g++ refuses the source.
     """
@@ -49,8 +49,10 @@ def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = ()) -> Ca
         values: list[Any] = [ctypes.c_int(grid)]
         for kind, name in parameters:
             value = arguments[name]
-            pointer = "*" in kind
-            values.append(ctypes.c_void_p(value.ctypes.data) if pointer else CTYPES[kind](value))
+            if "*" in kind:
+                values.append(ctypes.c_void_p(value if isinstance(value, int) else value.ctypes.data))
+            else:
+                values.append(CTYPES[kind](value))
         entry(*values)
 
     return launch

@@ -45,11 +45,11 @@ def attention(qkv: Any, mask: Any, **options: Any) -> Any:
     return splatc.attention(q, k, v, mask, **options)
 
 
-def check(got, qkv, mask, dtype="float32", scale=None):
+def check(got, qkv, mask, dtype="float32", scale=None, softcap=None):
     """(o, lse) agree with the oracle on the very same inputs; rows without a key give exactly 0 and -inf."""
     o, lse = (np.asarray(x.double() if isinstance(x, torch.Tensor) else x, np.float64) for x in got)
     q, k, v = (np.asarray(x.double()) for x in qkv)
-    wanted, wanted_lse = oracle.attention(q, k, v, mask, scale)
+    wanted, wanted_lse = oracle.attention(q, k, v, mask, scale, softcap)
     assert o.shape == wanted.shape and lse.shape == wanted_lse.shape
     empty = np.isneginf(wanted_lse)
     assert (np.isneginf(lse) == empty).all()
@@ -60,10 +60,9 @@ def check(got, qkv, mask, dtype="float32", scale=None):
 
 def run(qkv, mask, dense, dtype="float32", **options):
     """Attention on these tensors, checked."""
-    scale = options.get("scale")
     got = attention(qkv, mask, return_lse=True, **options)
     assert got[0].dtype == qkv[0].dtype and got[1].dtype == torch.float32
-    check(got, qkv, dense, dtype, scale)
+    check(got, qkv, dense, dtype, options.get("scale"), options.get("softcap"))
     return got
 
 
@@ -220,6 +219,31 @@ def test_scale(scale):
 def test_large_scores_do_not_overflow():
     q, k, v = tensors(150, 150)
     run([q * 300, k * 300, v], MIXED, DENSE)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+def test_softcap(softcap, dtype):
+    """On scores that the cap bends: without it the result is another one."""
+    q, k, v = tensors(150, 150, dtype=dtype)
+    qkv = [q * softcap, k, v]
+    for pattern in (MIXED, P.full(), P.window(20, 5) & ~P.window(3, 3), P.longformer(10, 4), P.global_cols(0)):
+        o, lse = run(qkv, pattern, pattern.dense(150), dtype, softcap=softcap)
+        if torch.isfinite(lse).any():
+            assert relative_error(attention(qkv, pattern).double(), o.double()) > 0.05
+    run([q * 1e3, k, v], MIXED, DENSE, dtype, softcap=softcap, scale=-0.5)
+    run(qkv, MIXED, DENSE, dtype, softcap=softcap, scale=0)
+
+
+def test_softcap_over_several_passes():
+    pattern = P.causal() & (P.window(63, 0) | P.strided(128))
+    attend = splatc.compile(pattern, seq_len=2048, head_dim=D, dtype="float32", target="cpu", softcap=2.0)
+    assert attend.explain().passes > 1
+    q, k, v = tensors(2048, 2048, heads=1)
+    qkv = [3 * q, k, v]
+    check(attend(*qkv, return_lse=True), qkv, pattern.dense(2048), softcap=2.0)
+    other = splatc.compile(pattern, seq_len=2048, head_dim=D, dtype="float32", target="cpu", softcap=1.0)
+    assert other.kernel.folder == attend.kernel.folder  # the cap itself arrives with the call
 
 
 def test_runs_are_equal_whatever_the_threads():

@@ -102,7 +102,8 @@ def test_gradients_are_not_dropped_in_silence():
     for i in range(3):
         tensors = qkv()
         tensors[i].requires_grad_()
-        refused(lambda: attend(tensors), r"gradients.*torch\.no_grad\(\)", Unsupported)  # noqa: B023
+        for options in ({}, {"softcap": 5.0}, {"return_lse": True}):
+            refused(lambda: attend(tensors, **options), r"gradients.*torch\.no_grad\(\)", Unsupported)  # noqa: B023
 
 
 MASKS = {
@@ -158,6 +159,26 @@ OPTIONS = {
     "float head_dim": ({"head_dim": 64.0}, "head_dim is 64.0", InvalidInput),
     "v_head_dim": ({"v_head_dim": 0}, "v_head_dim is 0", InvalidInput),
     "text v_head_dim": ({"v_head_dim": "wide"}, "v_head_dim is 'wide'", InvalidInput),
+    "softcap": ({"softcap": 0}, "softcap is 0.0: it must be positive and finite in float32, or None", InvalidInput),
+    "negative softcap": ({"softcap": -30.0}, "softcap is -30.0: it must be positive", InvalidInput),
+    "NaN softcap": ({"softcap": float("nan")}, "softcap is nan: it must be positive and finite", InvalidInput),
+    "infinite softcap": ({"softcap": float("inf")}, "softcap is inf: it must be positive and finite", InvalidInput),
+    "large softcap": ({"softcap": 1e39}, "softcap is 1e\\+39: it must be positive and finite in float32", InvalidInput),
+    "text softcap": ({"softcap": "hard"}, "softcap is 'hard': it must be a positive number, or None", InvalidInput),
+    "tile": ({"tile": (128, 128)}, r"tile is \(128, 128\): .* it can be \(64, 64\), or None", InvalidInput),
+    "tile list": ({"tile": [64, 64]}, r"tile is \[64, 64\]: .* it can be \(64, 64\)", InvalidInput),
+    "tile number": ({"tile": 64}, "tile is 64: for these options it can be", InvalidInput),
+    "tile of three": ({"tile": (64, 64, 64)}, "tile is .64, 64, 64.: for these options it can be", InvalidInput),
+    "tile for Hopper": (
+        {"tile": (64, 32), "target": "sm_90a", "dtype": "float16"},
+        r"tile is \(64, 32\): .* it can be \(64, 64\), \(64, 128\), .*\(192, 128\), or None",
+        InvalidInput,
+    ),
+    "wide tile for Hopper": (
+        {"tile": (192, 128), "target": "sm_90a", "dtype": "float16", "head_dim": 256},
+        "head dims 256 and 256 with tiles of 192 x 128 fit neither .*: use smaller tiles",
+        Unsupported,
+    ),
 }
 
 

@@ -12,7 +12,6 @@ from splatc import patterns as P
 from splatc.bench import analysis, attention, cases, child, report
 from splatc.bench.report import Row, Section
 from splatc.bench.timing import Timing, interleaved
-from splatc.cli.main import run
 from splatc.errors import SplatcError
 
 
@@ -75,6 +74,7 @@ def test_reports():
     assert "| a\\|b | 1 |" in text and "- Things: c: too slow" in text and "A note." in text
     values = json.loads(json.dumps(report.to_json([section()], about)))
     assert values["missed"] == ["Things: c: too slow"] and values["tables"][0]["rows"][1]["x"] == 2
+    assert report.from_json(values) == [section()]
 
 
 def test_markdown_without_misses():
@@ -127,18 +127,6 @@ def test_attention_rows():
     assert len(rows) == attention.count(attention.Setting(seq_len=512))
     for row in rows:
         assert not row.missed and row.values["error"] < 1e-5 and len(row.cells) == len(attention.COLUMNS)
-
-
-def test_bench_command(capsys, monkeypatch, tmp_path):
-    """The command around the measurements, which are replaced."""
-    rows = section().rows
-    monkeypatch.setattr(attention, "run", lambda setting: iter(rows))
-    monkeypatch.setattr(analysis, "warm_start", lambda: iter(rows[:1]))
-    code = run(["bench", "--quick", "--json", str(tmp_path / "b.json"), "--markdown", str(tmp_path / "b.md")])
-    out, err = capsys.readouterr()
-    assert code == 1 and "target missed" in err and "too slow" in err and "Warm start" in out
-    assert len(json.loads((tmp_path / "b.json").read_text())["tables"]) == 2
-    assert "too slow" in (tmp_path / "b.md").read_text()
 
 
 def test_warm_start():

@@ -271,7 +271,7 @@ def test_dump_ir_by_heads(cli, tmp_path):
 
 def test_dump_tables_as_text(cli):
     code, out, _ = cli("dump", "causal", "-s", 100, "--what", "tables")
-    assert code == 0 and "view1[64, 0, 0]" in out
+    assert code == 0 and "cols0[64, 0, 0]" in out
     picture = [line for line in out.splitlines() if line and set(line) <= {"#", "."}]
     assert picture[2].startswith("###.")
 
@@ -280,9 +280,10 @@ def test_dump_tables_round_trip(cli, tmp_path):
     code, _, _ = cli("dump", "causal", "-s", 100, "--what", "tables", "-o", tmp_path / "t.npz")
     assert code == 0
     with np.load(tmp_path / "t.npz") as saved:
-        assert sorted(saved) == ["pass0_bits", "pass0_entries", "pass0_items", "pass0_views"]
+        parts = "bits", "col_views", "entries", "gather", "items", "positions", "row_views"
+        assert sorted(saved) == [f"pass0_{part}" for part in parts]
         assert saved["pass0_items"].dtype == np.int32 and saved["pass0_bits"].dtype == np.uint32
-        assert saved["pass0_views"][0, 0] == 100
+        assert saved["pass0_row_views"][0, 0] == 100
 
 
 def test_dump_refuses(refused, cli, tmp_path):
@@ -296,12 +297,12 @@ def test_dump_refuses(refused, cli, tmp_path):
     assert code == 1 and "No such file" in err
 
 
-def test_dump_ptx_says_that_it_needs_nvcc(cli, monkeypatch):
-    monkeypatch.setattr("splatc.cli.build.find_nvcc", lambda: None)
+def test_dump_ptx_says_that_it_needs_a_cuda_compiler(cli, monkeypatch):
+    monkeypatch.setattr("splatc.cli.build.find_compiler", lambda: None)
     code, _, err = cli("dump", "causal", "-s", 8, "--arch", "sm_80", "--what", "ptx")
-    assert code == 1 and "nvcc" in err
+    assert code == 1 and "nvcc" in err and "splatc[cuda]" in err
     code, _, err = cli("compile", "none", "--target", "sm_80")
-    assert code == 1 and "nvcc" in err
+    assert code == 1 and "nvcc" in err and "splatc[cuda]" in err
 
 
 def test_compile_prints_its_folder(cli, refused, monkeypatch):

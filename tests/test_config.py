@@ -27,6 +27,7 @@ def test_every_variable(tmp_path):
             "SPLATC_DUMP_DIR": "~/dump",
             "SPLATC_LOG_LEVEL": "Info",
             "SPLATC_ARCH": "sm_90a",
+            "SPLATC_CUDA_COMPILER": "NVCC",
             "SPLATC_CACHE_SIZE": "500MB",
         }
     )
@@ -38,6 +39,7 @@ def test_every_variable(tmp_path):
         dump=frozenset({"ir", "ptx"}),
         log_level=logging.INFO,
         arch="sm_90a",
+        cuda_compiler="nvcc",
     )
 
 
@@ -70,6 +72,7 @@ def test_sizes(text, size):
         ("SPLATC_LOG_LEVEL", "loud"),
         ("SPLATC_ARCH", "sm_90a; rm"),
         ("SPLATC_ARCH", "../x"),
+        ("SPLATC_CUDA_COMPILER", "clang"),
     ],
 )
 def test_bad_values_name_the_variable_in_one_line(name, text):

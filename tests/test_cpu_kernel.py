@@ -115,7 +115,7 @@ def plan_residues(mask: np.ndarray, step: int, m: int = 64, n: int = 64) -> Plan
 
 @functools.cache
 def kernel(d: int, dv: int, dtype: str, m: int, n: int, arch: str) -> Callable[..., None]:
-    module = attention_cpu(KernelSpec(d, dv, dtype, m, n, Target("cpu", arch)))
+    module = attention_cpu(KernelSpec("cpu", d, dv, dtype, m, n, Target("cpu", arch)))
     compiled = tvm.compile(module, target=llvm_target(arch))
     return compiled["splatc_attention"]  # type: ignore[no-any-return]
 
@@ -156,7 +156,7 @@ def check(
     scale = 1.3 * d**-0.5
     for number, plan in enumerate(plans):
         run = kernel(d, dv, dtype, *plan.shape, arch)
-        run(q, k, v, o, lse, *plan.tables(batch, heads, workers), scale, int(number > 0))
+        run(q, k, v, o, lse, *plan.tables(batch, heads, workers), scale, 0.0, int(number > 0))
     want_o, want_lse = reference(q, k, v, mask, scale)
     error = (o.double() - want_o).norm() / want_o.norm()
     assert error < TOLERANCE[dtype] * len(plans)
@@ -173,7 +173,7 @@ def check(
 def test_products_are_fused_and_stay_in_registers(arch: str, register: str) -> None:
     if not llvm_get_system_triple().startswith("x86_64"):
         pytest.skip("reads x86 assembly")
-    module = attention_cpu(KernelSpec(64, 64, "bfloat16", 64, 64, Target("cpu", arch)))
+    module = attention_cpu(KernelSpec("cpu", 64, 64, "bfloat16", 64, 64, Target("cpu", arch)))
     assembly = tvm.compile(module, target=llvm_target(arch)).mod.inspect_source("asm")
     fused = [line for line in assembly.splitlines() if "vfmadd231ps" in line]
     assert len(fused) >= 3 * 4 * 2  # full scores, scores with bits, accumulation: rows x vecs each
@@ -287,10 +287,10 @@ def test_large_scores_and_nan() -> None:
     o, lse = torch.empty(1, 1, 64, 16), torch.empty(1, 1, 64)
     mask = window(64, 64, 3, 3)
     run, tables = kernel(16, 16, "float32", 64, 64, HOST), plan_lines(mask).tables(1, 1, 1)
-    run(q, k, v, o, lse, *tables, 3e4, 0)
+    run(q, k, v, o, lse, *tables, 3e4, 0.0, 0)
     want_o, want_lse = reference(q, k, v, mask, 3e4)
     assert (lse / want_lse - 1).abs().max() < 1e-6 and (o - want_o).abs().max() < 0.05
     k[0, 0, 10, 5] = torch.nan
-    run(q, k, v, o, lse, *tables, 0.25, 0)
+    run(q, k, v, o, lse, *tables, 0.25, 0.0, 0)
     bad = torch.from_numpy(mask[:, 10])
     assert o[0, 0, bad].isnan().all() and o[0, 0, ~bad].isfinite().all()

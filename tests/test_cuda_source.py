@@ -1,74 +1,67 @@
-"""The portable CUDA kernel without a GPU: nvcc compiles it without spills, and its logic runs on the CPU."""
+"""The portable CUDA kernel without a GPU: compilers take it without spills, and its logic runs on the CPU."""
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from splatc.codegen.build import cuda_source
 from splatc.codegen.cuda import attention_cuda, choose_blocking
+from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.nvcc import compile_nvcc, find_nvcc
+from splatc.codegen.nvrtc import compile_nvrtc, find_nvrtc
+from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import Target
 from splatc.errors import Unsupported
 from tests import cuda_on_cpu, kernel_tables
 
-tvm = pytest.importorskip("tvm")
-NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-needs_nvcc = pytest.mark.skipif(not os.path.exists(NVCC), reason="needs nvcc")
+COMPILERS = [
+    pytest.param(compile_nvrtc, marks=pytest.mark.skipif(find_nvrtc() is None, reason="needs NVRTC"), id="nvrtc"),
+    pytest.param(compile_nvcc, marks=pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc"), id="nvcc"),
+]
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with C++20")
 CASES = {case.name: case for case in kernel_tables.all_cases()}
+NAME = "splatc_attention_kernel"
 
 
 def make_spec(d: int, dv: int, dtype: str, arch: str = "sm_80", m: int = 64, n: int = 64) -> KernelSpec:
-    return KernelSpec(d, dv, dtype, m, n, Target("cuda", arch))
+    return KernelSpec("portable", d, dv, dtype, m, n, Target("cuda", arch))
 
 
 def emit(spec: KernelSpec) -> str:
-    """One self-contained .cu: the kernel and its host wrapper."""
-    from tvm.backend.cuda.host import export_cuda_host
-
-    target = tvm.target.Target({"kind": "cuda", "arch": spec.target.arch}, host="cuda_host")
-    return str(export_cuda_host(tvm.compile(attention_cuda(spec), target=target, tir_pipeline="tirx").mod))
+    """The device code."""
+    return cuda_source(spec)[1]
 
 
-def ptxas_report(source: str, arch: str, folder: Path) -> str:
-    """What ptxas -v says about `source` compiled by nvcc alone."""
-    import tvm_ffi
-
-    include = Path(tvm_ffi.__file__).parent / "include"
-    (folder / "kernel.cu").write_text(source)
-    code = arch.removeprefix("sm_")
-    command = [
-        NVCC,
-        f"-gencode=arch=compute_{code},code={arch}",
-        "-cubin",
-        "-O3",
-        "-std=c++17",
-        "--use_fast_math",
-    ]
-    options = ["-Xptxas", "-v,--warn-on-local-memory-usage", "-diag-suppress", "174,177", f"-I{include}"]
-    files = ["-o", str(folder / "kernel.cubin"), str(folder / "kernel.cu")]
-    done = subprocess.run([*command, *options, *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-@needs_nvcc
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
     ("d", "dv", "dtype"),
     [(64, 64, "float32"), (128, 128, "bfloat16"), (256, 256, "float16"), (40, 24, "bfloat16")],
 )
-def test_compiles_without_spills(d: int, dv: int, dtype: str, arch: str, tmp_path: Path) -> None:
-    report = ptxas_report(emit(make_spec(d, dv, dtype, arch)), arch, tmp_path)
-    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report), report
-    assert "warning" not in report.lower(), report
+def test_compiles_without_spills(d: int, dv: int, dtype: str, arch: str, compiler: Any) -> None:
+    compiled = compiler(emit(make_spec(d, dv, dtype, arch)), arch)
+    check_report(compiled.log, arch)
+    usage = read_report(compiled.log)[NAME]
+    assert 0 < usage.registers <= 255 and usage.stack_bytes == usage.spill_bytes == 0
+    assert "warning" not in compiled.log.lower(), compiled.log
+    assert compiled.cubin.startswith(b"\x7fELF") and f".target {arch}" in compiled.ptx
+    assert f".entry {NAME}" in compiled.ptx
+
+
+def test_what_the_launch_must_give() -> None:
+    (signature,) = parse_signatures(emit(make_spec(64, 48, "bfloat16")))
+    emitted = attention_cuda(make_spec(64, 48, "bfloat16"))
+    assert (signature.name, signature.threads) == (NAME, 256)
+    assert [(f.name, f.threads) for f in emitted.functions] == [(NAME, 256)]
+    kinds = {name: kind for kind, name in signature.parameters}
+    assert kinds["q_flat_ptr"] == kinds["work_ptr"] == "pointer" and kinds["merge"] == "int32"
+    assert kinds["o2"] == kinds["n_work"] == "int64" and kinds["scale"] == "float32"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import splatc
 from splatc import oracle
 from splatc import patterns as P
+from splatc.errors import Unsupported
 from tests.library import LIBRARY, SQUARE
 
 torch = pytest.importorskip("torch")
@@ -83,3 +86,142 @@ def test_fifty_runs_are_bitwise_equal() -> None:
     q, k, v = draw(500, 500, 64, 64, "bfloat16")
     runs = [splatc.attention(q, k, v, P.longformer(40, 8), enable_gqa=True) for _ in range(50)]
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+# -- streams, graphs, strides, devices ---------------------------------------------------------------------------------
+
+STRIDED = P.causal() & (P.window(31, 0) | P.strided(32))  # two passes at longer lengths
+KINDS = [("float32", 64), ("bfloat16", 64), ("float16", 128), ("bfloat16", 40)]
+
+
+def close(o: Any, qkv: Any, mask: np.ndarray, dtype: str) -> bool:
+    q, k, v = qkv
+    want = reference(q, k, v, mask)[0]
+    return oracle.relative_error(o.double().cpu().numpy(), want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_a_captured_graph_reads_new_values(dtype: str, dim: int) -> None:
+    """A replay computes what the inputs hold by then, also after the mask has seen many other lengths."""
+    dense = STRIDED.dense(500)
+    attend = splatc.compile(STRIDED, seq_len=500, head_dim=dim, dtype=dtype)
+    qkv = draw(500, 500, dim, dim, dtype, kv_heads=4)
+    attend(*qkv)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = attend(*qkv)
+        second = attend(first, qkv[1], qkv[2])
+    for length in range(60, 130):
+        attend(*draw(length, length, dim, dim, dtype, kv_heads=4))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for x in qkv:
+            x.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert close(first, qkv, dense, dtype) and close(second, [first, *qkv[1:]], dense, dtype)
+
+
+def test_a_capture_needs_a_call_before() -> None:
+    attend = splatc.compile(P.causal(), seq_len=131, head_dim=64, dtype="bfloat16")
+    qkv = draw(131, 131, 64, 64, "bfloat16", kv_heads=4)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(Unsupported, match="call once with the same shapes before"), torch.cuda.graph(graph):
+        attend(*qkv)
+    assert close(attend(*qkv), qkv, np.tri(131, dtype=bool), "bfloat16")
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_many_streams_at_once(dtype: str, dim: int) -> None:
+    dense = STRIDED.dense(300)
+    attend = splatc.compile(STRIDED, seq_len=300, head_dim=dim, dtype=dtype)
+    qkv = draw(300, 300, dim, dim, dtype, kv_heads=4)
+    wanted = attend(*qkv)
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(attend(*qkv))
+    torch.cuda.synchronize()
+    assert close(wanted, qkv, dense, dtype) and all(torch.equal(o, wanted) for o in results)
+
+
+def test_threads_with_streams_of_their_own() -> None:
+    attend = splatc.compile(STRIDED, seq_len=300, head_dim=64, dtype="bfloat16")
+    inputs = [[x + i for x in draw(300, 300, 64, 64, "bfloat16", kv_heads=4)] for i in range(4)]
+    wanted = [attend(*qkv) for qkv in inputs]
+    torch.cuda.synchronize()
+
+    def run(i: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [attend(*inputs[i]) for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(o, wanted[i]) for o in results)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_strides(dtype: str, dim: int) -> None:
+    length, dense = 300, STRIDED.dense(300)
+    attend = splatc.compile(STRIDED, seq_len=length, head_dim=dim, dtype=dtype)
+    qkv = [x.contiguous() for x in draw(length, length, dim, dim, dtype, kv_heads=4)]
+    wanted = attend(*qkv)
+    assert close(wanted, qkv, dense, dtype)
+    moved = [x.transpose(1, 2).contiguous() for x in qkv]
+    packed = torch.stack(moved, 2).transpose(1, 3)  # memory (batch, seq, 3, heads, dim)
+    wide = [torch.cat([x, x], 3)[..., :dim] for x in qkv]
+    longer = [torch.cat([x, x], 2)[:, :, :length] for x in qkv]
+    every_other = [torch.stack([x, x], 3).flatten(2, 3)[:, :, ::2] for x in qkv]
+    odd = [torch.nn.functional.pad(x, (0, 3))[..., :dim] for x in qkv]
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in qkv]
+    backwards = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in qkv]
+    for tensors in ([x.transpose(1, 2) for x in moved], [packed[:, :, i] for i in range(3)], wide, longer, every_other,
+                    odd, shifted, backwards):  # fmt: skip
+        assert torch.equal(attend(*tensors), wanted)
+    bshd = splatc.compile(STRIDED, seq_len=length, head_dim=dim, dtype=dtype, layout="bshd")
+    o = bshd(*moved)
+    assert o.is_contiguous() and torch.equal(o.transpose(1, 2), wanted)
+    q, k, v = qkv
+    for k_, v_ in ((k[:, :1], v[:, :1]), (k[:1, :1], v[:1]), (k[:1], v[:, :1])):
+        expanded = [q, k_.expand_as(k), v_.expand_as(v)]
+        assert close(attend(*expanded), expanded, dense, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+@pytest.mark.parametrize("scale", [0.3, 0, -0.5])
+def test_scale(dtype: str, dim: int, scale: float) -> None:
+    q, k, v = draw(200, 200, dim, dim, dtype, kv_heads=4)
+    o, lse = splatc.attention(q, k, v, P.causal(), scale=scale, return_lse=True)
+    a, b, c = (x.double().cpu().numpy() for x in (q, k, v))
+    want, want_lse = oracle.attention(a, b, c, np.tri(200, dtype=bool), scale)
+    assert oracle.relative_error(o.double().cpu().numpy(), want) < TOLERANCE[dtype]
+    assert np.abs(lse.cpu().numpy() - want_lse).max() < 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_two_gpus(dtype: str, dim: int) -> None:
+    attend, dense = splatc.compile(STRIDED, seq_len=300, head_dim=dim, dtype=dtype), STRIDED.dense(300)
+    here = draw(300, 300, dim, dim, dtype, kv_heads=4)
+    there = [x.to("cuda:1") for x in here]
+    for qkv in (there, here, there):
+        o = attend(*qkv)
+        assert o.device == qkv[0].device and torch.cuda.current_device() == 0
+        assert close(o, qkv, dense, dtype)
+
+
+def test_a_call_costs_little_host_time() -> None:
+    """A bound that only a mistake passes (a re-encoding, a copy, a synchronisation); figures: docs/performance.md."""
+    qkv = draw(64, 64, 64, 64, "bfloat16", heads=1, kv_heads=1)
+    attend = splatc.compile(P.causal(), seq_len=64, head_dim=64, dtype="bfloat16")
+    attend(*qkv)
+    samples = []
+    for _ in range(200):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        attend(*qkv)
+        samples.append(time.perf_counter() - start)
+    assert sorted(samples)[len(samples) // 2] < 100e-6

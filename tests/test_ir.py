@@ -12,6 +12,7 @@ from splatc import oracle
 from splatc import patterns as P
 from splatc.errors import VerifyError
 from splatc.formats.acsr import ACSR
+from splatc.ir.gather import GATHER_COST
 from splatc.ir.interpret import elements, interpret
 from splatc.ir.passes import PASSES, UNFUSED, Schedule, lower, run_passes
 from splatc.ir.printer import to_text
@@ -20,7 +21,17 @@ from splatc.ir.verify import verify
 from splatc.ir.views import contiguous, residue
 from tests import library
 
-TILES = [(64, 64), (128, 64), (64, 128)]
+TILES = [(64, 64), (128, 64), (64, 128), (192, 128), (128, 112), (128, 128)]
+
+
+def tensor_cores(tile_m: int = 128, tile_n: int = 128) -> Schedule:
+    """All that passes can do."""
+    return Schedule(tile_m, tile_n, max_row_views=2, max_col_views=4, gather=True)
+
+
+def for_tiles(acsr: ACSR, tile: tuple[int, int]) -> tuple[int, int]:
+    """The tile, or one that holds blocks of bits if the mask has some."""
+    return tile if not len(acsr.remainder.rows) or tile[1] % 64 == 0 else (tile[0], 64)
 
 
 def covered(program: Program) -> np.ndarray:
@@ -58,7 +69,8 @@ def test_every_pass_keeps_random_patterns(case, tile, views, from_matrix):
     pattern, q_len, kv_len = case
     mask = pattern.dense(q_len, kv_len)
     acsr = ACSR.from_dense(mask) if from_matrix else ACSR.from_pattern(pattern, q_len, kv_len)
-    run_checked(acsr, mask, Schedule(tile[0], tile[1], views=views))
+    run_checked(acsr, mask, Schedule(*for_tiles(acsr, tile), views=views))
+    run_checked(acsr, mask, tensor_cores(*for_tiles(acsr, tile)))
 
 
 @settings(max_examples=200)
@@ -78,12 +90,47 @@ def test_every_pass_keeps_strided_patterns(case, from_matrix):
     mask = pattern.dense(q_len, kv_len)
     acsr = ACSR.from_dense(mask) if from_matrix else ACSR.from_pattern(pattern, q_len, kv_len)
     run_checked(acsr, mask, Schedule())
+    run_checked(acsr, mask, tensor_cores())
 
 
 @settings(max_examples=150)
 @given(library.masks(), st.sampled_from(TILES))
 def test_every_pass_keeps_random_masks(mask, tile):
-    run_checked(ACSR.from_dense(mask), mask, Schedule(*tile))
+    acsr = ACSR.from_dense(mask)
+    run_checked(acsr, mask, Schedule(*for_tiles(acsr, tile)))
+    run_checked(acsr, mask, tensor_cores(*for_tiles(acsr, tile)))
+
+
+def scattered(length: int, neighbours: int, seed: int = 0) -> ACSR:
+    """Every query attends to so many random keys (less where two are the same)."""
+    rng = np.random.default_rng(seed)
+    q = np.repeat(np.arange(length), neighbours)
+    return ACSR.from_elements(q, rng.integers(0, length, len(q)), length, length)
+
+
+@pytest.mark.parametrize("other", [P.window(-2000, 2001), P.window(40, 40), P.global_rows(3) | P.causal()], ids=str)
+@pytest.mark.parametrize("tile", [(64, 64), (128, 128), (192, 64)], ids=str)
+def test_scattered_elements_are_gathered(other, tile):
+    acsr = scattered(1500, 2) | ACSR.from_pattern(other, 1500)
+    schedule = tensor_cores(tile[0], tile[1])
+    ((_, gathered),) = run_checked(acsr, acsr.to_dense(), schedule).domains
+    ((_, plain),) = run_checked(acsr, acsr.to_dense(), replace(schedule, gather=False)).domains
+    assert isinstance(gathered, Cover) and isinstance(plain, Cover)
+    lists = int((gathered.entries[:, 3] == -1).sum())
+    assert len(gathered.gather) == lists > 0
+    assert gathered.tiles + (GATHER_COST - 1) * lists < 0.95 * plain.tiles
+    full = [int(c.entries[c.entries[:, 5] == 0, 4].sum()) for c in (gathered, plain)]
+    assert full[0] == full[1]  # only partly filled tiles are replaced
+    for keys in gathered.gather:
+        keys = keys[keys >= 0]
+        assert len(keys) and (np.diff(keys) > 0).all()  # in order, each once
+
+
+def test_dense_tiles_are_not_gathered():
+    noise = P.mask(np.random.default_rng(0).random((600, 600)) < 0.2)
+    for pattern in (P.causal(), P.window(30, 30), P.blocked(100), noise):
+        (_, cover), = run_passes(lower(ACSR.from_pattern(pattern, 600)), tensor_cores()).domains  # fmt: skip
+        assert not len(cover.gather) and (cover.entries[:, 3] >= 0).all()
 
 
 @pytest.mark.parametrize("name", library.NAMES)
@@ -102,6 +149,7 @@ def test_every_pass_keeps_the_result(name):
     with np.errstate(invalid="raise"):
         run_passes(lower(acsr), Schedule(), PASSES, after)
         run_passes(lower(acsr), Schedule(), UNFUSED, after)
+        run_passes(lower(acsr), tensor_cores(64, 64), PASSES, after)
 
 
 def test_passes_are_pure_and_the_hook_sees_each():
@@ -219,6 +267,8 @@ def faults() -> dict[str, tuple[Program, str]]:
             with_domain(tiled, items=changed(changed(cover.items, 0, 0, cover.items[1, 0]), 0, 1, cover.items[1, 1])),
             "two items have one row tile",
         ),
+        "no such list of keys": (with_domain(tiled, entries=changed(cover.entries, 0, 3, -1)), "list of keys that"),
+        "no such key in a list": (with_domain(tiled, gather=np.full((1, 64), 4096)), "key that does not exist"),
     }
 
 
@@ -247,7 +297,8 @@ def test_every_fault_is_named():
 def test_domains_are_what_each_stage_says():
     kinds = {name: {type(domain) for _, domain in program.domains} for name, program in STAGES.items()}
     assert kinds == {"lower": {Mask}, "choose_views": {Regions}, "fuse_attention": {Regions},
-                     "cover_with_tiles": {Cover}, "order_longest_first": {Cover}}  # fmt: skip
+                     "cover_with_tiles": {Cover}, "gather_columns": {Cover},
+                     "order_longest_first": {Cover}}  # fmt: skip
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -270,6 +321,15 @@ def test_text(name, golden):
     steps = list(texts)
     before = steps[max(steps.index(name) - 1, 0)]
     golden(texts[name] if name == "lower" else f"{texts[before]}\n# {name}\n\n{texts[name]}")
+
+
+def test_text_of_gathered_columns(golden):
+    texts: dict[str, str] = {}
+    q, k = np.arange(256)[:, None], np.arange(256)[None, :]
+    few = (q * 37 + k * 101) % 1009 == 0
+    schedule = Schedule(64, 64, gather=True)
+    run_passes(lower(ACSR.from_dense(few)), schedule, PASSES, lambda step, p: texts.__setitem__(step, to_text(p)))
+    golden(f"{texts['cover_with_tiles']}\n# gather_columns\n\n{texts['gather_columns']}")
 
 
 def test_text_of_bits(golden):

@@ -31,12 +31,17 @@ ONLY_IN = {"tvm": ("splatc.codegen",), "tvm_ffi": ("splatc.codegen", "splatc.run
 # Modules written in a heavy library's own terms, and the library: they may import it at the top, and only
 # modules with the same licence may import them at the top.
 LAZY = {
-    "splatc.codegen.c*": {"tvm", "tvm_ffi"},  # cpu, cuda, ...: the emitters
+    "splatc.codegen.cpu*": {"tvm", "tvm_ffi"},  # the emitters
+    "splatc.codegen.cuda*": {"tvm", "tvm_ffi"},
+    "splatc.codegen.hopper.*": {"tvm", "tvm_ffi"},
     "splatc.autograd": {"torch"},
 }
+LIGHT = {"splatc.codegen.hopper.shape"}  # all the same
 
 
 def licence(module: str) -> set[str]:
+    if module in LIGHT:
+        return set()
     return set().union(*(libraries for pattern, libraries in LAZY.items() if fnmatch(module, pattern)))
 
 

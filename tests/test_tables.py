@@ -6,78 +6,118 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from splatc import patterns as P
-from splatc.codegen.tables import Tables, build_tables, check_nnz
+from splatc.codegen.costs import Costs
+from splatc.codegen.tables import Tables, accumulator_bits, build_tables, check_nnz
 from splatc.errors import VerifyError
 from splatc.formats.acsr import ACSR
 from splatc.ir.passes import PASSES, Schedule, lower, run_passes
 from splatc.ir.program import Cover
 from splatc.runtime.plan import Launch, launches
+from splatc.runtime.work import work_of
 from tests import library
+
+PORTABLE = Schedule()
+# Cutting rows is free: wherever it helps at all, it is done.
+EAGER = Costs(tile=1.0, bits=0.0, item=0.0, launch=0.0, combine=0.0, bandwidth=1e6, workers=7, source="a test")
+TILES = [(64, 64), (128, 128), (192, 128), (128, 64), (128, 112), (64, 80), (192, 96)]
+FIELDS = {"work": 2, "items": 8, "entries": 8, "row_views": 12, "col_views": 12}
+
+
+def hopper(tile_m: int, tile_n: int, **changes) -> Schedule:
+    """A schedule with all that the tensor-core kernel can do."""
+    options = {"max_row_views": 2, "max_col_views": 4, "gather": tile_n % 64 == 0} | changes
+    return Schedule(tile_m, tile_n, **options)
 
 
 def lanes_at(view: list[int], x: tuple[int, int, int], length: int) -> np.ndarray:
-    """The position of each lane of a box at x, -1 where it is invalid."""
+    """The position of each lane of a box at x as a tensor map reads it: inside the extents it exists, outside is -1."""
     n, s, b = view[0:3], view[3:6], view[6:9]
-    out = []
-    for i in range(b[0] * b[1] * b[2]):
-        at = x[0] + i % b[0], x[1] + i // b[0] % b[1], x[2] + i // (b[0] * b[1])
-        position = sum(p * stride for p, stride in zip(at, s))
-        inside = all(0 <= p < extent for p, extent in zip(at, n)) and position < length
-        out.append(position if inside else -1)
-    return np.array(out)
+    lane = np.arange(b[0] * b[1] * b[2])
+    at = [x[0] + lane % b[0], x[1] + lane // b[0] % b[1], x[2] + lane // (b[0] * b[1])]
+    position = np.sum([p * stride for p, stride in zip(at, s, strict=True)], axis=0)
+    inside = np.logical_and.reduce([(p >= 0) & (p < extent) for p, extent in zip(at, n, strict=True)])
+    assert (position[inside] < length).all()
+    return np.where(inside, position, -1)
+
+
+def column_tiles(launch: Launch, entries: np.ndarray, kv_len: int):
+    """(bits, key of each lane) of every column tile of entries."""
+    for x1, x2, x3, repeat, bits, view, d1, d2 in entries.tolist():
+        assert repeat >= 1 and (repeat == 1 or bits == 0)
+        if view < 0:
+            assert repeat == 1 and x2 == x3 == 0
+            yield bits, launch.gather[x1]
+            continue
+        assert [d1, d2, 0] == launch.col_views[view, 9:12].tolist()
+        for i in range(repeat):
+            yield bits, lanes_at(launch.col_views[view].tolist(), (x1 + i * d1, x2 + i * d2, x3), kv_len)
 
 
 def rebuild(launch: Launch, heads: int, q_len: int, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(times each pair is attended to, times each row is written) of one launch, head by head, by the ABI."""
     times, written = np.zeros((heads, q_len, kv_len), np.int32), np.zeros((heads, q_len), np.int32)
-    by_item: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for item in set(launch.work[:, 1].tolist()):
-        *x, first, count, q_view, _, _ = launch.items[item].tolist()
-        rows = lanes_at(launch.views[q_view].tolist(), tuple(x), q_len)
-        held = np.zeros((q_len, kv_len), np.int32)
-        for x1, x2, x3, repeat, bits, k_view, *_ in launch.entries[first : first + count].tolist():
-            view = launch.views[k_view].tolist()
-            assert repeat >= 1 and (repeat == 1 or bits == 0)
-            for i in range(repeat):
-                cols = lanes_at(view, tuple(x + i * step for x, step in zip((x1, x2, x3), view[9:12])), kv_len)
+    work = work_of(launch, 1, EAGER)
+    held: dict[tuple[int, int, int], np.ndarray] = {}  # pairs of an item's entries
+    scratch: dict[int, tuple[int, int]] = {}  # by scratch tile: the head and item whose part it holds
+    for _, head, number, part, x1, x2, x3, first, count, view, tiles, masked in work.rows.tolist():
+        rows = lanes_at(launch.row_views[view].tolist(), (x1, x2, x3), q_len)
+        np.testing.assert_array_equal(launch.positions[number], rows)
+        if (number, first, count) not in held:
+            pairs, seen = np.zeros((q_len, kv_len), np.int32), []
+            for bits, cols in column_tiles(launch, work.entries[first : first + count], kv_len):
+                seen.append(bits > 0)
+                tile = np.ones((len(rows), len(cols)), bool)
                 if bits:
-                    words = launch.bits[bits - 1]
                     lane = np.arange(len(rows))
-                    tile = (words[:, lane // 32] >> (lane % 32).astype(np.uint32) & 1).astype(bool).T
-                else:
-                    tile = np.ones((len(rows), len(cols)), bool)
+                    tile = (launch.bits[bits - 1][:, lane // 32] >> (lane % 32).astype(np.uint32) & 1).astype(bool).T
                 tile = tile[rows >= 0]
                 assert not tile[:, cols < 0].any()  # a full tile has no invalid column, and bits hide theirs
-                np.add.at(held, np.ix_(rows[rows >= 0], cols[cols >= 0]), tile[:, cols >= 0])
-        by_item[item] = rows[rows >= 0], held
-    for head, item in launch.work.tolist():
-        rows, held = by_item[item]
-        times[head] += held
-        written[head, rows] += 1
+                np.add.at(pairs, np.ix_(rows[rows >= 0], cols[cols >= 0]), tile[:, cols >= 0])
+            assert seen == [i < masked for i in range(tiles)]  # those with bits come first
+            held[number, first, count] = pairs
+        times[head] += held[number, first, count]
+        if part:
+            assert part - 1 not in scratch
+            scratch[part - 1] = head, number
+        else:
+            written[head, rows[rows >= 0]] += 1
+    for _, head, number, first, parts, *_ in work.combine.tolist():
+        lanes = launch.positions[number]
+        assert all(scratch.pop(at) == (head, number) for at in range(first, first + parts))
+        written[head, lanes[lanes >= 0]] += 1
+    assert not scratch  # every part is put together once
     return times, written
 
 
-def tables_of(acsr: ACSR, schedule: Schedule = Schedule()) -> tuple[Tables, ...]:  # noqa: B008
+def tables_of(acsr: ACSR, schedule: Schedule = PORTABLE, fill_empty: bool = False) -> tuple[Tables, ...]:
     program = run_passes(lower(acsr), schedule, PASSES)
-    return tuple(build_tables(domain) for _, domain in program.domains if isinstance(domain, Cover))
+    return tuple(build_tables(domain, fill_empty) for _, domain in program.domains if isinstance(domain, Cover))
 
 
-def assert_holds(tables: list[tuple[Tables, ...]], of_head: list[int], wanted: np.ndarray) -> list[Launch]:
-    """The launches together hold bool[heads, q_len, kv_len] once; the first writes all rows, none writes one twice."""
-    plan = launches(tables, of_head)
-    assert len(plan) == max(len(t) for t in tables)
+def assert_holds(tables: list[tuple[Tables, ...]], of_head: list[int], wanted: np.ndarray,
+                 *limits: int) -> list[Launch]:  # fmt: skip
+    """The launches together hold bool[heads, q_len, kv_len] once; the first pass writes all rows, none one twice."""
+    plan = launches(tables, of_head, *limits)
     total = np.zeros(wanted.shape, np.int32)
-    for i, launch in enumerate(plan):
-        for array, dtype, width in ((launch.work, np.int32, 2), (launch.items, np.int32, 8),
-                                    (launch.entries, np.int32, 8), (launch.views, np.int32, 12)):  # fmt: skip
-            assert array.dtype == dtype and array.flags.c_contiguous and array.shape[1] == width and len(array)
+    first = np.zeros(wanted.shape[:2], np.int32)
+    for launch in plan:
+        for name, width in FIELDS.items():
+            array = getattr(launch, name)
+            assert array.dtype == np.int32 and array.flags.c_contiguous and array.shape[1] == width
+            assert len(array)
         assert launch.bits.dtype == np.uint32 and launch.bits.flags.c_contiguous and len(launch.bits)
-        boxes = launch.views[:, 6:9].prod(1)
-        assert set(boxes.tolist()) <= {launch.bits.shape[1], 32 * launch.bits.shape[2]}
-        times, written = rebuild(launch, *wanted.shape)
-        assert (written == 1).all() if i == 0 else (written <= 1).all()
+        sides = (launch.row_views, launch.positions.shape[1]), (launch.col_views, launch.gather.shape[1])
+        for (views, lanes), limit in zip(sides, limits or (99, 99), strict=True):
+            assert (views[:, 6:9].prod(1) == lanes).all() and len(views) <= limit and (views[:, :9] > 0).all()
+        assert launch.bits.shape[1:] == (launch.gather.shape[1], launch.positions.shape[1] // 32)
+        assert launch.gather.dtype == launch.positions.dtype == np.int32
+        heads, q_len, kv_len = wanted.shape
+        times, written = rebuild(launch, heads, q_len, kv_len)
+        assert (written <= 1).all()
+        first += written * (not launch.merge)
         total += times
     np.testing.assert_array_equal(total, wanted)
+    assert (first == 1).all()
     return plan
 
 
@@ -150,6 +190,111 @@ def test_the_empty_mask_has_tables_too():
     assert len(launch.work) == 4 and tables[0].tiles == 0
 
 
+# -- other tiles, and what only the tensor-core kernel can do ----------------------------------------------------------
+
+
+def assert_hopper(acsr: ACSR, tile: tuple[int, int], **changes) -> tuple[Tables, ...]:
+    """The tables of a schedule for tensor cores hold the mask, have no empty item, and rows in parts of 64."""
+    fits = not len(acsr.remainder.rows) or tile[1] % 64 == 0
+    if not fits:
+        tile = tile[0], 64
+    tables = tables_of(acsr, hopper(*tile, **changes), fill_empty=True)
+    check_nnz(tables, acsr.nnz)
+    assert_holds([tables], [0], acsr.to_dense()[None], 2, 4)
+    for t in tables:
+        assert (t.items[:, 4] > 0).all() and (t.items[:, 6] > 0).all()
+        for *_, b1, b2, b3 in t.row_views[:, :9].tolist():
+            last = b3 if b3 > 1 else b2 if b2 > 1 else b1
+            assert last % (tile[0] // 64) == 0
+    return tables
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
+@pytest.mark.parametrize("name", library.NAMES)
+@pytest.mark.parametrize("shape", [(400, 400), (127, 1000), (1, 17)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_hopper_tables_hold_the_mask(name, shape, tile):
+    pattern = library.pattern(name, *shape)
+    if pattern is not None:  # else it needs q_len == kv_len
+        assert_hopper(ACSR.from_pattern(pattern, *shape), tile)
+
+
+@pytest.mark.parametrize("length", [1, 7, 17, 127, 1000, 1023])
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
+@pytest.mark.usefixtures("eager_views")
+def test_hopper_tables_of_views_at_odd_lengths(length, tile):
+    for pattern in (P.strided(7), P.dilated(300, 90, 7), P.fixed(13, 3), P.fixed(48, 7), ~P.strided(9),
+                    P.causal() & (P.window(9, 0) | P.strided(64))):  # fmt: skip
+        assert_hopper(ACSR.from_pattern(pattern, length), tile)
+
+
+@settings(max_examples=150)
+@given(library.sized_patterns(500), st.booleans(), st.sampled_from(TILES))
+def test_hopper_tables_hold_random_patterns(case, from_matrix, tile):
+    pattern, q_len, kv_len = case
+    mask = pattern.dense(q_len, kv_len)
+    acsr = ACSR.from_dense(mask) if from_matrix else ACSR.from_pattern(pattern, q_len, kv_len)
+    assert_hopper(acsr, tile)
+
+
+@settings(max_examples=150)
+@given(library.strided_patterns(700), st.sampled_from(TILES))
+@pytest.mark.usefixtures("eager_views")
+def test_hopper_tables_hold_strided_patterns(case, tile):
+    pattern, q_len, kv_len = case
+    assert_hopper(ACSR.from_pattern(pattern, q_len, kv_len), tile)
+
+
+@settings(max_examples=60)
+@given(library.masks(300), st.sampled_from(TILES))
+def test_hopper_tables_hold_random_masks(mask, tile):
+    assert_hopper(ACSR.from_dense(mask), tile)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
+def test_accumulator_bits(tile):
+    """Element by element, as the tensor cores' accumulators hold a tile."""
+    tile_m, tile_n = tile
+    dense = np.random.default_rng(tile_m + tile_n).random((3, tile_m, tile_n)) < 0.5
+    packed = np.packbits(dense.transpose(0, 2, 1), axis=2, bitorder="little")
+    ours = accumulator_bits(np.ascontiguousarray(packed).view(np.uint32), tile_m, tile_n)
+    assert ours.dtype == np.uint32 and ours.shape == (3, tile_m // 64, 128, -(-tile_n // 64))
+    wanted = np.zeros_like(ours)
+    for b, r, c in np.argwhere(dense).tolist():
+        thread = 32 * ((r % 64) // 16) + 4 * (r % 8) + (c % 8) // 2
+        i = 4 * (c // 8) + 2 * ((r % 16) // 8) + c % 2
+        wanted[b, r // 64, thread, i // 32] |= np.uint32(1 << (i % 32))
+    np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("of_head", [[0, 0], [0, 1, 2, 1], [2, 1], [1]])
+def test_heads_share_a_launch(of_head):
+    rng = np.random.default_rng(0)
+    patterns = [P.longformer(9, 70), P.full(), P.mask((rng.random((700, 700)) < 0.003) | P.global_rows(2).dense(700))]
+    acsrs = [ACSR.from_pattern(p, 700) for p in patterns]
+    tables = [tables_of(acsr, hopper(128, 64), fill_empty=True) for acsr in acsrs]
+    assert len(tables[2][0].gather)
+    dense = np.stack([acsrs[p].to_dense() for p in of_head])
+    assert len(assert_holds(tables, of_head, dense, 2, 4)) == 1
+
+
+def test_heads_whose_views_are_too_many_take_several_launches():
+    patterns = [P.strided(5), P.strided(7), P.causal(), P.strided(9) | P.global_cols(3)]
+    acsrs = [ACSR.from_pattern(p, 700) for p in patterns]
+    tables = [tables_of(acsr, hopper(64, 64), fill_empty=True) for acsr in acsrs]
+    of_head = [0, 1, 2, 3, 2, 0]
+    dense = np.stack([acsrs[p].to_dense() for p in of_head])
+    plan = assert_holds(tables, of_head, dense, 2, 4)
+    assert len([launch for launch in plan if not launch.merge]) > 1
+    heads = np.concatenate([np.unique(launch.work[:, 0]) for launch in plan if not launch.merge])
+    assert sorted(heads.tolist()) == list(range(6))
+    equal = [P.strided(5), P.strided(5) & P.causal()]
+    tables = [tables_of(ACSR.from_pattern(p, 700), hopper(64, 64), fill_empty=True) for p in equal]
+    (launch,) = launches(tables, [0, 1, 0])
+    np.testing.assert_array_equal(launch.views[launch.joined_entries[:, 5]], launch.col_views[launch.entries[:, 5]])
+    np.testing.assert_array_equal(launch.views[launch.items[:, 5]], launch.row_views[launch.items[:, 5]])
+    assert len(launch.col_views) == len(tables[0][0].col_views)  # equal views are stored once
+
+
 def test_tables_that_lose_elements_are_refused():
     tables = tables_of(ACSR.from_pattern(P.causal(), 300))
     check_nnz(tables, 300 * 301 // 2)
@@ -172,7 +317,7 @@ def test_a_new_length_is_a_new_table_of_the_same_size():
 def test_chunks_cover_all_work(cost, batch, workers):
     none = np.zeros((0, 8), np.int32)
     work, bits = np.zeros((len(cost), 2), np.int32), np.zeros((1, 64, 2), np.uint32)
-    launch = Launch(work, none, none, none, bits, np.array(cost))
+    launch = Launch(False, work, none, none, none, none, bits, none, none, np.array(cost))
     bounds = launch.chunks(batch, workers)
     assert bounds.dtype == np.int32 and len(bounds) == workers + 1
     assert bounds[0] == 0 and bounds[-1] == batch * len(cost) and (np.diff(bounds) >= 0).all()

@@ -1,5 +1,7 @@
 """Views show each position once, pieces seen through any view are the same pieces, and tiles waste little."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -13,24 +15,62 @@ from splatc.formats.strips import row_runs, unit_runs
 from splatc.ir.cover import cover, origins, tile_count
 from splatc.ir.interpret import elements
 from splatc.ir.passes import Schedule, lower, run_passes
+from splatc.ir.patches import boxes_of
 from splatc.ir.program import Cover, Region
 from splatc.ir.see import see
 from splatc.ir.views import View, blocks, contiguous, residue
 from tests import library
 
-LANES = st.sampled_from([32, 64, 128])
+LANES = st.sampled_from([32, 64, 80, 96, 112, 128, 192])
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 700), st.integers(1, 200), LANES)
+@example(1000, 7, 192)
+@example(8191, 7, 112)
+@example(17, 200, 96)
 def test_tiles_of_a_view_hold_each_position_once(length, step, lanes):
     for view in (contiguous(length, lanes), residue(length, step, lanes)):
         assert view.lanes == lanes and view.step == (1 if view.kind == "contiguous" else step)
         position = view.positions(origins(view, np.arange(tile_count(view))))
         found = np.sort(position[position >= 0])
         np.testing.assert_array_equal(found, np.arange(length))
+
+
+@given(st.integers(1, 700), st.integers(1, 200), LANES)
+def test_positions_within_the_extents_exist(length, step, lanes):
+    """So a tensor map that is zero-filled outside them needs no other check."""
+    for view in (contiguous(length, lanes), residue(length, step, lanes), blocks(length, step, 0, 1, lanes)):
+        for extents in view.shown:
+            last = sum((n - 1) * s for n, s in zip(extents, view.strides, strict=True))
+            assert not view.extents[1] or (min(extents) > 0 and last < length)
+
+
+@given(st.integers(1, 700), st.integers(1, 200), st.sampled_from([64, 128, 192]))
+def test_tiles_of_rows_have_parts_of_64_lanes(length, step, lanes):
+    for view in (contiguous(length, lanes), residue(length, step, lanes)):
+        origin = origins(view, np.arange(tile_count(view)))
+        whole, (box, move) = view.positions(origin), view.sub_box(lanes // 64)
+        for i in range(lanes // 64):
+            part = replace(view, box=box).positions(origin + i * np.array(move))
+            wanted = whole[:, 64 * i : 64 * i + 64]
+            same = (part == wanted).all(1)
+            assert same.all() or view.seam  # a part that begins beyond the seam is no part of its tile
+
+
+def test_a_box_that_has_no_such_parts_is_refused():
+    with pytest.raises(ValueError, match="no 3 equal parts"):
+        contiguous(100, 64).sub_box(3)
+
+
+@pytest.mark.parametrize("lanes", [64, 80, 96, 112, 128, 192])
+def test_boxes_of_patches_have_exactly_the_lanes_of_a_tile(lanes):
+    for grid in ((64, 128, 1), (16, 16, 32), (7, 300, 1)):
+        boxes = boxes_of(lanes, grid, max(lanes // 64, 1) if lanes % 64 == 0 else 1)
+        assert (boxes.prod(1) == lanes).all()
+        assert len(boxes) or lanes == 192
 
 
 @given(st.integers(1, 700), st.integers(2, 200), st.data())
@@ -42,9 +82,9 @@ def test_tiles_of_a_blocks_view_hold_the_columns_that_recur(length, size, data):
     assert view.lanes == lanes and view.box[0] >= width
     position = view.positions(origins(view, np.arange(tile_count(view))))
     lane = np.arange(lanes) % view.box[0]
-    wanted = (np.arange(0, length, size)[:, None] + offset + np.arange(width)).ravel()
-    found = position[:, lane < width]
-    np.testing.assert_array_equal(np.sort(found[found >= 0]), wanted[wanted < length])
+    wanted = np.arange(0, length, size)[:, None] + offset + np.arange(width)
+    np.testing.assert_array_equal(np.sort(position[position >= 0]), wanted[wanted[:, -1] < length].ravel())
+    assert (position[:, lane >= width] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +92,7 @@ def test_tiles_of_a_blocks_view_hold_the_columns_that_recur(length, size, data):
     [
         (contiguous(100, 64), "contiguous(100:1) box 64"),
         (residue(100, 4, 64), "residue(25:4, 4:1) box 32x2"),
-        (blocks(100, 16, 12, 4, 64), "blocks(16:1, 7:16) from 12 box 4x16"),
+        (blocks(100, 16, 12, 4, 64), "blocks(16:1, 6:16) from 12 box 4x16"),
     ],
 )
 def test_views_print(view, text):
@@ -140,6 +180,44 @@ def block_area(mask: np.ndarray, side: int = 128) -> int:
 def test_regular_masks_waste_little(pattern):
     acsr = ACSR.from_pattern(pattern, 8192)
     assert tile_area(acsr) <= 1.35 * acsr.nnz
+
+
+def test_a_view_shows_those_of_many_pieces_that_it_can():
+    mask = P.fixed(128, 8) & P.window(0, 9999) | P.fixed(64, 3) & P.window(9999, -1)
+    per_row = [tile_area(ACSR.from_pattern(mask, n)) / n for n in (2048, 4001, 4097)]
+    assert max(per_row) < 2 * min(per_row)
+
+
+@pytest.mark.parametrize("lanes, tiles", [(64, 129), (128, 66), (192, 45)])
+def test_classes_that_nearly_fill_tiles_share_them(lanes, tiles):
+    """127 classes of 64 positions and one of 65: only that one needs a second tile along its line."""
+    view = residue(64 * 128 + 1, 128, lanes)
+    position = view.positions(origins(view, np.arange(tile_count(view))))
+    assert (position >= 0).any(1).sum() == tiles and view.box[0] == 64
+
+
+@pytest.mark.usefixtures("eager_views")
+def test_a_pass_has_as_many_column_views_as_the_kernel():
+    q, k = np.arange(2048)[:, None], np.arange(2048)[None, :]
+    band = q * 5 // 2048 * 16 + 4
+    mask = (k % 128 >= band) & (k % 128 < band + 6)
+    acsr = ACSR.from_dense(mask)
+    counts = []
+    for most in (None, 4, 3, 1):
+        ((_, tiles),) = run_passes(lower(acsr), Schedule(max_col_views=most)).domains
+        assert isinstance(tiles, Cover)
+        np.testing.assert_array_equal(elements(tiles), mask)
+        assert most is None or sum(len(view.shown) for view in tiles.cols) <= most
+        counts.append(tiles.tiles)
+    assert counts == sorted(counts) and counts[0] < counts[-1]  # each view less costs tiles
+
+
+@pytest.mark.usefixtures("eager_views")
+def test_rows_have_as_many_views_as_the_kernel():
+    acsr = ACSR.from_pattern(P.strided(7), 1000)
+    for most, kind in ((1, "contiguous"), (2, "residue")):
+        ((_, tiles),) = run_passes(lower(acsr), Schedule(max_row_views=most)).domains
+        assert isinstance(tiles, Cover) and tiles.rows.kind == kind and len(tiles.rows.shown) == most
 
 
 @pytest.mark.parametrize("name", library.NAMES)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,16 @@ print(json.dumps({"seconds": first - began, "import_s": imported - began, "secon
 
 def startup(length: int, heads: int) -> dict[str, Any]:
     """Seconds of a new process from after the imports of torch and tvm to the first result of a cached kernel."""
-    return _measure("-c", STARTUP, str(length), str(heads))
+    return measure_python("-c", STARTUP, str(length), str(heads))
 
 
 def plan_in_child(name: str, length: int) -> dict[str, Any]:
     """``plan`` in a new process."""
-    return _measure("-m", "splatc.bench.child", name, str(length))
+    return measure_python("-m", "splatc.bench.child", name, str(length))
 
 
-def _measure(*arguments: str) -> dict[str, Any]:
-    """Run Python and read the JSON it prints. Raises SplatcError if it fails."""
+def measure_python(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run Python, with ``environment`` beside ours, and read the JSON it prints. Raises SplatcError if it fails."""
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -50,12 +51,12 @@ def _measure(*arguments: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise SplatcError(f"the measuring process failed: {reason}")
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
     return result
 
 

@@ -62,8 +62,28 @@ def _cpu() -> str:
 
 def to_json(sections: Sequence[Section], about: dict[str, Any]) -> dict[str, Any]:
     """Everything as JSON values."""
-    tables = [{"title": s.title, "note": s.note, "rows": [r.values for r in s.rows]} for s in sections]
+    tables = [
+        {
+            "title": s.title,
+            "note": s.note,
+            "columns": s.columns,
+            "rows": [{"cells": r.cells, "missed": r.missed, **r.values} for r in s.rows],
+        }
+        for s in sections
+    ]
     return {**about, "missed": missed(sections), "tables": tables}
+
+
+def from_json(values: dict[str, Any]) -> list[Section]:
+    """The sections in what ``to_json`` made. Raises KeyError or TypeError for anything else."""
+    return [
+        Section(t["title"], tuple(t["columns"]), t["note"], [_row(r) for r in t["rows"]]) for t in values["tables"]
+    ]
+
+
+def _row(values: dict[str, Any]) -> Row:
+    rest = {name: x for name, x in values.items() if name not in ("cells", "missed")}
+    return Row(tuple(values["cells"]), rest, tuple(values["missed"]))
 
 
 def to_markdown(sections: Sequence[Section], about: dict[str, Any]) -> str:
@@ -76,13 +96,17 @@ def to_markdown(sections: Sequence[Section], about: dict[str, Any]) -> str:
     ]
     for section in sections:
         lines += [f"## {section.title}", ""] + ([section.note, ""] if section.note else [])
-        lines.append("| " + " | ".join(section.columns) + " |")
-        lines.append("|" + "|".join(["---"] + ["---:"] * (len(section.columns) - 1)) + "|")
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |" for row in section.rows]
-        lines.append("")
+        lines += [*table_lines(section), ""]
     gone = missed(sections)
     lines += ["Targets missed:", "", *(f"- {line}" for line in gone)] if gone else ["All stated targets are met."]
     return "\n".join(lines) + "\n"
+
+
+def table_lines(section: Section) -> list[str]:
+    """The Markdown of one table, without its title."""
+    lines = ["| " + " | ".join(section.columns) + " |"]
+    lines.append("|" + "|".join(["---"] + ["---:"] * (len(section.columns) - 1)) + "|")
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |" for row in section.rows]
 
 
 def missed(sections: Sequence[Section]) -> list[str]:

@@ -34,13 +34,27 @@ class Timing:
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, budget: float = 20.0) -> dict[str, Timing]:
-    """Time functions in turn, round by round, so that a disturbance hits all of them alike.
+    """Time functions in turn by the host's clock. Each is called once before, untimed; see ``interleave``."""
 
-    Each is called once before, untimed. Stops early, after 3 rounds or more, when ``budget`` seconds are spent.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    def sampler(function: Callable[[], Any]) -> Callable[[], float]:
+        def sample() -> float:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+
+        return sample
+
     for function in functions.values():
         function()
+    return interleave({name: sampler(function) for name, function in functions.items()}, rounds, budget)
+
+
+def interleave(samplers: Mapping[str, Callable[[], float]], rounds: int, budget: float = 20.0) -> dict[str, Timing]:
+    """Take samples (seconds) in turn, round by round, so that a disturbance hits all of them alike.
+
+    Stops early, after 3 rounds or more, when ``budget`` seconds are spent.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
     collecting = gc.isenabled()
     gc.disable()
     began = time.perf_counter()
@@ -48,10 +62,8 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, budget:
         for done in range(rounds):
             if done >= 3 and time.perf_counter() - began > budget:
                 break
-            for name, function in functions.items():
-                start = time.perf_counter()
-                function()
-                samples[name].append(time.perf_counter() - start)
+            for name, sample in samplers.items():
+                samples[name].append(sample())
     finally:
         if collecting:
             gc.enable()

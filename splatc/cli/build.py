@@ -23,14 +23,14 @@ from splatc.cli.masks import (
 )
 from splatc.cli.output import console, note, size, write_or_print
 from splatc.codegen.kernel import KernelSpec, kernel_spec
-from splatc.codegen.nvcc import find_nvcc
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
+from splatc.codegen.toolchain import INSTALL, find_compiler
 from splatc.config import Config
 from splatc.errors import CacheError, InvalidInput, Unsupported
 from splatc.ir.passes import PASSES
 from splatc.ir.printer import to_text
-from splatc.ir.program import Program
+from splatc.ir.program import GATHERED, Program
 from splatc.patterns.base import Pattern
 from splatc.runtime.attention import Plan
 from splatc.runtime.kernel import find_kernel, kernel_cache
@@ -90,7 +90,7 @@ def compile_kernel(
             "--target",
             "--arch",
             show_default="the GPU here, else the CPU",
-            help="cpu, cuda or an arch such as sm_90a (which needs nvcc here).",
+            help="cpu, cuda or an arch such as sm_90a (which needs NVRTC or nvcc).",
         ),
     ] = None,
 ) -> None:
@@ -102,10 +102,8 @@ def compile_kernel(
     root = kernel_cache(Config.from_env()).root
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
-    if spec.target.kind == "cuda" and find_nvcc() is None:
-        raise Unsupported(
-            f"compiling for {spec.target.arch} needs nvcc: install the CUDA toolkit (`splatc dump` needs none)"
-        )
+    if spec.target.kind == "cuda" and find_compiler() is None:
+        raise Unsupported(f"compiling for {spec.target.arch} needs NVRTC or nvcc: {INSTALL} (`splatc dump` needs none)")
     with console(stderr=True).status(f"compiling {spec.name} for {spec.target}"):
         folder = find_kernel(spec).folder
     if not folder.is_relative_to(root):
@@ -180,8 +178,8 @@ def _source(spec: KernelSpec, what: What) -> str:
 
         with console(stderr=True).status(f"generating {spec.name} for {spec.target}"):
             return cuda_source(spec)[what is What.cuda]
-    if what is What.ptx and find_nvcc() is None:
-        raise Unsupported("PTX needs nvcc: install the CUDA toolkit, or use --what cuda")
+    if what is What.ptx and find_compiler() is None:
+        raise Unsupported(f"PTX needs NVRTC or nvcc: {INSTALL}, or use --what cuda")
     names = {What.ptx: "kernel.ptx", What.llvm: "kernel.ll", What.tir: "kernel.tir.py"}
     with console(stderr=True).status(f"compiling {spec.name} for {spec.target}"):
         return find_kernel(spec).file(names[what])
@@ -194,9 +192,7 @@ def _write_tables(plan: Plan, output: Path | None) -> None:
         for i, t in enumerate(passes)
     ]
     if output is not None and output.suffix == ".npz":
-        arrays = {
-            f"{name}_{part}": getattr(t, part) for name, t in named for part in ("views", "items", "entries", "bits")
-        }
+        arrays = {f"{name}_{part}": array for name, t in named for part, array in t.arrays().items()}
         data = io.BytesIO()
         np.savez(data, **arrays)
         output.write_bytes(data.getvalue())
@@ -210,17 +206,20 @@ def tables_text(name: str, tables: Tables) -> str:
     lines = [
         f"{name}: {tables.tiles} tiles ({tables.full_tiles} full, {tables.bit_tiles} with bits), {size(tables.nbytes)}"
     ]
-    lines += ["", "view  extents / strides / box (view 0 is the rows')"]
-    for i, v in enumerate(tables.views.tolist()):
-        lines.append(f"{i:>4}  {v[0:3]} / {v[3:6]} / {v[6:9]}")
+    lines += ["", "view  extents / strides / box"]
+    for side, views in (("rows", tables.row_views), ("cols", tables.col_views)):
+        lines += [f"{side}{i:<2} {v[0:3]} / {v[3:6]} / {v[6:9]}" for i, v in enumerate(views.tolist())]
     lines += ["", "item  row origin: entries"]
     entries = tables.entries.tolist()
-    for i, (x1, x2, x3, first, count, *_) in enumerate(tables.items.tolist()):
+    for i, (x1, x2, x3, first, count, rows, *_) in enumerate(tables.items.tolist()):
         parts = []
         for k1, k2, k3, repeat, bits, view, *_ in entries[first : first + count]:
             kind = f"bits{bits - 1}" if bits else "full" + (f" x{repeat}" if repeat > 1 else "")
-            parts.append(f"view{view}[{k1}, {k2}, {k3}] {kind}")
-        lines.append(f"{i:>4}  [{x1}, {x2}, {x3}]: " + ("; ".join(parts) or "nothing"))
+            where = f"keys{k1}" if view == GATHERED else f"cols{view}[{k1}, {k2}, {k3}]"
+            parts.append(f"{where} {kind}")
+        lines.append(f"{i:>4}  rows{rows}[{x1}, {x2}, {x3}]: " + ("; ".join(parts) or "nothing"))
+    for i, keys in enumerate(tables.gather.tolist()):
+        lines += ["", f"keys{i}: " + " ".join(str(key) for key in keys if key >= 0)]
     for i, tile in enumerate(tables.bits if tables.bit_tiles else ()):
         dense = np.unpackbits(
             np.ascontiguousarray(tile).view(np.uint8).reshape(len(tile), -1), axis=1, bitorder="little"

@@ -20,6 +20,8 @@ from rich.text import Text
 
 from splatc.cli.output import console, plural, print_json, table
 from splatc.codegen.nvcc import find_nvcc
+from splatc.codegen.nvrtc import find_nvrtc
+from splatc.codegen.toolchain import INSTALL
 from splatc.config import Config
 from splatc.errors import SplatcError
 from splatc.runtime.cache import KernelCache
@@ -56,7 +58,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="A JSON array on st
                 (f.what, Text(state, colours[state]), f.detail + (f"\n-> {f.cure}" if f.cure and not f.works else ""))
             )
         console().print(table(("part", "state", "what was found"), rows, left=3))
-        gpu = all(f.works for f in findings if f.what in ("GPU", "nvcc"))
+        works = {f.what for f in findings if f.works}
+        gpu = "GPU" in works and bool(works & {"NVRTC", "nvcc"})
         verdict = f"missing for the CPU: {', '.join(f.what for f in broken)}" if broken else "the CPU path works"
         console().print(f"{verdict}; {'the GPU path works too' if gpu else 'kernels do not run on a GPU here'}")
     if broken:
@@ -76,8 +79,8 @@ def examine() -> list[Finding]:
         ("cache folder", True, _cache),
         ("torch", False, _torch),
         ("GPU", False, _gpu),
-        ("nvcc", False, _nvcc),
         ("NVRTC", False, _nvrtc),
+        ("nvcc", False, _nvcc),
         ("matplotlib", False, lambda: _package("matplotlib", False, "pip install 'splatc[plot]'", " (pictures)")),
     )
     found = []
@@ -189,7 +192,7 @@ def _nvcc() -> Finding:
     cure = "install the CUDA toolkit: https://developer.nvidia.com/cuda-downloads (or set CUDA_HOME)"
     if found is None:
         return Finding(
-            "nvcc", False, "not on PATH, in CUDA_HOME or /usr/local/cuda (compiles kernels for a GPU)", False, cure
+            "nvcc", False, "not on PATH, in CUDA_HOME or /usr/local/cuda (nothing needs it where NVRTC is)", False, cure
         )
     done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False, timeout=60)
     release = next((line.strip() for line in done.stdout.splitlines() if "release" in line), "no version")
@@ -197,22 +200,9 @@ def _nvcc() -> Finding:
 
 
 def _nvrtc() -> Finding:
-    for name in ("nvidia.cuda_nvrtc", "nvidia.cu13", "cuda.bindings.nvrtc"):
-        try:
-            if importlib.util.find_spec(name) is not None:
-                return Finding("NVRTC", True, f"the package {name}", False)
-        except ModuleNotFoundError:
-            continue
-    nvcc = find_nvcc()
-    roots = [Path(nvcc).resolve().parent.parent] if nvcc else []
-    library = next((p for root in roots for p in sorted(root.glob("**/libnvrtc.so*"))), None)
-    return Finding(
-        "NVRTC",
-        library is not None,
-        str(library or "not found (nothing needs it where nvcc is)"),
-        False,
-        "comes with the CUDA toolkit, or pip install nvidia-cuda-nvrtc",
-    )
+    found = find_nvrtc()
+    detail = "no library with its headers in pip's packages or a CUDA toolkit (compiles kernels for a GPU)"
+    return Finding("NVRTC", found is not None, str(found.library) if found else detail, False, INSTALL)
 
 
 def _python_says(script: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from splatc.cli import bench, build, cache, demo, doctor, look
+from splatc.cli import bench, build, cache, demo, doctor, look, tune
 from splatc.config import Config, start_logging
 from splatc.errors import InvalidInput, SplatcError
 
@@ -28,6 +28,7 @@ look.add_to(app)
 build.add_to(app)
 demo.add_to(app)
 bench.add_to(app)
+tune.add_to(app)
 app.add_typer(cache.app, name="cache")
 doctor.add_to(app)
 

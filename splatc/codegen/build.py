@@ -8,17 +8,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
+from splatc.codegen.emitted import Emitted, parse_signatures
 from splatc.codegen.kernel import KernelSpec
-from splatc.codegen.nvcc import compile_library, find_nvcc
+from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
+from splatc.codegen.toolchain import find_compiler
 from splatc.errors import CompileError, Unsupported
 
 FUNCTION = "splatc_attention"
-LIBRARY = "kernel.so"
+LIBRARY = "kernel.so"  # of a CPU kernel
+CUBIN = "kernel.cubin"
+PTX = "kernel.ptx"
 REPORT = "report.json"
 
 
@@ -30,8 +34,8 @@ def source_name(spec: KernelSpec) -> str:
 def build(spec: KernelSpec, folder: Path) -> None:
     """Emit, compile and export a kernel into ``folder``.
 
-    Writes kernel.tir.py (the TIRx), kernel.ll or kernel.cu and kernel.ptx, kernel.so (loadable by tvm_ffi; for CUDA
-    only where nvcc is installed) and report.json.
+    Writes kernel.tir.py (the TIRx) and report.json; for a CPU kernel.ll and kernel.so (loadable by tvm_ffi); for CUDA
+    kernel.cu (device code) and, where a CUDA compiler is installed, kernel.cubin, kernel.ptx and kernel.log (ptxas's).
     Raises CompileError if a compiler refuses or the kernel spills, Unsupported if the target cannot run such a kernel.
     """
     report = _build_cpu(spec, folder) if spec.target.kind == "cpu" else _build_cuda(spec, folder)
@@ -40,13 +44,9 @@ def build(spec: KernelSpec, folder: Path) -> None:
 
 @lru_cache(maxsize=1024)
 def load(folder: Path) -> Callable[..., None]:
-    """The kernel of a built folder as a callable, in the argument order of the kernel ABI."""
+    """The CPU kernel of a built folder as a callable, in the argument order of the kernel ABI."""
     import tvm_ffi
 
-    if not (folder / LIBRARY).exists():
-        raise CompileError(
-            f"{folder} holds source only: install the CUDA toolkit (nvcc) to compile it, then compile again"
-        )
     _load_thread_pool()
     function: Callable[..., None] = tvm_ffi.load_module(str(folder / LIBRARY))[FUNCTION]
     return function
@@ -92,23 +92,49 @@ def _export(built: object, folder: Path) -> None:
 
 
 def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
-    source = folder / source_name(spec)
-    module, text = cuda_source(spec)
-    (folder / "kernel.tir.py").write_text(module)
-    source.write_text(text)
-    if find_nvcc() is None:
-        return {"target": str(spec.target), "compiled": False}
-    report = compile_library(source, folder / LIBRARY, spec.target.arch)
-    return {"target": str(spec.target), "compiled": True, **report}
+    emitted = emit(spec)
+    text = device_source(emitted, spec.target.arch)
+    (folder / "kernel.tir.py").write_text(emitted.module.script())
+    (folder / source_name(spec)).write_text(text)
+    declared = {one.name: one for one in parse_signatures(text)}
+    functions = [{"name": f.name, "threads": f.threads, "smem_bytes": f.smem_bytes,
+                  "parameters": declared[f.name].parameters} for f in emitted.functions]  # fmt: skip
+    report = {"target": str(spec.target), "functions": functions}
+    compiler = find_compiler()
+    if compiler is None:
+        return {**report, "compiler": None}
+    compiled = compiler.compile(text, spec.target.arch)
+    (folder / "kernel.log").write_text(compiled.log)
+    check_report(compiled.log, spec.target.arch)
+    (folder / CUBIN).write_bytes(compiled.cubin)
+    (folder / PTX).write_text(compiled.ptx)
+    usage = read_report(compiled.log)
+    for function in functions:
+        function.update(asdict(usage[str(function["name"])]))
+    return {**report, "compiler": compiler.name}
+
+
+def emit(spec: KernelSpec) -> Emitted:
+    """The generated module of a CUDA kernel."""
+    if spec.kernel == "hopper":
+        from splatc.codegen.hopper.forward import attention_hopper
+
+        return attention_hopper(spec)
+    from splatc.codegen.cuda import attention_cuda
+
+    return attention_cuda(spec)
+
+
+def device_source(emitted: Emitted, arch: str) -> str:
+    """The CUDA of a generated module, without a host side; needs neither a compiler nor a GPU."""
+    import tvm
+
+    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="cuda_host")
+    built = tvm.compile(emitted.module, target=target, tir_pipeline="tirx").mod
+    return str(built.imports[0].inspect_source())
 
 
 def cuda_source(spec: KernelSpec) -> tuple[str, str]:
-    """(scheduled TIRx, complete CUDA with its host wrapper) of a kernel; needs neither nvcc nor a GPU."""
-    import tvm
-    from tvm.backend.cuda.host import export_cuda_host
-
-    from splatc.codegen.cuda import attention_cuda
-
-    module = attention_cuda(spec)
-    target = tvm.target.Target({"kind": "cuda", "arch": spec.target.arch}, host="cuda_host")
-    return module.script(), str(export_cuda_host(tvm.compile(module, target=target, tir_pipeline="tirx").mod))
+    """(scheduled TIRx, device CUDA) of a kernel; needs neither a compiler nor a GPU."""
+    emitted = emit(spec)
+    return emitted.module.script(), device_source(emitted, spec.target.arch)

@@ -47,9 +47,10 @@ def attention_cpu(spec: KernelSpec) -> tvm.IRModule:
             I.func_name(NAME)
             t = match_tensors(s)
             scale = I.arg("scale", I.float32())
+            cap = I.arg("cap", I.float32())
             merge = I.arg("merge", I.int32())
             with I.parallel(0, t.chunks.shape[0] - 1) as worker:
-                emit_worker(t, s, worker, scale * T.float32(LOG2E), merge)
+                emit_worker(t, s, worker, scale * T.float32(LOG2E), cap * T.float32(LOG2E), merge)
     return tvm.IRModule({NAME: builder.get().with_attr("global_symbol", NAME)})
 
 
@@ -71,7 +72,7 @@ def shape_of(spec: KernelSpec) -> Shape:
         lanes, vecs, rows = 4, 2, 4
     while spec.tile_m % (lanes * vecs):
         vecs //= 2
-    return Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, lanes, vecs, rows)
+    return Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.softcap, lanes, vecs, rows)
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ def match_tensors(s: Shape) -> Tensors:
     )
 
 
-def emit_worker(t: Tensors, s: Shape, worker: Expr, factor: Expr, merge: Expr) -> None:
-    """All items of one worker, one after the other."""
-    b = Scratch(s)
+def emit_worker(t: Tensors, s: Shape, worker: Expr, factor: Expr, cap: Expr, merge: Expr) -> None:
+    """All items of one worker, one after the other; factor and cap are in the log2 domain."""
+    b = Scratch(s, cap)
     works = t.work.shape[0]
     group = I.Bind(T.cast(T.truncdiv(t.q.shape[1], t.k.shape[1]), "int32"))
     with I.serial(t.chunks[worker], t.chunks[worker + 1]) as w:

@@ -9,7 +9,7 @@ from itertools import product
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.cpu_vector import Expr, Register, constant, exp2, load, scratch, store
+from splatc.codegen.cpu_vector import LOG2E, Expr, Register, constant, exp2, load, scratch, store
 
 NEG_INF = float("-inf")
 
@@ -27,6 +27,7 @@ class Shape:
     m: int
     n: int
     dtype: str
+    softcap: bool
     lanes: int
     vecs: int
     rows: int
@@ -54,7 +55,9 @@ class Scratch:
     Those named *t are transposed: element (x, query) of a block at (block * pitch + x) * width + query.
     """
 
-    def __init__(self, s: Shape) -> None:
+    def __init__(self, s: Shape, cap: Expr) -> None:
+        """cap: of scores times log2(e)."""
+        self.cap = I.Bind(T.Broadcast(cap, s.lanes))
         self.qt = scratch(s.m * s.d_pitch)  # times scale * log2(e)
         self.k = scratch(s.n * s.d)
         self.v = scratch(s.n * s.dv)
@@ -114,7 +117,7 @@ def emit_scores(bits: Expr, b: Scratch, s: Shape, block: Expr, top: list[Registe
             lambda d, v: load(b.qt, (block * s.d_pitch + d) * s.width + v * s.lanes, s.lanes),
         )  # fmt: skip
         for r, v in product(range(rows), range(s.vecs)):
-            score = acc[r][v].get()
+            score = cap_score(acc[r][v].get(), b, s) if s.softcap else acc[r][v].get()
             if bitmap is not None:
                 on = bits_on(bits, s, bitmap, j0 + r, block * s.width + v * s.lanes)
                 score = T.Select(on, score, constant(NEG_INF, s.lanes))
@@ -123,6 +126,15 @@ def emit_scores(bits: Expr, b: Scratch, s: Shape, block: Expr, top: list[Registe
             store(b.st, (j0 + r) * s.width + v * s.lanes, score, s.lanes)
 
     row_groups(s.n, s.rows, group)
+
+
+def cap_score(score: Expr, b: Scratch, s: Shape) -> Expr:
+    """cap * tanh(score / cap), by tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|) and the sign of x."""
+    x = I.Bind(score / b.cap)
+    e = I.Bind(exp2(T.max(x, -x) * constant(-2 * LOG2E, s.lanes), s.lanes))
+    one, zero = constant(1.0, s.lanes), constant(0.0, s.lanes)
+    size = I.Bind((one - e) / (one + e) * b.cap)
+    return T.Select(x < zero, zero - size, size)
 
 
 def bits_on(bits: Expr, s: Shape, bitmap: Expr, j: Expr, i: Expr) -> Expr:

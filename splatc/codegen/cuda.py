@@ -24,6 +24,7 @@ from splatc.codegen.cuda_parts import (
     THREADS,
     add_all_scores,
     add_all_values,
+    cap_scores,
     ceil_div,
     locate_lanes,
     mask_scores,
@@ -33,6 +34,7 @@ from splatc.codegen.cuda_parts import (
     store_state,
     update_softmax,
 )
+from splatc.codegen.emitted import DeviceFunction, Emitted
 from splatc.codegen.kernel import DTYPES, KernelSpec
 from splatc.errors import Unsupported
 
@@ -135,11 +137,11 @@ def choose_blocking(spec: KernelSpec) -> Blocking:
     return blocking
 
 
-def attention_cuda(spec: KernelSpec) -> tvm.IRModule:
-    """The fused tile-sparse attention forward "splatc_attention" for spec.target, in the kernel ABI.
+def attention_cuda(spec: KernelSpec) -> Emitted:
+    """The fused tile-sparse attention forward "splatc_attention" for spec.target.
 
-    Launches one block per (batch, work row); there must be at least one. Raises Unsupported where the limits
-    of the target (shared memory, registers) or the tile shape do not allow the kernel.
+    To be launched with one block for each (batch, work row); there must be at least one. Raises Unsupported where the
+    limits of the target (shared memory, registers) or the tile shape do not allow the kernel.
     """
     g = choose_blocking(spec)
     dtype = spec.dtype
@@ -148,7 +150,7 @@ def attention_cuda(spec: KernelSpec) -> tvm.IRModule:
     def splatc_attention(
         q_arg: T.handle, k_arg: T.handle, v_arg: T.handle, o_arg: T.handle, lse_arg: T.handle,
         work_arg: T.handle, items_arg: T.handle, entries_arg: T.handle, views_arg: T.handle,
-        bits_arg: T.handle, scale: T.float32, merge: T.int32,
+        bits_arg: T.handle, scale: T.float32, cap: T.float32, merge: T.int32,
     ):  # fmt: skip
         batch = T.int64()
         q_heads = T.int64()
@@ -212,7 +214,8 @@ def attention_cuda(spec: KernelSpec) -> tvm.IRModule:
         first_entry: T.let = items[item, 3]
         entry_count: T.let = items[item, 4]
         q_view: T.let = items[item, 5]
-        locate_lanes(row_pos, views, q_view, q1_origin, q2_origin, q3_origin, g.m, q_len, tid)
+        with T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):  # of the whole kernel: else ptxas may spill for 2
+            locate_lanes(row_pos, views, q_view, q1_origin, q2_origin, q3_origin, g.m, q_len, tid)
         T.cuda.cta_sync()
         stage_q(g, q_tile, q_flat, q_base, q2, row_pos, tid)
         start_state(g, row_max, row_sum, acc, o_flat, o_base, o2, lse, b, head, row_pos, merge, ty, tx)
@@ -233,7 +236,9 @@ def attention_cuda(spec: KernelSpec) -> tvm.IRModule:
                 k3_now: T.let = k3_origin + r * k3_step
                 locate_lanes(col_pos, views, k_view, k1_now, k2_now, k3_now, g.n, kv_len, tid)
                 add_all_scores(g, scores, q_tile, kv_tile, k_flat, k_base, k2, col_pos, tid, ty, tx)
-                scale_scores(g, scores, scale * T.float32(LOG2E))
+                if spec.softcap:
+                    cap_scores(g, scores, scale, cap)
+                scale_scores(g, scores, (cap if spec.softcap else scale) * T.float32(LOG2E))
                 if bit_tile > 0:
                     mask_scores(g, scores, bits, bit_tile - 1, ty, tx)
                 update_softmax(g, scores, row_max, row_sum, acc, p_tile, ty, tx)
@@ -241,4 +246,5 @@ def attention_cuda(spec: KernelSpec) -> tvm.IRModule:
 
         store_state(g, row_max, row_sum, acc, o_flat, o_base, o2, lse, b, head, row_pos, ty, tx)
 
-    return tvm.IRModule({"splatc_attention": splatc_attention.with_attr("global_symbol", "splatc_attention")})
+    module = tvm.IRModule({"splatc_attention": splatc_attention.with_attr("global_symbol", "splatc_attention")})
+    return Emitted(module, (DeviceFunction("splatc_attention_kernel", THREADS, g.smem_bytes),))

@@ -99,6 +99,14 @@ def scale_scores(g, scores, factor):
 
 
 @T.inline
+def cap_scores(g, scores, scale, cap):
+    """scores = tanh(scores * scale / cap), as 1 - 2 / (1 + exp(2x)); the cap itself is the caller's factor then."""
+    for i in T.unroll(g.rows * g.cols):
+        power = T.exp2(scores[i] * (scale / cap * T.float32(2 * LOG2E)))
+        scores[i] = T.float32(1) - T.float32(2) / (T.float32(1) + power)
+
+
+@T.inline
 def mask_scores(g, scores, bits, tile, ty, tx):
     """Put -inf where the bit is clear; the rows of one thread lie in one word of a column."""
     for j in T.unroll(g.cols):

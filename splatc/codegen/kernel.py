@@ -2,44 +2,86 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput
 
 DTYPES = ("float32", "float16", "bfloat16")
-TILE_M = TILE_N = 64  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
+TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
+HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
 
 
 @dataclass(frozen=True)
 class KernelSpec:
     """The identity of one compiled kernel. Lengths, batch, heads and the mask are *not* part of it.
 
+    kernel: "cpu", "portable" (CUDA, fp32 multiply-adds) or "hopper" (sm_90a: TMA and tensor cores).
     dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32).
-    tile_m, tile_n: query rows and key columns of a tile.
+    tile_m, tile_n: query rows and key columns of a tile. softcap: scores are cap * tanh(score / cap).
+    gather: some column tiles are lists of keys (hopper only).
     """
 
+    kernel: str
     head_dim: int
     v_head_dim: int
     dtype: str
     tile_m: int
     tile_n: int
     target: Target
+    softcap: bool = False
+    gather: bool = False
 
     @property
     def name(self) -> str:
-        """A readable name: attention_d64_float32_m64n64."""
+        """A readable name: attention_hopper_d64_bfloat16_m192n128."""
         dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
-        return f"attention_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}"
+        features = "".join(f"_{name}" for name in ("softcap", "gather") if getattr(self, name))
+        return f"attention_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
 
 
-def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target) -> KernelSpec:
-    """The spec that a user's options name; dtype may be torch's. Raises InvalidInput."""
+def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target, softcap: bool = False,
+                tile: tuple[int, int] | None = None) -> KernelSpec:  # fmt: skip
+    """The spec that a user's options name; dtype may be torch's, tile defaults to a good one. Raises InvalidInput."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(DTYPES)}")
     for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
             raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
-    return KernelSpec(head_dim, v_head_dim or head_dim, name, TILE_M, TILE_N, target)
+    v_head_dim = v_head_dim or head_dim
+    portable = not_hopper(head_dim, v_head_dim, name, target) is not None
+    kernel = "cpu" if target.kind == "cpu" else "portable" if portable else "hopper"
+    if tile is not None and tile not in ALL_TILES[kernel]:
+        known = ", ".join(f"({m}, {n})" for m, n in ALL_TILES[kernel])
+        raise InvalidInput(f"tile is {tile!r}: for these options it can be {known}, or None")
+    spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, softcap)
+    tile_m, tile_n = tile or tile_shapes(spec)[0]
+    return replace(spec, tile_m=tile_m, tile_n=tile_n)
+
+
+def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target) -> str | None:
+    """Why the Hopper kernel does not serve a request on a GPU, None if it does."""
+    if target.arch != "sm_90a":
+        return f"the target must be sm_90a, not {target.arch}"
+    if dtype == "float32":
+        return "the dtype must be float16 or bfloat16, not float32"
+    if head_dim % HOPPER_STEP or v_head_dim % HOPPER_STEP:
+        return f"head dims must be multiples of {HOPPER_STEP}, not {head_dim} (v: {v_head_dim})"
+    return None
+
+
+def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
+    """The (tile_m, tile_n) worth considering, the most usual first (measured: docs/performance.md)."""
+    if spec.kernel != "hopper":
+        return (TILE,)
+    widest = max(spec.head_dim, spec.v_head_dim)
+    if widest <= 64:
+        return ((192, 128), (128, 128))
+    return ((128, 128),) if widest <= 128 else ((128, 64),)
+
+
+# Every tile that a kernel can be asked for; what does not fit head dims is refused when the kernel is emitted.
+ALL_TILES = {"cpu": (TILE,), "portable": (TILE,),
+             "hopper": tuple((m, n) for m in (64, 128, 192) for n in (64, 128))}  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.codegen.kernel import kernel_spec
-from splatc.codegen.tables import Tables
+from splatc.codegen.tables import Tables, table_rows
 from splatc.codegen.target import Target
 from splatc.compile import make_plan
 from splatc.formats.acsr import ACSR
@@ -159,7 +159,9 @@ def tile_image(cover: Cover, tables: Tables, size: int) -> TileImage:
     """The tiles of a pass as an image of about size x size cells at most; column views without tiles are left out."""
     owner, i = ramp(tables.items[:, 4].astype(np.int64))
     entry = tables.entries[tables.items[owner, 3] + i].astype(np.int64)
-    view, repeat, kind = entry[:, 5] - 1, entry[:, 3], entry[:, 4]
+    number_of = {row: v for v, view in enumerate(cover.cols) for row in table_rows(view)}
+    view_of = np.array([number_of[tuple(row)] for row in tables.col_views.tolist()])
+    view, repeat, kind = view_of[entry[:, 5]], entry[:, 3], entry[:, 4]
     used = [v for v in range(len(cover.cols)) if (view == v).any()] or [0]
     bounds = np.concatenate([[0], np.cumsum([tile_count(cover.cols[v]) for v in used])])
     n_rows, n_cols = tile_count(cover.rows), int(bounds[-1])
@@ -205,7 +207,7 @@ def _numbers(view: View, origin: Ints) -> Ints:
     grid = Grid.of(view)
     if view.kind == "blocks":
         return origin[:, 1] // view.box[1]
-    return origin[:, 0] // grid.b1 + grid.across * (origin[:, 1] // grid.b2)
+    return origin[:, 0] // grid.b1 + grid.across * grid.place(origin[:, 1])[0]
 
 
 def _shares(bits: NDArray[np.uint32], cells: int) -> Image:

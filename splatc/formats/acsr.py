@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 CHECK_ALL = 1 << 22  # elements up to which a symbolic pattern is compared with its ACSR everywhere
 CHECK_SOME = 1 << 21  # above that, this many elements, in whole random rows
+CHECK_AGAIN = 1 << 17  # this many, where the same pattern was compared at another length before
 MAX_MIXED = 1 << 26  # elements up to which a pattern with residues of both k and k - q is evaluated as a matrix
 
 
@@ -302,26 +304,32 @@ class ACSR:
 
     def _check_against(self, pattern: Pattern) -> None:
         """Raise VerifyError unless the strips are disjoint and equal to the pattern: everywhere when the mask is small,
-        else in whole random rows (the cells' corners were all compared before)."""
+        else in whole random rows (the cells' corners were all compared before). A new length of a pattern that passed
+        takes fewer rows: planning it must be quick."""
         size = self.q_len * self.kv_len
-        rows = np.arange(self.q_len)
-        if size > CHECK_ALL:
-            rows = np.unique(np.random.default_rng().integers(0, self.q_len, max(CHECK_SOME // self.kv_len, 2)))
         if not size:
             return
+        everywhere, elements = (CHECK_AGAIN, CHECK_AGAIN) if pattern in _compared else (CHECK_ALL, CHECK_SOME)
+        rows = np.arange(self.q_len)
+        if size > everywhere:
+            rows = np.unique(np.random.default_rng().integers(0, self.q_len, max(elements // self.kv_len, 2)))
         wanted = pattern.contains(rows[:, None], np.arange(self.kv_len)[None, :], self.q_len, self.kv_len)
         runs = unit_runs(row_runs(self.strips, rows))
-        steps = np.zeros((len(rows), self.kv_len + 1), np.int32)
-        where = np.searchsorted(rows, runs.row)
-        np.add.at(steps, (where, runs.start), 1)
-        np.add.at(steps, (where, runs.stop), -1)
-        covered = np.cumsum(steps, axis=1)[:, : self.kv_len]
+        width = self.kv_len + 1
+        base = np.searchsorted(rows, runs.row) * width
+        steps = np.bincount(base + runs.start, minlength=len(rows) * width)
+        steps -= np.bincount(base + runs.stop, minlength=len(rows) * width)
+        covered = np.cumsum(steps.reshape(-1, width), axis=1)[:, : self.kv_len]
         if not np.array_equal(covered, wanted):
             i, k = np.argwhere(covered != wanted)[0]
             raise VerifyError(
                 f"pattern {pattern}: element (q={rows[i]}, k={k}) is held by {covered[i, k]} pieces but the mask says "
                 f"{bool(np.broadcast_to(wanted, covered.shape)[i, k])}; please report this pattern"
             )
+        _compared.add(pattern)
+
+
+_compared: WeakSet[Pattern] = WeakSet()  # patterns whose strips were compared with them in this process
 
 
 def _sweep(sets: Sequence[Runs], kv_len: int, keep: Any) -> Runs:

@@ -81,10 +81,10 @@ class BlockBits:
         return Runs(row[order], (base + start)[order], (base + stop)[order])
 
 
-def unpack(bits: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """uint64 (n, 64) to bool (n, 64, 64): bit j of a word is column j."""
-    octets = np.ascontiguousarray(bits).view(np.uint8).reshape(-1, BLOCK, 8)
-    return np.unpackbits(octets, axis=2, bitorder="little").astype(bool)
+def unpack(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """uint64 (..., n) to bool (..., n, 64): bit j of a word is column j."""
+    octets = np.ascontiguousarray(words)[..., None].view(np.uint8)
+    return np.unpackbits(octets, axis=-1, bitorder="little").view(np.bool_)
 
 
 def split_at_blocks(runs: Runs) -> tuple[Ints, Ints, Ints, Ints]:

@@ -30,7 +30,7 @@ from splatc.formats.strips import (
 from splatc.ir.cover import Grid, tiles_of
 from splatc.ir.patches import patch_region
 from splatc.ir.program import Region, Regions
-from splatc.ir.see import Seen, see
+from splatc.ir.see import Seen, see_some
 from splatc.ir.views import View, blocks, contiguous, residue
 
 MAX_STEPS = 4  # candidate residue views, by how many elements have that stride
@@ -40,19 +40,21 @@ MAX_PASSES = 3
 FEW_TILES = 1 << 15
 CLEARLY = 2
 MANY_TILES = 1 << 20
-MAX_SINGLY = 64  # pieces up to which each is tried by itself where a view cannot show them all
 PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
 SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in tiles
 
 
-def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True) -> Regions:
-    """The regions of a mask, each with its row view and column view."""
+def choose_regions(acsr: ACSR, tile_m: int, tile_n: int, views: bool = True, max_row_views: int | None = None,
+                   max_col_views: int | None = None) -> Regions:  # fmt: skip
+    """The regions of a mask, each with its row view and column view; a pass has at most so many views of tables
+    (View.shown: one or two of each view), None: any number.
+    """
     table = acsr.pieces.table
     rows, cols = contiguous(acsr.q_len, tile_m), contiguous(acsr.kv_len, tile_n)
     plain: tuple[Region, ...] = (Region(rows, cols, table, acsr.remainder),)
     chosen = plain
     if views and len(table):
-        chosen = _strided_views(acsr, plain[0])
+        chosen = _strided_views(acsr, plain[0], max_row_views, max_col_views)
         grid = _grid(table, acsr)
         if grid is not None:
             region = patch_region(table, plain[0], grid, tile_m, tile_n)
@@ -65,17 +67,20 @@ def _fewest_tiles(acsr: ACSR, *plans: tuple[Region, ...]) -> tuple[Region, ...]:
     return min(plans, key=lambda regions: tiles_of(acsr.q_len, acsr.kv_len, regions))
 
 
-def _strided_views(acsr: ACSR, plain: Region) -> tuple[Region, ...]:
+def _strided_views(acsr: ACSR, plain: Region, max_rows: int | None, max_cols: int | None) -> tuple[Region, ...]:
     """The pieces distributed over the cheapest set of contiguous, residue and block views."""
     table, strips = plain.pieces, unnest(plain.pieces)
     row_views, col_views = [plain.rows], [plain.cols]
-    for step in _steps(strips):
-        row_views.append(residue(acsr.q_len, step, plain.rows.lanes))
+    least = len(table)  # a step with fewer elements than there are pieces changes little
+    for step in _steps(strips, least):
+        rows = residue(acsr.q_len, step, plain.rows.lanes)
+        if max_rows is None or len(rows.shown) <= max_rows:
+            row_views.append(rows)
         col_views.append(residue(acsr.kv_len, step, plain.cols.lanes))
-    col_views += _block_views(strips, acsr.kv_len, plain.cols.lanes)
+    col_views += _block_views(strips, acsr.kv_len, plain.cols.lanes, least)
     if len(col_views) == 1:
         return (plain,)
-    costs = {rows: _cheapest(table, rows, col_views) for rows in row_views}
+    costs = {rows: _cheapest(table, rows, col_views, max_cols) for rows in row_views}
     used = _cheapest_set(costs, acsr)
     by_cost = np.stack([costs[rows][0] for rows in used])
     row_choice = by_cost.argmin(0)
@@ -92,7 +97,10 @@ def _strided_views(acsr: ACSR, plain: Region) -> tuple[Region, ...]:
 
 
 def _grid(table: Ints, acsr: ACSR) -> tuple[int, int, int] | None:
-    """The grid (W, H, Z) of a neighbourhood: wide runs of moving columns that recur every W, and repeat every W*H."""
+    """The grid (W, H, Z) of a neighbourhood: wide runs of moving columns that recur every W, and repeat every W*H.
+
+    None if there is none, or if positions are missing at its end: a view shows existing positions only.
+    """
     strips = unnest(table)
     lines = strips[(strips[:, DCOL] == 1) & (strips[:, COUNT] > 1) & (strips[:, WIDTH] > 1)]
     if acsr.q_len != acsr.kv_len or len(acsr.remainder.rows) or not element_counts(lines).sum() * 2 > acsr.nnz:
@@ -104,50 +112,68 @@ def _grid(table: Ints, acsr: ACSR) -> tuple[int, int, int] | None:
     )
     planes = steps[(steps > width) & (steps % width == 0)]
     height = int(planes.min()) // width if len(planes) else -(-acsr.q_len // width)
-    return width, height, -(-acsr.q_len // (width * height))
+    grid = width, height, -(-acsr.q_len // (width * height))
+    return grid if width * height * grid[2] == acsr.q_len else None
 
 
-def _steps(strips: Ints) -> list[int]:
-    """Strides of single columns, those of the most elements first."""
+def _steps(strips: Ints, least: int) -> list[int]:
+    """Strides of single columns, those of the most elements first; each has at least so many elements."""
     thin = (strips[:, WIDTH] == 1) & (strips[:, DWIDTH] == 0) & (strips[:, STRIDE] > 1)
     s = strips[thin & ((strips[:, COUNT] > 1) | (strips[:, DCOUNT] != 0))]
-    steps, which = np.unique(s[:, STRIDE], return_inverse=True)
-    votes = np.bincount(which, element_counts(s), len(steps))
-    return [int(step) for step in steps[np.argsort(-votes, kind="stable")][:MAX_STEPS]]
+    return [int(step) for (step,) in _most_voted(s[:, [STRIDE]], element_counts(s), least)]
 
 
-def _block_views(strips: Ints, length: int, lanes: int) -> list[View]:
+def _most_voted(kinds: Ints, votes: Ints, least: int) -> list[list[int]]:
+    """The MAX_STEPS distinct rows with the most votes, of those with at least ``least``."""
+    distinct, which = np.unique(kinds, axis=0, return_inverse=True)
+    total = np.bincount(which.ravel(), votes, len(distinct))
+    best = np.argsort(-total, kind="stable")[:MAX_STEPS]
+    found: list[list[int]] = distinct[best[total[best] >= least]].tolist()
+    return found
+
+
+def _block_views(strips: Ints, length: int, lanes: int, least: int) -> list[View]:
     """Views for columns that recur every ``stride`` from the same offset: one for each (stride, offset, width)."""
     recurs = (strips[:, DCOL] == 0) & (strips[:, DWIDTH] == 0) & (strips[:, STRIDE] > strips[:, WIDTH])
     recurs &= (strips[:, WIDTH] <= lanes // 2) & ((strips[:, COUNT] > 1) | (strips[:, DCOUNT] != 0))
     s = strips[recurs]
     kinds = np.stack([s[:, STRIDE], s[:, COL] % np.maximum(s[:, STRIDE], 1), s[:, WIDTH]], axis=1)
-    kinds, which = np.unique(kinds, axis=0, return_inverse=True)
-    votes = np.bincount(which.ravel(), element_counts(s), len(kinds))
-    kinds = kinds[np.argsort(-votes, kind="stable")][:MAX_STEPS]
-    return [blocks(length, int(size), int(offset), int(width), lanes) for size, offset, width in kinds]
+    best = _most_voted(kinds, element_counts(s), least)
+    found = [blocks(length, size, offset, width, lanes) for size, offset, width in best]
+    return [view for view in found if view.extents[1]]
 
 
-def _cheapest(table: Ints, rows: View, col_views: list[View]) -> tuple[NDArray[np.float64], Ints]:
+def _cheapest(table: Ints, rows: View, col_views: list[View],
+              most: int | None) -> tuple[NDArray[np.float64], Ints]:  # fmt: skip
     """(cost, column view) of each piece under a row view, in tiles."""
     costs = np.full((len(col_views), len(table)), np.inf)
     for c, cols in enumerate(col_views):
         if cols.kind == "residue" and cols.step != rows.step:
             continue
         some = _candidates(table, cols)
-        seen = see(table[some], rows, cols)
-        if seen is not None:
-            costs[c, some] = estimate(seen, Grid.of(rows), Grid.of(cols), len(some))
-            continue
-        for i in some if len(some) <= MAX_SINGLY else ():
-            seen = see(table[i : i + 1], rows, cols)
-            if seen is not None:
-                costs[c, i] = estimate(seen, Grid.of(rows), Grid.of(cols), 1)[0]
+        shown, seen = see_some(table[some], rows, cols)
+        costs[c, some[shown]] = estimate(seen, Grid.of(rows), Grid.of(cols), len(shown))
+    if most is not None:
+        _limit(costs, col_views, most)
     return costs.min(0), costs.argmin(0)
 
 
+def _limit(costs: NDArray[np.float64], col_views: list[View], most: int) -> None:
+    """Rule out column views until at most ``most`` views of tables are left: the contiguous one, then what saves most.
+
+    costs: (column view, piece), changed in place.
+    """
+    wanted = np.unique(costs.argmin(0)).tolist()
+    size = [len(view.shown) for view in col_views]
+    kept = [0]
+    while room := [c for c in wanted if c not in kept and size[c] <= most - sum(size[k] for k in kept)]:
+        best = costs[kept].min(0)
+        kept.append(max(room, key=lambda c: float((best - np.minimum(best, costs[c])).sum())))
+    costs[[c for c in range(len(col_views)) if c not in kept]] = np.inf
+
+
 def _candidates(table: Ints, cols: View) -> Ints:
-    """The pieces that a column view may be able to show (see() decides)."""
+    """The pieces that a column view may be able to show (see_some decides)."""
     if cols.kind == "contiguous":
         return np.arange(len(table))
     shown = table[:, STRIDE] % cols.step == 0
@@ -171,28 +197,21 @@ def estimate(seen: Seen, rows: Grid, cols: Grid, pieces: int) -> NDArray[np.floa
 
 
 def _cheapest_set(costs: dict[View, tuple[NDArray[np.float64], Ints]], acsr: ACSR) -> tuple[View, ...]:
-    """The cheapest set of row views, searched over the poset of sets (contiguous is in it if bits remain)."""
+    """The cheapest set of row views; the smaller of equals (contiguous is in it if bits remain)."""
     views = list(costs)
     if len(views) == 1:
         return (views[0],)
-    import networkx as nx
-
-    poset = nx.DiGraph()  # an edge leads from a set to one with one view more
+    prices: dict[tuple[int, ...], float] = {}  # of the members of the poset, smaller sets first
     for size in range(1, MAX_PASSES + 1):
         for chosen in combinations(range(len(views)), size):
             if len(acsr.remainder.rows) and 0 not in chosen:
                 continue
             cheapest = np.stack([costs[views[i]][0] for i in chosen])
-            touched = np.zeros(len(chosen))
             best = cheapest.argmin(0)
-            for i, pieces in enumerate(best == np.arange(len(chosen))[:, None]):
-                touched[i] = _rows_touched(acsr.pieces.table[pieces])
-            extra = (touched.sum() - touched.max()) / views[0].lanes * PASS_TILES
-            poset.add_node(frozenset(chosen), cost=cheapest.min(0).sum() + extra)
-            poset.add_edges_from((frozenset(chosen) - {i}, frozenset(chosen)) for i in chosen if size > 1)
-    priced = [node for node in poset if "cost" in poset.nodes[node]]
-    best_set = min(priced, key=lambda node: (poset.nodes[node]["cost"], len(node)))
-    return tuple(views[i] for i in sorted(best_set))
+            touched = [_rows_touched(acsr.pieces.table[best == i]) for i in range(size)]
+            extra = (sum(touched) - max(touched)) / views[0].lanes * PASS_TILES
+            prices[chosen] = float(cheapest.min(0).sum() + extra)
+    return tuple(views[i] for i in min(prices, key=lambda chosen: prices[chosen]))
 
 
 def _rows_touched(table: Ints) -> float:

@@ -7,6 +7,7 @@ entry, so that a dense row of a million keys costs one entry too.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,42 +23,84 @@ from splatc.ir.views import View
 
 @dataclass(frozen=True)
 class Grid:
-    """How (line, u) coordinates fall into tiles along one axis: a tile is b1 of u by b2 lines."""
+    """How (line, u) coordinates fall into tiles along one axis: a tile is b1 of u by b2 lines.
+
+    Lines are grouped from 0, and again from ``seam``: a tile never reaches across it.
+    """
 
     b1: int
     b2: int
     across: int  # tiles along u
+    seam: int = 0
 
     @staticmethod
     def of(view: View) -> Grid:
         b1, b2, _ = view.box
         if view.kind == "blocks":  # one line, block after block
-            return Grid(b1 * b2, 1, -(-view.extents[1] // b2))
-        return Grid(b1, b2, -(-view.extents[0] // b1))
+            return Grid(b1 * b2, 1, max(-(-view.extents[1] // b2), 1))
+        return Grid(b1, b2, -(-view.extents[0] // b1), view.seam)
 
     @property
     def lanes(self) -> int:
         return self.b1 * self.b2
 
+    @property
+    def _before(self) -> int:
+        """Groups of lines before the seam."""
+        return -(-self.seam // self.b2)
+
+    def groups(self, lines: int) -> int:
+        """Groups of the first ``lines`` lines."""
+        return -(-lines // self.b2) if lines <= self.seam else self._before - (-(lines - self.seam) // self.b2)
+
+    def place(self, line: Ints) -> tuple[Ints, Ints]:
+        """(group, line within the group) of lines."""
+        if self.b2 == 1 or not self.seam:
+            return line // self.b2, line % self.b2
+        before = line < self.seam
+        rest = np.where(before, line, line - self.seam)
+        return rest // self.b2 + np.where(before, 0, self._before), rest % self.b2
+
+    def first_line(self, group: Ints) -> Ints:
+        """The first line of groups."""
+        again = group - self._before
+        return np.where(again < 0, group * self.b2, self.seam + again * self.b2)
+
 
 def origins(view: View, tile: Ints) -> Ints:
     """The origin (x1, x2, x3) of tiles by number: int64 (n, 3)."""
     grid = Grid.of(view)
-    along, line = tile % grid.across, tile // grid.across
+    along, group = tile % grid.across, tile // grid.across
+    out = np.zeros((len(tile), 3), np.int64)
     if view.kind == "blocks":
-        x1, x2 = np.full_like(tile, view.offset), along * view.box[1]
+        out[:, 0], out[:, 1] = view.offset, along * view.box[1]
     else:
-        x1, x2 = along * grid.b1, line * grid.b2
-    return np.stack([x1, x2, np.zeros_like(tile)], axis=1)
+        out[:, 0], out[:, 1] = along * grid.b1, grid.first_line(group)
+    return out
 
 
 def tile_count(view: View) -> int:
-    """Tiles of the whole axis."""
+    """Tiles of the whole axis, by number; a few at the end of the shorter lines may hold no position."""
     grid = Grid.of(view)
-    lines = 1 if view.kind == "blocks" else view.extents[1]
-    return grid.across * -(-lines // grid.b2)
+    return grid.across * (1 if view.kind == "blocks" else grid.groups(min(view.extents[1], view.length)))
 
 
+def _valid_lanes(view: View) -> Ints:
+    """Positions that exist in each tile of a contiguous or residue axis."""
+    grid = Grid.of(view)
+    first = grid.first_line(np.arange(tile_count(view) // grid.across))
+    along = np.arange(grid.across) * grid.b1
+    counts = np.zeros((len(first), grid.across), np.int64)
+    begin = 0
+    for extents in view.shown:
+        here = (first >= begin) & (first < extents[1])
+        lines = np.clip(extents[1] - first[here], 0, grid.b2)
+        counts[here] = lines[:, None] * np.clip(extents[0] - along, 0, grid.b1)
+        begin = extents[1]
+    return counts.ravel()
+
+
+@lru_cache(maxsize=4)  # choosing views counts the tiles of what is covered right after
 def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool) -> Cover:
     """The tiles of regions that share a row view; with ``every_row`` also row tiles that have nothing to attend to."""
     rows = regions[0].rows
@@ -79,7 +122,7 @@ def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool)
     tiles, shapes = _shapes(spans, shared, rows, cols)
     entries = np.concatenate([full, tiles])  # (row tile, view, column tile, repeat, shape)
     entries = entries[np.lexsort((entries[:, 2], entries[:, 1], entries[:, 0]))]
-    numbers = np.arange(tile_count(rows)) if every_row else np.unique(entries[:, 0])
+    numbers = np.flatnonzero(lanes_valid) if every_row else np.unique(entries[:, 0])
     first = np.searchsorted(entries[:, 0], numbers)
     count = np.searchsorted(entries[:, 0], numbers, "right") - first
     items = np.concatenate([origins(rows, numbers), first[:, None], count[:, None]], axis=1)
@@ -88,22 +131,14 @@ def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool)
         mine = entries[:, 1] == v
         at[mine] = origins(one, entries[mine, 2])
     table = np.concatenate([at, entries[:, [1, 3, 4]]], axis=1)
-    return Cover(q_len, kv_len, rows, cols, items, table, shapes)
+    return Cover(q_len, kv_len, rows, cols, items, table, shapes, np.zeros((0, cols[0].lanes), np.int64))
 
 
 def tiles_of(q_len: int, kv_len: int, regions: tuple[Region, ...]) -> int:
     """Tiles that regions need in all, row view by row view."""
     views = tuple(dict.fromkeys(region.rows for region in regions))
     parts = (tuple(region for region in regions if region.rows == view) for view in views)
-    return sum(cover(q_len, kv_len, part, every_row=False).tiles for part in parts)
-
-
-def _valid_lanes(view: View) -> Ints:
-    """Positions that exist in each tile of an axis."""
-    position = np.arange(view.length)
-    line, u = (position % view.step, position // view.step) if view.kind == "residue" else (position * 0, position)
-    grid = Grid.of(view)
-    return np.bincount(u // grid.b1 + grid.across * (line // grid.b2), minlength=tile_count(view))
+    return sum(cover(q_len, kv_len, part, every_row=not i).tiles for i, part in enumerate(parts))
 
 
 def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[Ints, Ints]:
@@ -124,8 +159,10 @@ def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[I
     s, source = _spread(s, cols.b1)
     owner, k = owner[source], k[source]
     row_line, col_line = seen.row_line[owner], seen.col_line[owner]
-    lane = s[:, ROW] - k * rows.b1 + rows.b1 * (row_line % rows.b2)
-    row_tile = k + rows.across * (row_line // rows.b2)
+    row_group, row_inside = rows.place(row_line)
+    col_group, col_inside = cols.place(col_line)
+    lane = s[:, ROW] - k * rows.b1 + rows.b1 * row_inside
+    row_tile = k + rows.across * row_group
     lanes, col, dcol, width, dwidth, stride, count, dcount = (
         s[:, f] for f in (ROWS, COL, DCOL, WIDTH, DWIDTH, STRIDE, COUNT, DCOUNT))  # fmt: skip
 
@@ -141,14 +178,14 @@ def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[I
     f1 = np.where(alone, all_high // cols.b1, j1)
     none = f1 <= f0
     f0, f1 = np.where(none, j1, f0), np.where(none, j1, f1)
-    base = cols.across * (col_line // cols.b2)
+    base = cols.across * col_group
     some = f1 > f0
     full = np.stack([row_tile, base + f0, f1 - f0, np.zeros_like(f0)], axis=1)[some]
 
     before, after = f0 - j0, j1 - f1
     owner, i = ramp(before + after)
     j = np.where(i < before[owner], j0[owner] + i, f1[owner] + i - before[owner])
-    inside = cols.b1 * (col_line % cols.b2)  # where this line lies in a tile of several lines
+    inside = cols.b1 * col_inside  # where this line lies in a tile of several lines
     begin, dbegin, w, dw = _clip(col[owner] - j * cols.b1, dcol[owner], width[owner], dwidth[owner], last[owner],
                                  solid[owner], cols.b1)  # fmt: skip
     columns = [row_tile[owner], base[owner] + j, lane[owner], lanes[owner], begin + inside[owner], dbegin, w, dw,
@@ -271,12 +308,18 @@ def _shapes(
 
 def _check_equal(content: Ints, where: Ints, mixed: NDArray[np.uint64], model: Ints) -> None:
     """Raise VerifyError unless the spans of every tile are those of its model: hashes alone prove nothing."""
-    order = np.lexsort((mixed, where))
-    count = np.bincount(where, minlength=len(model))
+    copies = np.flatnonzero(model != np.arange(len(model)))
+    if not len(copies):
+        return
+    wanted = np.zeros(len(model), bool)
+    wanted[copies] = wanted[model[copies]] = True
+    some = np.flatnonzero(wanted[where])
+    some = some[np.lexsort((mixed[some], where[some]))]
+    count = np.bincount(where[some], minlength=len(model))
     first = np.cumsum(count) - count
-    tile, i = ramp(count)
-    same = (count == count[model]).all()
-    if not same or not np.array_equal(content[order[first[tile] + i]], content[order[first[model[tile]] + i]]):
+    tile, i = ramp(count[copies])
+    mine, other = (some[np.minimum(first[of[tile]] + i, len(some) - 1)] for of in (copies, model[copies]))
+    if (count[copies] != count[model[copies]]).any() or not np.array_equal(content[mine], content[other]):
         raise VerifyError("two different tiles have one hash; please report this mask")
 
 
@@ -292,27 +335,36 @@ def _hash(rows: Ints) -> NDArray[np.uint64]:
     return mixed
 
 
+ShapeRuns = tuple[Ints, Ints, Ints, Ints]  # of runs of columns in shapes: shape, lane, first column, one past the last
+
+
+def runs_of(spans: Ints, lanes_k: int) -> ShapeRuns:
+    """Every run of spans, as far as it lies in the tile."""
+    owner, t = ramp(spans[:, 2])
+    lane, shape = spans[owner, 1] + t, spans[owner, 0]
+    start, width, count = (spans[owner, f] + spans[owner, f + 1] * t for f in (3, 5, 8))
+    again, k = ramp(np.maximum(count, 0))
+    begin = start[again] + spans[owner, 7][again] * k
+    end = np.clip(begin + width[again], 0, lanes_k)
+    begin = np.clip(begin, 0, lanes_k)
+    keep = end > begin
+    return shape[again][keep], lane[again][keep], begin[keep], end[keep]
+
+
 def paint(shapes: Shapes, chosen: slice, lanes_q: int, lanes_k: int) -> NDArray[np.bool_]:
     """The elements of a range of shapes: bool (n, lanes_q, lanes_k)."""
     first = chosen.start
     n = chosen.stop - first
     lo, hi = np.searchsorted(shapes.spans[:, 0], [first, chosen.stop])
-    s = shapes.spans[lo:hi]
-    owner, t = ramp(s[:, 2])
-    lane = s[owner, 1] + t
-    shape = s[owner, 0] - first
-    start, width, count = (s[owner, f] + s[owner, f + 1] * t for f in (3, 5, 8))
-    stride = s[owner, 7]
-    again, k = ramp(np.maximum(count, 0))
-    begin = start[again] + stride[again] * k
-    end = np.clip(begin + width[again], 0, lanes_k)
-    begin = np.clip(begin, 0, lanes_k)
-    keep = end > begin
-    shape, lane, begin, end = shape[again][keep], lane[again][keep], begin[keep], end[keep]
-    steps = np.zeros((n, lanes_q, lanes_k + 1), np.int8)
-    np.add.at(steps, (shape, lane, begin), 1)
-    np.add.at(steps, (shape, lane, end), -1)
-    painted = np.cumsum(steps, axis=2, dtype=np.int8)[:, :, :lanes_k] > 0
+    painted = np.zeros((n, lanes_q, lanes_k), bool)
+    if hi > lo:
+        shape, lane, begin, end = runs_of(shapes.spans[lo:hi], lanes_k)
+        some = int(shapes.spans[hi - 1, 0]) - first + 1  # shapes that are only blocks of bits come last
+        row = ((shape - first) * lanes_q + lane) * (lanes_k + 1)
+        steps = np.zeros(some * lanes_q * (lanes_k + 1), np.int8)
+        np.add.at(steps, row + begin, np.int8(1))
+        np.add.at(steps, row + end, np.int8(-1))
+        painted[:some] = np.cumsum(steps.reshape(some, lanes_q, -1), axis=2, dtype=np.int8)[:, :, :lanes_k]
     blocks = shapes.blocks[(shapes.blocks[:, 0] >= first) & (shapes.blocks[:, 0] < chosen.stop)]
     if len(blocks):  # tiles are whole blocks then, see _shapes
         number, index, lane0, col0 = blocks.T

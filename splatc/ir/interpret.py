@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from splatc.errors import VerifyError
 from splatc.ir.cover import paint
-from splatc.ir.program import Attend, Cover, Domain, Mask, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import GATHERED, Attend, Cover, Domain, Mask, Program, Regions, Sddmm, Softmax, Spmm
 from splatc.ir.see import see
 from splatc.ir.views import View
 
@@ -66,10 +66,14 @@ def tiles(cover: Cover) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDAr
     for *origin, first, count in cover.items.tolist():
         q = cover.rows.positions(np.array([origin]))[0]
         for x1, x2, x3, view, repeat, shape in cover.entries[first : first + count].tolist():
+            held = shapes[shape - 1] if shape else everything
+            if view == GATHERED:
+                out.append((q, cover.gather[x1], held))
+                continue
             cols = cover.cols[view]
             for i in range(repeat):
                 k = cols.positions(np.array([[x1, x2, x3]]) + i * np.array(cols.advance))[0]
-                out.append((q, k, shapes[shape - 1] if shape else everything))
+                out.append((q, k, held))
     return out
 
 

@@ -12,16 +12,27 @@ import numpy as np
 from splatc.formats.acsr import ACSR
 from splatc.ir.choose import choose_regions
 from splatc.ir.cover import cover
+from splatc.ir.gather import gather_tiles
 from splatc.ir.program import Attend, Cover, Mask, Program, Regions, Sddmm, Softmax, Spmm
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What passes need to know of the target: the tile side lengths, and whether it can look through strided views."""
+    """What passes need to know of the kernel.
+
+    tile_m, tile_n: query rows and keys of a tile. views: whether it can look through strided views; max_row_views,
+    max_col_views: how many views of tables a pass may have (None: any number). gather: a column tile can be a list of
+    keys.
+    fill_empty: the kernel takes no row tile without column tiles (for build_tables; passes do not need it).
+    """
 
     tile_m: int = 64
     tile_n: int = 64
     views: bool = True
+    max_row_views: int | None = None
+    max_col_views: int | None = None
+    gather: bool = False
+    fill_empty: bool = False
 
 
 Pass = Callable[[Program, Schedule], Program]
@@ -42,7 +53,8 @@ def choose_views(program: Program, schedule: Schedule) -> Program:
     domains = []
     for name, domain in program.domains:
         if isinstance(domain, Mask):
-            domain = choose_regions(domain.acsr, schedule.tile_m, schedule.tile_n, schedule.views)
+            domain = choose_regions(domain.acsr, schedule.tile_m, schedule.tile_n, schedule.views,
+                                    schedule.max_row_views, schedule.max_col_views)  # fmt: skip
         domains.append((name, domain))
     return replace(program, domains=tuple(domains))
 
@@ -88,19 +100,32 @@ def cover_with_tiles(program: Program, schedule: Schedule) -> Program:
     return replace(program, domains=tuple(domains))
 
 
+def gather_columns(program: Program, schedule: Schedule) -> Program:
+    """
+    rows[0]: cols0[0] shape0, cols0[64] shape1, ...  ->  rows[0]: keys[0] shape0
+
+    Where a row tile has many sparse tiles, the keys that they touch, in lists. Needs schedule.gather.
+    """
+    return _each_cover(program, gather_tiles) if schedule.gather else program
+
+
 def order_longest_first(program: Program, schedule: Schedule) -> Program:
     """Items of a cover by falling number of tiles, so that a dynamic queue ends evenly; equal ones keep their place."""
-    domains = []
-    for name, domain in program.domains:
-        if isinstance(domain, Cover):
-            ends = np.concatenate([[0], np.cumsum(domain.entries[:, 4])])
-            tiles = ends[domain.items[:, 3] + domain.items[:, 4]] - ends[domain.items[:, 3]]
-            domain = replace(domain, items=domain.items[np.argsort(-tiles, kind="stable")])
-        domains.append((name, domain))
-    return replace(program, domains=tuple(domains))
+
+    def order(cover: Cover) -> Cover:
+        ends = np.concatenate([[0], np.cumsum(cover.entries[:, 4])])
+        tiles = ends[cover.items[:, 3] + cover.items[:, 4]] - ends[cover.items[:, 3]]
+        return replace(cover, items=cover.items[np.argsort(-tiles, kind="stable")])
+
+    return _each_cover(program, order)
 
 
-PASSES: tuple[Pass, ...] = (choose_views, fuse_attention, cover_with_tiles, order_longest_first)
+def _each_cover(program: Program, change: Callable[[Cover], Cover]) -> Program:
+    domains = tuple((name, change(d) if isinstance(d, Cover) else d) for name, d in program.domains)
+    return replace(program, domains=domains)
+
+
+PASSES: tuple[Pass, ...] = (choose_views, fuse_attention, cover_with_tiles, gather_columns, order_longest_first)
 UNFUSED: tuple[Pass, ...] = (choose_views,)
 
 

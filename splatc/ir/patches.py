@@ -6,7 +6,7 @@ to the corner of what they touch, are one kind: boxes and bits are worked out on
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,36 +14,34 @@ from splatc.errors import VerifyError
 from splatc.formats.strips import COL, DCOL, DWIDTH, ROW, ROWS, WIDTH, Ints, ramp
 from splatc.ir.program import Cover, Region, Shapes
 from splatc.ir.see import Seen, see
-from splatc.ir.views import Triple, View, patches
+from splatc.ir.views import PART, Triple, View, patches
 
 
-def boxes_of(lanes: int, grid: Triple) -> list[Triple]:
-    """The boxes of ``lanes`` positions, in powers of two, that a grid of this many dimensions can use."""
+def boxes_of(lanes: int, grid: Triple, parts: int = 1) -> Ints:
+    """The boxes of exactly ``lanes`` positions that a grid of this many dimensions can use: int64 (n, 3).
 
-    def fits(box: Triple) -> bool:
-        return box[0] >= 4 and all(side == 1 or side < 2 * extent for side, extent in zip(box, grid, strict=True))
-
-    powers = [1 << i for i in range(lanes.bit_length())]
-    found = [(x, y, lanes // (x * y)) for x in powers for y in powers if x * y <= lanes]
-    return [box for box in found if fits(box)]
+    With ``parts``, a box can be cut into as many equal parts along its last side (View.sub_box).
+    """
+    sides = [n for n in range(1, lanes + 1) if lanes % n == 0]
+    found = np.array([(x, y, lanes // (x * y)) for x in sides for y in sides if lanes % (x * y) == 0])
+    fits = (found[:, 0] >= 4) & ((found == 1) | (found < 2 * np.array(grid))).all(1)
+    last = np.where(found[:, 2] > 1, found[:, 2], np.where(found[:, 1] > 1, found[:, 1], found[:, 0]))
+    return np.asarray(found[fits & (last % parts == 0)])
 
 
 def patch_region(pieces: Ints, region: Region, grid: Triple, tile_m: int, tile_n: int) -> Region | None:
     """The pieces as a region of patches with the best boxes; None if the lines of the grid cannot show them."""
     q_len, kv_len = region.rows.length, region.cols.length
     seen = see(pieces, patches(q_len, grid, (tile_m, 1, 1)), patches(kv_len, grid, (tile_n, 1, 1)))
-    boxes = list(product(boxes_of(tile_m, grid), boxes_of(tile_n, grid)))
-    if seen is None or not boxes:
+    q_boxes, k_boxes = boxes_of(tile_m, grid, max(tile_m // PART, 1)), boxes_of(tile_n, grid)
+    if seen is None or not len(q_boxes) or not len(k_boxes):
         return None
-    reach = _reach(seen, grid)
     extent = np.array(grid)
-
-    def tiles(boxes: tuple[Triple, Triple]) -> int:
-        q_box, k_box = (np.array(box) for box in boxes)
-        touched = np.minimum(reach + q_box - 1, extent)
-        return int(np.prod(-(-extent // q_box)) * np.prod(-(-touched // k_box)))
-
-    q_box, k_box = min(boxes, key=tiles)
+    touched = np.minimum(_reach(seen, grid) + q_boxes - 1, extent)
+    per_patch = np.prod(-(-touched[:, None] // k_boxes[None]), axis=2)  # (row boxes, column boxes)
+    tiles = np.prod(-(-extent // q_boxes), axis=1)[:, None] * per_patch
+    q, k = np.unravel_index(tiles.argmin(), tiles.shape)
+    q_box, k_box = ((int(box[0]), int(box[1]), int(box[2])) for box in (q_boxes[q], k_boxes[k]))
     return Region(patches(q_len, grid, q_box), patches(kv_len, grid, k_box), pieces, region.remainder)
 
 
@@ -125,10 +123,8 @@ def cover_patches(q_len: int, kv_len: int, region: Region, every_row: bool) -> C
         rows.box
     )
     items = np.concatenate([place, at[:, None], count[:, None]], axis=1)
-    none = np.zeros((0, 4), np.int64)
-    return Cover(
-        q_len, kv_len, rows, (cols,), items, entries, Shapes(len(tile_kind), spans, none, np.zeros((0, 64), np.uint64))
-    )
+    shapes = Shapes(len(tile_kind), spans, np.zeros((0, 4), np.int64), np.zeros((0, 64), np.uint64))
+    return Cover(q_len, kv_len, rows, (cols,), items, entries, shapes, np.zeros((0, cols.lanes), np.int64))
 
 
 def _kinds(fragment: Ints, patches: int) -> Ints:
@@ -149,13 +145,14 @@ def _tiles(kind: Ints, fragment: Ints, cols: View) -> tuple[Ints, Ints, Ints]:
     again, i = ramp(np.maximum(j1 - j0, 0))
     f, t, kind, j = f[again], t[again], kind[owner][again], j0[again] + i
     y, z = f[:, 7], f[:, 8]
-    key = np.stack([kind, z // c3, y // c2, j], axis=1)
-    tiles, which = np.unique(key, axis=0, return_inverse=True)
-    which = which.ravel()
+    place = np.stack([z // c3, y // c2, j])
+    n3, n2, n1 = place.max(axis=1, initial=0) + 1
+    _, first, which = np.unique(((kind * n3 + place[0]) * n2 + place[1]) * n1 + place[2], return_index=True,
+                                return_inverse=True)  # fmt: skip
     inside = c1 * (y % c2 + c2 * (z % c3))
     begin = np.clip(start[again] - j * c1, 0, c1)
     end = np.clip(stop[again] - j * c1, 0, c1)
     one, none = np.ones_like(j), np.zeros_like(j)
     spans = np.stack([which, f[:, 1] + t, one, begin + inside, none, end - begin, none, none, one, none], axis=1)
-    offset = tiles[:, [3, 2, 1]] * np.array(cols.box)
-    return tiles[:, 0], offset, spans[np.argsort(which, kind="stable")]
+    offset = place[::-1, first].T * np.array(cols.box)
+    return kind[first], offset, spans[np.argsort(which, kind="stable")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from splatc.formats.acsr import Pieces
-from splatc.ir.program import Attend, Cover, Domain, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import GATHERED, Attend, Cover, Domain, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
 
 SHOWN = 8  # pieces, items, ... printed before "..."
 
@@ -43,12 +43,15 @@ def _cover(name: str, cover: Cover) -> list[str]:
     lines = [f"cover {name} = {cover.tiles} tiles ({partly} partly filled, {cover.shapes.count} shapes) {{",
              f"  rows {cover.rows}"]  # fmt: skip
     lines += [f"  cols{i} {view}" for i, view in enumerate(cover.cols)]
+    if len(cover.gather):
+        lines.append(f"  keys: {len(cover.gather)} lists of {cover.gather.shape[1]}")
     items = []
     for x1, x2, x3, first, count in cover.items[:SHOWN].tolist():
         parts = []
         for k1, k2, k3, view, repeat, shape in cover.entries[first : first + min(count, SHOWN)].tolist():
             kind = f"shape{shape - 1}" if shape else "full"
-            parts.append(f"cols{view}{_point(k1, k2, k3)} {kind}" + (f" x{repeat}" if repeat > 1 else ""))
+            where = f"keys{_point(k1)}" if view == GATHERED else f"cols{view}{_point(k1, k2, k3)}"
+            parts.append(f"{where} {kind}" + (f" x{repeat}" if repeat > 1 else ""))
         more = ["..."] if count > SHOWN else []
         items.append(f"  rows{_point(x1, x2, x3)}: " + (", ".join(parts + more) or "nothing"))
     lines += _cut(items, len(cover.items))

@@ -63,13 +63,17 @@ class Shapes:
     bits: NDArray[np.uint64]
 
 
+GATHERED = -1  # in place of a column view's number
+
+
 @dataclass(frozen=True, eq=False)
 class Cover:
     """Tiles of one pass: items (row tiles) and, for each, its entries (column tiles), int64 arrays.
 
     items: (n, 5): origin x1, x2, x3 in the row view, first entry, entry count.
     entries: (m, 6): origin x1, x2, x3 in a column view, the view's number, repeat (how many full tiles, each the view's
-    ``advance`` on), shape (0: full, else 1 + index into ``shapes``).
+    ``advance`` on), shape (0: full, else 1 + index into ``shapes``). With GATHERED for the view, x1 is a row of gather.
+    gather: (g, tile_n): the keys of gathered column tiles by position, -1 where there is none.
     """
 
     q_len: int
@@ -79,6 +83,7 @@ class Cover:
     items: Ints
     entries: Ints
     shapes: Shapes
+    gather: Ints
 
     @property
     def tiles(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from splatc.formats.fold import MAX_LEVELS, owners, unnest
 from splatc.formats.strips import (
@@ -44,11 +45,21 @@ def see(pieces: Ints, rows: View, cols: View) -> Seen | None:
         return None
     if rows.kind == "patches":
         return _see_lines(pieces, rows, cols)
+    shown, seen = see_some(pieces, rows, cols)
+    return seen if len(shown) == len(pieces) else None
+
+
+def see_some(pieces: Ints, rows: View, cols: View) -> tuple[Ints, Seen]:
+    """(the pieces that a column view can show, what they look like), under a row view; neither is a view of patches."""
     strips, row_line, piece = _see_rows(pieces, rows)
     if cols.kind == "contiguous":
-        return Seen(strips, row_line, np.zeros(len(strips), np.int64), piece)
-    shown = _see_residues(strips, cols) if cols.kind == "residue" else _see_blocks(strips, cols)
-    return None if shown is None else Seen(shown[0], row_line, shown[1], piece)
+        return np.arange(len(pieces)), Seen(strips, row_line, np.zeros(len(strips), np.int64), piece)
+    fits = _residues_fit(strips, cols) if cols.kind == "residue" else _blocks_fit(strips, cols)
+    shown = np.ones(len(pieces), bool)
+    shown[piece[~fits]] = False
+    some = shown[piece]
+    out, col_line = (_see_residues if cols.kind == "residue" else _see_blocks)(strips[some], cols)
+    return np.flatnonzero(shown), Seen(out, row_line[some], col_line, (np.cumsum(shown) - 1)[piece[some]])
 
 
 def _see_lines(pieces: Ints, rows: View, cols: View) -> Seen | None:
@@ -109,12 +120,15 @@ def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:
     return out, row % step, piece
 
 
-def _see_residues(strips: Ints, view: View) -> tuple[Ints, Ints] | None:
+def _residues_fit(strips: Ints, view: View) -> NDArray[np.bool_]:
     step = view.step
     lone = (strips[:, COUNT] == 1) & (strips[:, DCOUNT] == 0)
     thin = (strips[:, WIDTH] == 1) & (strips[:, DWIDTH] == 0) & (lone | (strips[:, STRIDE] % step == 0))
-    if not (thin & ((strips[:, DCOL] % step == 0) | (strips[:, ROWS] == 1))).all():
-        return None
+    return np.asarray(thin & ((strips[:, DCOL] % step == 0) | (strips[:, ROWS] == 1)))
+
+
+def _see_residues(strips: Ints, view: View) -> tuple[Ints, Ints]:
+    step = view.step
     out = strips.copy()
     line = strips[:, COL] % step
     for field in (COL, DCOL, STRIDE):
@@ -125,16 +139,21 @@ def _see_residues(strips: Ints, view: View) -> tuple[Ints, Ints] | None:
     return out, line
 
 
-def _see_blocks(strips: Ints, view: View) -> tuple[Ints, Ints] | None:
-    size, lanes = view.step, view.box[0]
+def _blocks_fit(strips: Ints, view: View) -> NDArray[np.bool_]:
+    size = view.step
     inside = strips[:, COL] % size - view.offset
+    most = np.maximum(strips[:, COUNT], strips[:, COUNT] + strips[:, DCOUNT] * (strips[:, ROWS] - 1))
+    last = strips[:, COL] // size + np.maximum(most - 1, 0) * (strips[:, STRIDE] // size)
     widest = np.maximum(strips[:, WIDTH], strips[:, WIDTH] + strips[:, DWIDTH] * (strips[:, ROWS] - 1))
     lone = (strips[:, COUNT] == 1) & (strips[:, DCOUNT] == 0)
-    fits = (inside >= 0) & (inside + widest <= lanes) & (lone | (strips[:, STRIDE] % size == 0))
-    if not (fits & (strips[:, DCOL] == 0)).all():
-        return None
+    fits = (inside >= 0) & (view.offset + inside + widest <= view.extents[0]) & (last < view.extents[1])
+    return np.asarray(fits & (lone | (strips[:, STRIDE] % size == 0)) & (strips[:, DCOL] == 0))
+
+
+def _see_blocks(strips: Ints, view: View) -> tuple[Ints, Ints]:
+    size, lanes = view.step, view.box[0]
     out = strips.copy()
-    out[:, COL] = strips[:, COL] // size * lanes + inside
+    out[:, COL] = strips[:, COL] // size * lanes + strips[:, COL] % size - view.offset
     out[:, STRIDE] = strips[:, STRIDE] // size * lanes
     solid = (strips[:, WIDTH] == lanes) & (strips[:, DWIDTH] == 0) & (out[:, STRIDE] == lanes)
     out[solid, WIDTH], out[solid, DWIDTH] = strips[solid, COUNT] * lanes, strips[solid, DCOUNT] * lanes

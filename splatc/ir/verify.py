@@ -8,7 +8,7 @@ from splatc.errors import VerifyError
 from splatc.formats.fold import unnest
 from splatc.formats.strips import ROW, ROWS, element_counts
 from splatc.ir.printer import to_text
-from splatc.ir.program import Attend, Cover, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import GATHERED, Attend, Cover, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
 from splatc.ir.see import see
 
 
@@ -99,11 +99,17 @@ def _cover(cover: Cover) -> list[str]:
         or count.sum() != len(cover.entries)
     ):
         faults.append("items do not partition the entries")
-    if ((view < 0) | (view >= len(cover.cols))).any():
+    gathered = view == GATHERED
+    if (~gathered & ((view < 0) | (view >= len(cover.cols)))).any():
         faults.append("an entry names a column view that does not exist")
+    row = cover.entries[gathered, 0]
+    if ((row < 0) | (row >= len(cover.gather))).any() or cover.entries[gathered, 1:3].any():
+        faults.append("an entry names a list of keys that does not exist")
+    if ((cover.gather < -1) | (cover.gather >= cover.kv_len)).any():
+        faults.append("a list of keys names a key that does not exist")
     if ((shape < 0) | (shape > cover.shapes.count)).any():
         faults.append("an entry names a shape that does not exist")
-    if ((repeat < 1) | ((repeat > 1) & (shape > 0))).any():
+    if ((repeat < 1) | ((repeat > 1) & ((shape > 0) | gathered))).any():
         faults.append("only full tiles repeat, one time or more")
     if len(np.unique(cover.items[:, :3], axis=0)) != len(cover.items):
         faults.append("two items have one row tile")

@@ -8,15 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from splatc.codegen.kernel import DTYPES
+from splatc.codegen.costs import costs_of
+from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.kernel import DTYPES, KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput
-from splatc.ir.program import Program
+from splatc.ir.program import GATHERED, Program
 from splatc.patterns.base import Pattern
 from splatc.runtime.explain import Explanation
 from splatc.runtime.kernel import Kernel
+from splatc.runtime.launch import Launcher, remember
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import (
     Shape,
@@ -25,33 +26,38 @@ from splatc.runtime.tensors import (
     check_scale,
     is_torch,
     last_axis_contiguous,
-    on_device,
     outputs,
     to_bhsd,
 )
+from splatc.runtime.work import work_of
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A mask at fixed lengths, down to its tables. ``programs[p]`` and ``tables[p]`` are of distinct pattern p;
-    ``heads[h]`` is the pattern of head h, None if all heads share pattern 0."""
+    """A mask at fixed lengths, down to the tables of one kernel. ``programs[p]`` and ``tables[p]`` are of distinct
+    pattern p; ``heads[h]`` is the pattern of head h, None if all heads share pattern 0."""
 
     pattern: Pattern
     q_len: int
     kv_len: int
+    spec: KernelSpec
     programs: tuple[Program, ...]
     tables: tuple[tuple[Tables, ...], ...]
     heads: tuple[int, ...] | None
     explanation: Explanation
 
-    def launches(self, heads: int) -> list[Launch]:
-        """The launches for a number of heads."""
+    @property
+    def gathers(self) -> bool:
+        """Whether some column tile is a list of keys."""
+        return any((t.entries[:, 5] == GATHERED).any() for passes in self.tables for t in passes)
+
+    def launches(self, heads: int, max_row_views: int | None = None, max_col_views: int | None = None) -> list[Launch]:
+        """The launches for a number of heads, each with at most so many views."""
         if self.heads is not None and len(self.heads) != heads:
             raise InvalidInput(f"the pattern is for {len(self.heads)} heads but q has {heads}: give one pattern a head")
-        return launches(list(self.tables), list(self.heads or (0,) * heads))
+        return launches(list(self.tables), list(self.heads or (0,) * heads), max_row_views, max_col_views)
 
 
-REMEMBERED = 64  # plans, and tables on a device, that a compiled mask keeps
 Planner = Callable[[int, int], Plan]
 
 
@@ -63,13 +69,16 @@ class CompiledAttention:
     remembered).
     """
 
-    def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd") -> None:
+    def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0) -> None:
+        """cap: the softcap of scores, 0 for none."""
         self.kernel = kernel
         self.layout = layout
+        self._cap = cap
         self._replan = replan
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
-        self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}  # by sizes and device: the tables, uploaded
+        self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}  # by sizes: the tables for a CPU
+        self._launcher = Launcher(kernel, layout, self._check, self._launches, cap)
 
     # -- what was compiled ---------------------------------------------------------------------------------------------
 
@@ -82,13 +91,24 @@ class CompiledAttention:
         """Density, pieces, views, tiles, waste and predicted time; print it or read its fields."""
         return self._plan.explanation
 
+    def predict(self, batch: int = 1, heads: int = 1, kv_heads: int | None = None) -> float:
+        """Seconds that a call should take by the cost model (codegen/costs.json), at the compiled lengths."""
+        spec, plan = self.kernel.spec, self._plan
+        if spec.kernel != "hopper":
+            return plan.explanation.seconds * batch * (1 if plan.heads else heads)
+        costs = costs_of(spec)
+        busy = sum(work_of(launch, batch, costs).microseconds for launch in plan.launches(heads, *MAX_VIEWS))
+        dims = (spec.head_dim + spec.v_head_dim) * (plan.q_len * heads + plan.kv_len * (kv_heads or heads))
+        moved = costs.launch + 2 * batch * dims / costs.bandwidth  # every input and output once, 2 bytes an element
+        return max(busy, moved) * 1e-6
+
     def plan(self, seq_len: int | None = None, kv_len: int | None = None) -> Plan:
         """The plan for other lengths (default: the compiled ones), remembered: calls of that length find it."""
         if seq_len is None:
             return self._plan
         lengths = seq_len, seq_len if kv_len is None else kv_len
         if lengths not in self._plans:
-            _remember(self._plans, lengths, self._replan(*lengths))
+            remember(self._plans, lengths, self._replan(*lengths))
         return self._plans[lengths]
 
     def __repr__(self) -> str:
@@ -107,6 +127,11 @@ class CompiledAttention:
         v_head_dim, and with return_lse also lse float32 (batch, heads, q_len), natural log. A row that attends to
         nothing gives 0 and -inf. Raises InvalidInput for tensors that do not fit.
         """
+        run = self._on_cpu if self.kernel.spec.target.kind == "cpu" else self._launcher
+        o, lse = run(q, k, v, scale, enable_gqa)
+        return (o, lse) if return_lse else o
+
+    def _on_cpu(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
         shape = check_call(q, k, v, self.layout, enable_gqa)
         self._check(shape)
         check_gradients(q, k, v)
@@ -115,13 +140,11 @@ class CompiledAttention:
         o, lse = outputs(q, shape, self.layout)
         if shape.q_len and shape.kv_len:
             run = self.kernel.load()
-            with on_device(q):
-                for merge, tables in enumerate(self._tables(shape)):
-                    run(*(_exchange(x) for x in (*tensors, o, lse)), *tables, number, int(merge > 0))
+            for merge, tables in enumerate(self._tables(shape)):
+                run(*(_exchange(x) for x in (*tensors, o, lse)), *tables, number, self._cap, int(merge > 0))
         else:
             o[...], lse[...] = 0, -float("inf")
-        o = to_bhsd(o, self.layout)
-        return (o, lse) if return_lse else o
+        return to_bhsd(o, self.layout), lse
 
     def _check(self, shape: Shape) -> None:
         spec = self.kernel.spec
@@ -142,12 +165,15 @@ class CompiledAttention:
             )
 
     def _tables(self, shape: Shape) -> list[tuple[Any, ...]]:
-        """The table arguments of each pass on the device of this call, made once."""
-        key = (shape.batch, shape.heads, shape.q_len, shape.kv_len, shape.device)
+        """The table arguments of each pass for a CPU kernel, made once."""
+        key = (shape.batch, shape.heads, shape.q_len, shape.kv_len)
         if key not in self._ready:
-            plan = self.plan(shape.q_len, shape.kv_len)
-            _remember(self._ready, key, [_upload(launch, shape) for launch in plan.launches(shape.heads)])
+            launches = self._launches(shape, (None, None))
+            remember(self._ready, key, [_exchanged(launch, shape.batch) for launch in launches])
         return self._ready[key]
+
+    def _launches(self, shape: Shape, max_views: tuple[int | None, int | None]) -> list[Launch]:
+        return self.plan(shape.q_len, shape.kv_len).launches(shape.heads, *max_views)
 
     @property
     def ptx(self) -> str:
@@ -155,21 +181,9 @@ class CompiledAttention:
         return self.kernel.file("kernel.ptx")
 
 
-def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    """Keep at most REMEMBERED values, forgetting the oldest."""
-    memory[key] = value
-    while len(memory) > REMEMBERED:
-        memory.pop(next(iter(memory)))
-
-
-def _upload(launch: Launch, shape: Shape) -> tuple[Any, ...]:
-    arrays = [launch.work, launch.items, launch.entries, launch.views, launch.bits]
-    if shape.device == "cpu":
-        return tuple(_exchange(x) for x in (*arrays, launch.chunks(shape.batch, workers())))
-    import torch
-
-    tensors = [torch.from_numpy(x.view(np.int32)).to(shape.device) for x in arrays]
-    return (*tensors[:-1], tensors[-1].view(torch.uint32))
+def _exchanged(launch: Launch, batch: int) -> tuple[Any, ...]:
+    arrays = launch.work, launch.items, launch.joined_entries, launch.views, launch.bits
+    return tuple(_exchange(x) for x in (*arrays, launch.chunks(batch, workers())))
 
 
 def _exchange(x: Any) -> Any:

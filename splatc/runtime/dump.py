@@ -42,7 +42,7 @@ def dump_tables(pattern: Pattern, q_len: int, kv_len: int, tables: tuple[Tables,
         folder = _folder(config, pattern, q_len, kv_len)
         folder.mkdir(parents=True, exist_ok=True)
         for i, t in enumerate(tables):
-            np.savez(folder / f"pass{i}.npz", views=t.views, items=t.items, entries=t.entries, bits=t.bits)
+            np.savez(folder / f"pass{i}.npz", **t.arrays())
 
 
 def _folder(config: Config, pattern: Pattern, q_len: int, kv_len: int) -> Path:

@@ -5,24 +5,25 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from splatc.codegen.costs import costs_of
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Cover, Program
-from splatc.runtime.plan import ITEM_TILES
 
-KERNELS = {"cpu": "LLVM, vectors of queries", "cuda": "portable CUDA, fp32 multiply-adds, no tensor cores"}
-# Sustained rates of the tile loops, a multiply-add counted as two operations (docs/performance.md). CPU: a Zen 4 core;
-# CUDA: the portable kernel on an H200.
-CPU_CORE_FLOPS = 90e9
-CUDA_FLOPS = 18e12
+KERNELS = {
+    "cpu": "LLVM, vectors of queries",
+    "portable": "portable CUDA, fp32 multiply-adds, no tensor cores",
+    "hopper": "Hopper: TMA, tensor cores (wgmma)",
+}
 
 
 @dataclass(frozen=True)
 class Explanation:
     """One head of a mask (the sum over distinct patterns for per-head masks). Areas are in elements.
 
-    waste: tile_area / nnz. views: "rows / columns" of each pass. seconds: predicted for one head of batch 1.
+    waste: tile_area / nnz. views: "rows / columns" of each pass. seconds: predicted for one head of batch 1 on a device
+    kept busy by others (CompiledAttention.predict says it for a whole call).
     """
 
     pattern: str
@@ -44,6 +45,9 @@ class Explanation:
     head_dim: int
     dtype: str
     target: str
+    kernel: str
+    tile: tuple[int, int]
+    gathered_tiles: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +56,7 @@ class Explanation:
 
     def __str__(self) -> str:
         kinds = f"{self.full_tiles} full, {self.bit_tiles} with bits, {self.distinct_bits} distinct"
+        kinds += f", {self.gathered_tiles} gathered" if self.gathered_tiles else ""
         lines = [
             f"pattern      {self.pattern}",
             f"mask         {self.q_len} x {self.kv_len}, {self.nnz} elements attend ({self.density:.2%})",
@@ -61,7 +66,7 @@ class Explanation:
             f"tables       {self.table_bytes / 1024:.0f} KiB",
         ]
         lines += [f"pass {i}       {view}" for i, view in enumerate(self.views)]
-        lines.append(f"kernel       {KERNELS[self.target.partition(':')[0]]}")
+        lines.append(f"kernel       {KERNELS[self.kernel]}, tiles of {self.tile[0]} x {self.tile[1]}")
         lines.append(
             f"predicted    {self.seconds * 1e3:.3f} ms a head (d={self.head_dim}, {self.dtype}, {self.target})"
         )
@@ -79,11 +84,12 @@ def explain(
     """The explanation of a plan."""
     every = [t for passes in tables for t in passes]
     area = sum(t.tiles for t in every) * spec.tile_m * spec.tile_n
-    starts = ITEM_TILES * sum(len(t.items) for t in every) * spec.tile_m * spec.tile_n
     nnz = sum(a.nnz for a in acsrs)
     covers = [d for program in programs for _, d in program.domains if isinstance(d, Cover)]
     size = sum(a.q_len * a.kv_len for a in acsrs)
-    rate = CPU_CORE_FLOPS * cores if spec.target.kind == "cpu" else CUDA_FLOPS
+    costs = costs_of(spec, cores if spec.kernel == "cpu" else None)
+    busy = sum(costs.tile * t.tiles + costs.bits * t.bit_tiles + costs.gather * len(t.gather)
+               + costs.item * len(t.items) for t in every)  # fmt: skip
     return Explanation(
         pattern=pattern, q_len=acsrs[0].q_len, kv_len=acsrs[0].kv_len, nnz=nnz, density=nnz / max(size, 1),
         pieces=sum(len(a.pieces) for a in acsrs), remainder_nnz=sum(a.remainder.nnz for a in acsrs),
@@ -92,5 +98,6 @@ def explain(
         tile_area=area, waste=area / max(nnz, 1), passes=max(len(p) for p in tables),
         views=tuple(f"{c.rows} / {'; '.join(map(str, c.cols))}" for c in covers),
         table_bytes=sum(t.nbytes for t in every), head_dim=spec.head_dim, dtype=spec.dtype, target=str(spec.target),
-        seconds=2 * (area + starts) * (spec.head_dim + spec.v_head_dim) / rate,
+        kernel=spec.kernel, tile=(spec.tile_m, spec.tile_n), gathered_tiles=sum(len(t.gather) for t in every),
+        seconds=busy / costs.workers * 1e-6,
     )  # fmt: skip

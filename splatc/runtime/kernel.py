@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from splatc.codegen.build import build, load, source_name
-from splatc.codegen.kernel import KernelSpec
-from splatc.codegen.nvcc import nvcc_identity
+from splatc.codegen.kernel import KernelSpec, not_hopper
+from splatc.codegen.toolchain import find_compiler
 from splatc.config import Config
 from splatc.errors import Unsupported
 from splatc.runtime.cache import KernelCache, source_fingerprint
@@ -39,7 +39,7 @@ class Kernel:
         return (self.folder / name).read_text()
 
     def load(self) -> Callable[..., None]:
-        """The callable, in the argument order of the kernel ABI."""
+        """The callable of a CPU kernel, in the argument order of the kernel ABI. (For GPUs: runtime/launch.py.)"""
         return load(self.folder)
 
 
@@ -51,15 +51,16 @@ def kernel_cache(config: Config) -> KernelCache:
 def find_kernel(spec: KernelSpec) -> Kernel:
     """The kernel of a spec, from memory, from the cache on disk or built now."""
     config = Config.from_env()
-    if spec.target.kind == "cuda":
-        _say_portable()
+    if spec.kernel == "portable":
+        _say_portable(not_hopper(spec.head_dim, spec.v_head_dim, spec.dtype, spec.target) or "it was asked for")
     return _find(spec, config)
 
 
 @cache
-def _say_portable() -> None:
-    """Once a process: people who expect tensor cores should not have to find out from their timings."""
-    _log.warning("splatc's CUDA kernel is portable and uses no tensor cores yet (figures: docs/performance.md)")
+def _say_portable(why: str) -> None:
+    """Once for each reason: people who expect tensor cores should not have to find out from their timings."""
+    _log.warning("splatc uses its portable CUDA kernel, without tensor cores (docs/performance.md): for the Hopper "
+                 "kernel %s", why)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -72,9 +73,15 @@ def key_fields(spec: KernelSpec) -> dict[str, Any]:
     """All that changes a kernel."""
     versions = {name: _version(name, module) for name, module in (("apache-tvm", "tvm"), ("apache-tvm-ffi", "tvm_ffi"))}
     machine = f"{platform.system()}-{platform.machine()}"
-    compiler = {"nvcc": nvcc_identity()} if spec.target.kind == "cuda" else {"cpu": cpu_identity()}
+    compiler = {"cuda": cuda_identity()} if spec.target.kind == "cuda" else {"cpu": cpu_identity()}
     return {**asdict(spec), "target": str(spec.target), "codegen": source_fingerprint(), **versions, **compiler,
             "python": platform.python_version(), "machine": machine}  # fmt: skip
+
+
+def cuda_identity() -> str:
+    """What tells the CUDA compiler that kernels are compiled with from others."""
+    compiler = find_compiler()
+    return "none" if compiler is None else compiler.identity
 
 
 @cache

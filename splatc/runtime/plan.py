@@ -8,65 +8,121 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from splatc.codegen.tables import Tables
-
-ITEM_TILES = 0.4  # what starting a row tile costs, in tiles
+from splatc.codegen.costs import STARTING_TILES
+from splatc.codegen.tables import Int32, Tables, Words
+from splatc.errors import VerifyError
+from splatc.ir.program import GATHERED
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel call: the arrays of the kernel ABI (codegen/tables.py), for all heads.
+    """One kernel call: the arrays of the kernel ABI (codegen/tables.py), for all heads that take part in it.
 
-    work: int32 (w, 2) head, item. cost: of each of its rows, in tiles.
+    merge: whether it starts from the (O, LSE) in memory. work: int32 (w, 2) head, item; cost: of each row, in tiles.
     """
 
-    work: NDArray[np.int32]
-    items: NDArray[np.int32]
-    entries: NDArray[np.int32]
-    views: NDArray[np.int32]
-    bits: NDArray[np.uint32]
+    merge: bool
+    work: Int32
+    items: Int32
+    entries: Int32
+    row_views: Int32
+    col_views: Int32
+    bits: Words
+    gather: Int32
+    positions: Int32
     cost: NDArray[np.float64]
 
-    def chunks(self, batch: int, workers: int) -> NDArray[np.int32]:
+    @property
+    def views(self) -> Int32:
+        """The row views, then the column views: one table, for kernels that read ``joined_entries``."""
+        return np.concatenate([self.row_views, self.col_views])
+
+    @property
+    def joined_entries(self) -> Int32:
+        """The entries with column views numbered as in ``views``."""
+        entries: Int32 = self.entries.copy()
+        entries[:, 5] += len(self.row_views)
+        return entries
+
+    def chunks(self, batch: int, workers: int) -> Int32:
         """Bounds of ``workers`` consecutive shares of the batch * len(work) flat work indices, of equal cost."""
         ends = np.concatenate([[0.0], np.cumsum(self.cost)])
         share = np.arange(1, workers) * (ends[-1] * batch / workers)
         whole, rest = np.divmod(share, ends[-1])
         inner = whole * len(self.work) + np.searchsorted(ends, rest)
-        return np.concatenate([[0], inner, [batch * len(self.work)]]).astype(np.int32)
+        bounds: Int32 = np.concatenate([[0], inner, [batch * len(self.work)]]).astype(np.int32)
+        return bounds
 
 
-def launches(tables: list[tuple[Tables, ...]], pattern_of_head: list[int]) -> list[Launch]:
-    """The launches of a plan, one a pass: ``tables[p]`` are the passes of pattern p, heads name their pattern."""
-    passes = max(len(t) for t in tables)
-    return [_launch([t[i] if i < len(t) else None for t in tables], pattern_of_head) for i in range(passes)]
+def launches(tables: list[tuple[Tables, ...]], pattern_of_head: list[int], max_row_views: int | None = None,
+             max_col_views: int | None = None) -> list[Launch]:  # fmt: skip
+    """The launches of a plan, pass after pass: ``tables[p]`` are the passes of pattern p, heads name their pattern.
+
+    A pass is one launch, or several of different heads if a kernel has fewer views than the patterns need together.
+    """
+    used = sorted(set(pattern_of_head))
+    out = []
+    for i in range(max(len(tables[p]) for p in used)):
+        groups: list[_Group] = []
+        for p in used:
+            if len(tables[p]) > i and not any(group.add(p, tables[p][i]) for group in groups):
+                groups.append(_Group(max_row_views, max_col_views))
+                if not groups[-1].add(p, tables[p][i]):
+                    raise VerifyError("one pass of a pattern has more views than its kernel; please report this mask")
+        out += [group.launch(pattern_of_head, merge=i > 0) for group in groups]
+    return out
 
 
-def _launch(tables: list[Tables | None], pattern_of_head: list[int]) -> Launch:
-    items: list[Any] = []
-    entries: list[Any] = []
-    views: list[Any] = []
-    bits: list[Any] = []
-    first_item: dict[int, int] = {}
-    offset = np.zeros(4, np.int32)  # items, entries, views and bits so far
-    for p, t in enumerate(tables):
-        if t is None or p not in pattern_of_head:
-            continue
-        item, entry = t.items.copy(), t.entries.copy()
-        item[:, 3] += offset[1]
-        item[:, 5] += offset[2]
-        entry[:, 5] += offset[2]
-        entry[:, 4] += np.where(entry[:, 4] > 0, offset[3], 0)
-        first_item[p] = int(offset[0])
-        for parts, part in zip((items, entries, views, bits), (item, entry, t.views, t.bits), strict=True):
-            parts.append(part)
-        offset += [len(item), len(entry), len(t.views), len(t.bits)]
-    item = np.concatenate(items)
-    work = []
-    for head, p in enumerate(pattern_of_head):
-        if (t := tables[p]) is not None:
-            numbers = first_item[p] + np.arange(len(t.items))
-            work.append(np.stack([np.full_like(numbers, head), numbers], axis=1))
-    rows = np.concatenate(work).astype(np.int32)
-    cost = item[rows[:, 1], 6] + ITEM_TILES
-    return Launch(rows, item, np.concatenate(entries), np.concatenate(views), np.concatenate(bits), cost)
+class _Group:
+    """Patterns whose tables share one launch, and the views that they share."""
+
+    def __init__(self, max_row_views: int | None, max_col_views: int | None) -> None:
+        self.limits = max_row_views, max_col_views
+        self.views: tuple[dict[tuple[int, ...], int], ...] = ({}, {})  # rows', columns': number of each view
+        self.tables: dict[int, Tables] = {}
+
+    def add(self, pattern: int, tables: Tables) -> bool:
+        """Take the tables in, unless that makes too many views."""
+        both = tuple(
+            {view: i for i, view in enumerate(dict.fromkeys([*known, *_rows(mine)]))}
+            for known, mine in zip(self.views, (tables.row_views, tables.col_views), strict=True)
+        )
+        if any(limit is not None and len(views) > limit for views, limit in zip(both, self.limits, strict=True)):
+            return False
+        self.views = both
+        self.tables[pattern] = tables
+        return True
+
+    def launch(self, pattern_of_head: list[int], merge: bool) -> Launch:
+        """The launch of those heads that have one of the patterns."""
+        parts: dict[str, list[Any]] = {name: [] for name in ("items", "entries", "bits", "gather", "positions")}
+        first_item: dict[int, int] = {}
+        for p, t in self.tables.items():
+            size = {name: sum(map(len, arrays)) for name, arrays in parts.items()}
+            first_item[p] = size["items"]
+            item, entry = t.items.copy(), t.entries.copy()
+            gathered = entry[:, 5] == GATHERED
+            item[:, 3] += size["entries"]
+            item[:, 5] = self._numbers(0, t.row_views)[item[:, 5]]
+            entry[~gathered, 5] = self._numbers(1, t.col_views)[entry[~gathered, 5]]
+            entry[gathered, 0] += size["gather"]
+            entry[:, 4] += np.where(entry[:, 4] > 0, size["bits"], 0)
+            for name, array in zip(parts, (item, entry, t.bits, t.gather, t.positions), strict=True):
+                parts[name].append(array)
+        arrays = {name: np.concatenate(part) for name, part in parts.items()}
+        work = [self._work(head, p, first_item[p]) for head, p in enumerate(pattern_of_head) if p in self.tables]
+        rows = np.concatenate(work).astype(np.int32)
+        row_views, col_views = (np.array(list(views), np.int32) for views in self.views)
+        return Launch(merge=merge, work=rows, **arrays, row_views=row_views, col_views=col_views,
+                      cost=arrays["items"][rows[:, 1], 6] + STARTING_TILES)  # fmt: skip
+
+    def _numbers(self, side: int, views: Int32) -> Int32:
+        return np.array([self.views[side][view] for view in _rows(views)], np.int32)
+
+    def _work(self, head: int, pattern: int, first: int) -> NDArray[np.int64]:
+        numbers = first + np.arange(len(self.tables[pattern].items))
+        return np.stack([np.full_like(numbers, head), numbers], axis=1)
+
+
+def _rows(views: Int32) -> list[tuple[int, ...]]:
+    return [tuple(view) for view in views.tolist()]

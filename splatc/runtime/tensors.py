@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -104,6 +103,19 @@ def check_scale(scale: Any, head_dim: int) -> float:
     return value
 
 
+def check_softcap(softcap: Any) -> float:
+    """The cap of scores: 0 for None, else a positive finite number."""
+    if softcap is None:
+        return 0.0
+    try:
+        value = float(softcap)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"softcap is {repr(softcap)[:40]}: it must be a positive number, or None") from None
+    if not 0 < value <= MAX_SCALE:
+        raise InvalidInput(f"softcap is {value}: it must be positive and finite in float32, or None for no cap")
+    return value
+
+
 def check_gradients(*tensors: Any) -> None:
     """Refuse to drop gradients in silence."""
     if is_torch(tensors[0]) and any(t.requires_grad for t in tensors):
@@ -111,15 +123,6 @@ def check_gradients(*tensors: Any) -> None:
 
         if torch.is_grad_enabled():
             raise Unsupported("gradients are not computed yet: call under torch.no_grad() or pass detached tensors")
-
-
-def on_device(x: Any) -> AbstractContextManager[Any]:
-    """A context in which x's GPU is the current one (nothing for a tensor on the CPU)."""
-    if not is_torch(x) or x.device.type != "cuda":
-        return nullcontext()
-    import torch
-
-    return torch.cuda.device(x.device)  # type: ignore[no-untyped-call]
 
 
 def last_axis_contiguous(x: Any) -> Any:

@@ -1,0 +1,16 @@
+"""The GPU benchmarks: masked attention against what one would use instead, side by side in one process.
+
+cases     the masks, each as a pattern of splatc and as a FlexAttention mask_mod
+shapes    sizes of a call and its random tensors
+peers     the contestants: splatc, FlexAttention, SDPA, and other libraries where they are installed
+clock     time on the device: CUDA graphs over several input sets, between events
+check     a float64 reference on sampled rows, repeated runs bit by bit, memory
+measure   one case at one shape: all contestants, checked and timed in interleaved rounds
+host      what the CPU side costs: calls, compilation, new lengths, new processes
+suites    which cases at which shapes
+run       the suites in order, within a time budget
+results   the figures as JSON, saved as they come, merged
+targets   stated targets against the figures
+tables    the figures as tables, and what limits each
+plot      the figures as a picture
+"""

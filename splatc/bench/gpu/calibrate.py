@@ -1,0 +1,287 @@
+"""``splatc tune --calibrate``: what the parts of the Hopper kernel cost on the GPU here, fitted to measured calls.
+
+The fitted masks keep all multiprocessors equally busy to the end: equal row tiles, in whole waves. A call then takes
+launch + (item * row tiles + tile * column tiles + bits * those with bits) / multiprocessors, which is linear in what is
+sought. Masks whose rows differ are measured too, to see how the cost model does on what it was not fitted to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import splatc
+from splatc import patterns as P
+from splatc.bench.gpu.clock import GraphClock
+from splatc.bench.gpu.machine import ceilings, describe
+from splatc.bench.gpu.tune import PREPARATIONS, Sizes, Tell, contestant, multiprocessors, predict, told
+from splatc.bench.timing import interleave
+from splatc.codegen.costs import Costs, costs_of
+from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.kernel import ALL_TILES, KernelSpec, kernel_spec, tile_shapes
+from splatc.codegen.target import Target
+from splatc.patterns.base import Pattern
+from splatc.runtime.attention import Plan
+from splatc.runtime.work import finish, work_of
+
+HEAD_DIMS = (64, 128, 256)
+DTYPE = "bfloat16"
+HOPPER = Target("cuda", "sm_90a")
+LENGTH = 6144  # a multiple of all tiles and blocks
+BLOCKS = (384, 768, 1536)  # multiples of all tiles
+HOLES = 96  # every so many diagonals one is missing, so that every tile has bits
+LONG_ROW = 512  # column tiles of the row that is put together from parts
+SECONDS = 10.0  # of timing a head_dim, unless 3 rounds take longer
+
+Kernel = tuple[int, int, int]  # head_dim, tile_m, tile_n
+Timed = tuple["Case", Plan, float]  # microseconds
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mask to time with a kernel. role: "fit"; "check": compared only; "combine": a row in parts."""
+
+    name: str
+    kernel: Kernel
+    pattern: Pattern
+    sizes: Sizes
+    role: str = "fit"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A call of equal row tiles. tiles: all column tiles; bits: those with mask bits; workers: multiprocessors busy."""
+
+    name: str
+    kernel: Kernel
+    launches: int
+    rows: int
+    tiles: int
+    bits: int
+    workers: int
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Microseconds. launch: of the device; kernels: (tile, bits, item) of one multiprocessor (see codegen/costs.py)."""
+
+    launch: float
+    kernels: Mapping[Kernel, tuple[float, float, float]]
+
+    def predict(self, one: Observed) -> float:
+        """Microseconds of an observed call."""
+        tile, bits, item = self.kernels[one.kernel]
+        return self.launch * one.launches + (tile * one.tiles + bits * one.bits + item * one.rows) / one.workers
+
+    def costs(self, kernel: Kernel, combine: float, workers: int) -> Costs:
+        """The constants of a kernel as the cost model takes them."""
+        tile, bits, item = self.kernels[kernel]
+        return Costs(tile, bits, item, self.launch, combine, math.inf, workers, "this run")
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A measured call and what the fitted constants say of it."""
+
+    kernel: Kernel
+    name: str
+    fitted: bool
+    measured_us: float
+    predicted_us: float
+
+    @property
+    def gap(self) -> float:
+        """Prediction over measurement, less one."""
+        return self.predicted_us / self.measured_us - 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """costs: the content of costs.json. residuals: of every case."""
+
+    costs: dict[str, Any]
+    residuals: list[Residual]
+
+
+# -- what to measure ---------------------------------------------------------------------------------------------------
+
+
+def kernels() -> list[KernelSpec]:
+    """One spec of each kernel that the cost model has to tell apart."""
+    return [_spec(d, *tile) for d in HEAD_DIMS for tile in tile_shapes(kernel_spec(d, None, DTYPE, HOPPER))]
+
+
+def _spec(head_dim: int, tile_m: int, tile_n: int) -> KernelSpec:
+    return kernel_spec(head_dim, None, DTYPE, HOPPER, tile=(tile_m, tile_n))
+
+
+def cases(spec: KernelSpec, workers: int) -> list[Case]:
+    """What to time with a kernel on a GPU of so many multiprocessors."""
+    kernel = spec.head_dim, spec.tile_m, spec.tile_n
+    heads = whole_waves(workers)
+
+    def case(name: str, pattern: Pattern, q_len: int = LENGTH, kv_len: int = LENGTH, heads: int = heads,
+             role: str = "fit") -> Case:  # fmt: skip
+        sizes = Sizes(q_len, kv_len, spec.head_dim, spec.head_dim, heads=heads, kv_heads=heads, dtype=DTYPE)
+        return Case(name, kernel, pattern, sizes, role)
+
+    holes = ~P.strided(HOLES)
+    return [
+        case("one tile", P.full(), spec.tile_m, spec.tile_n, 1),
+        *(case(f"blocks of {b}", P.blocked(b)) for b in BLOCKS),
+        case("full", P.full()),
+        *(case(f"blocks of {b}, bits", P.blocked(b) & holes) for b in BLOCKS[:2]),
+        case("causal", P.causal(), role="check"),
+        case("window of 1024", P.window(512, 512), role="check"),
+        case("a long row", P.full(), spec.tile_m, LONG_ROW * spec.tile_n, 1, "combine"),
+    ]
+
+
+def whole_waves(workers: int) -> int:
+    """The fewest heads for which row tiles of every height come in multiples of the multiprocessors."""
+    rows = {LENGTH // m for m, _ in ALL_TILES["hopper"]}
+    return math.lcm(*(workers // math.gcd(workers, n) for n in rows))
+
+
+def steps(workers: int, rounds: int) -> int:
+    """How often ``calibrate`` tells a step, at most."""
+    return (PREPARATIONS + rounds) * sum(len(cases(spec, workers)) for spec in kernels())
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def calibrate(command: Sequence[str], rounds: int, tell: Tell) -> Calibration:
+    """The costs of all kernels on the GPU here. command: what asked for them."""
+    import torch
+
+    workers = multiprocessors("cuda")
+    every = [case for spec in kernels() for case in cases(spec, workers)]
+    timed: list[Timed] = []
+    for head_dim in HEAD_DIMS:
+        timed += _time([case for case in every if case.kernel[0] == head_dim], rounds, tell)
+        torch.cuda.empty_cache()
+    bandwidth = ceilings("cuda")["copy_tb_s"] * 1e3
+    return conclude(timed, workers, bandwidth, describe(command, "cuda"))
+
+
+def _time(mine: Sequence[Case], rounds: int, tell: Tell) -> list[Timed]:
+    """Cases timed in turn."""
+    import torch
+
+    clock = GraphClock()
+    inputs: dict[Sizes, list[Any]] = {}
+    plans, samplers = {}, {}
+    with torch.no_grad():
+        for case in mine:
+            label, sizes = f"{case.name}, {case.kernel}", case.sizes
+            tell(f"compile {label}")
+            compiled = splatc.compile(case.pattern, seq_len=sizes.q_len, kv_len=sizes.kv_len, head_dim=sizes.head_dim,
+                                      dtype=sizes.dtype, target="cuda", tile=case.kernel[1:])  # fmt: skip
+            if sizes not in inputs:
+                inputs[sizes] = sizes.input_sets("cuda")
+            tell(f"prepare {label}")
+            plans[label] = compiled.plan()
+            samplers[label] = told(f"time {label}", clock.prepare(contestant(compiled), inputs[sizes]), tell)
+        timings = interleave(samplers, rounds, SECONDS)
+    return [(case, plan, timing.median * 1e6)
+            for case, plan, timing in zip(mine, plans.values(), timings.values(), strict=True)]  # fmt: skip
+
+
+# -- concluding --------------------------------------------------------------------------------------------------------
+
+
+def conclude(timed: Sequence[Timed], workers: int, bandwidth: float,
+             about: Mapping[str, Any]) -> Calibration:  # fmt: skip
+    """The calibration of timed cases (microseconds each). bandwidth: GB/s; about: as machine.describe gives it."""
+    observed = [observe(case, plan, us, workers) for case, plan, us in timed if case.role == "fit"]
+    found = fit(observed)
+    combine = [combine_cost(case, plan, us, found, workers) for case, plan, us in timed if case.role == "combine"]
+    known = [us for us in combine if us is not None]
+    combined = float(np.median(known)) if known else costs_of(kernels()[0]).combine
+    residuals = [Residual(one.kernel, one.name, True, one.microseconds, found.predict(one)) for one in observed]
+    residuals += [
+        Residual(case.kernel, case.name, False, us,
+                 predict(plan, case.sizes, found.costs(case.kernel, combined, workers)))
+        for case, plan, us in timed if case.role != "fit"
+    ]  # fmt: skip
+    return Calibration(to_json(found, combined, workers, bandwidth, about), residuals)
+
+
+def observe(case: Case, plan: Plan, microseconds: float, workers: int) -> Observed:
+    """A timed case by the numbers of its tables."""
+    passes, heads = plan.tables[0], case.sizes.heads
+    rows = heads * sum(len(t.items) for t in passes)
+    return Observed(case.name, case.kernel, len(passes), rows, heads * sum(t.tiles for t in passes),
+                    heads * sum(t.bit_tiles for t in passes), min(workers, rows), microseconds)  # fmt: skip
+
+
+def fit(observed: Sequence[Observed]) -> Fit:
+    """The constants, none below 0, with the least squares of relative gaps.
+
+    Raises ValueError if the observations do not determine them.
+    """
+    names = list(dict.fromkeys(one.kernel for one in observed))
+    design = np.zeros((len(observed), 1 + 3 * len(names)))
+    for row, one in zip(design, observed, strict=True):
+        first = 1 + 3 * names.index(one.kernel)
+        row[0] = one.launches
+        row[first : first + 3] = np.array([one.tiles, one.bits, one.rows]) / one.workers
+        row /= one.microseconds
+    found = least_squares(design, np.ones(len(observed)))
+    per_kernel = found[1:].reshape(-1, 3).tolist()
+    return Fit(float(found[0]), {name: (t, b, i) for name, (t, b, i) in zip(names, per_kernel, strict=True)})
+
+
+def least_squares(design: Floats, wanted: Floats) -> Floats:
+    """x >= 0 of the least ||design @ x - wanted||; an x that no equation has is 0.
+
+    What comes out negative is set to 0, the worst first: enough for a few constants that are positive but for noise.
+    """
+    free: NDArray[np.bool_] = np.asarray(design.any(0))
+    while True:
+        x = np.zeros(design.shape[1])
+        x[free], _, rank, _ = np.linalg.lstsq(design[:, free], wanted, rcond=None)
+        if rank < free.sum():
+            raise ValueError(f"{len(wanted)} measurements of rank {rank} do not determine {free.sum()} constants")
+        if (x >= 0).all():
+            return x
+        free[x.argmin()] = False
+
+
+def combine_cost(case: Case, plan: Plan, microseconds: float, found: Fit, workers: int) -> float | None:
+    """What putting rows together adds to a call, by a call that does; None if its rows stay whole."""
+    costs = found.costs(case.kernel, 0.0, workers)
+    end = combines = 0.0
+    for launch in plan.launches(case.sizes.heads, *MAX_VIEWS):
+        work = work_of(launch, case.sizes.batch, costs_of(plan.spec, workers))  # cut as the call was: by earlier costs
+        pieces = costs.item + costs.tile * work.rows[:, 10] + costs.bits * work.rows[:, 11]
+        end += costs.launch + float(finish(pieces, workers).max())
+        combines += len(work.combine) > 0
+    return max(microseconds - end, 0.0) / combines if combines else None
+
+
+def to_json(found: Fit, combine: float, workers: int, bandwidth: float, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of costs.json. What a list of keys adds is not measured: the constant that is there stays."""
+    versions = about["versions"]
+    return {
+        "device": about["gpu"]["name"],
+        "date": about["date"][:10],
+        "versions": {name: versions[name] for name in ("splatc", "torch", "cuda", "driver") if name in versions},
+        "multiprocessors": workers,
+        "bandwidth_gb_s": round(bandwidth),
+        "launch_us": round(found.launch, 2),
+        "combine_us": round(combine, 2),
+        "kernels": [
+            {"head_dim": d, "tile_m": m, "tile_n": n, "tile_us": round(tile, 4), "bits_us": round(bits, 4),
+             "gather_us": round(costs_of(_spec(d, m, n), workers).gather, 4), "item_us": round(item, 3)}
+            for (d, m, n), (tile, bits, item) in found.kernels.items()
+        ],
+    }  # fmt: skip

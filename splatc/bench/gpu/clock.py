@@ -1,0 +1,130 @@
+"""Time of one call. On a GPU: CUDA graphs of calls on different inputs, between events; on a CPU: the host's clock."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from splatc.bench.gpu.peers import Contestant
+
+Inputs = Sequence[tuple[Any, Any, Any]]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A contestant made ready. sample(): seconds of one call, measured afresh; how: what a sample is, in words.
+
+    eager_s: seconds of one call in a burst of plain calls, launch costs included where they do not hide.
+    """
+
+    sample: Callable[[], float]
+    how: str
+    eager_s: float | None = None
+
+
+class Clock(Protocol):
+    """Makes contestants ready for timing."""
+
+    def prepare(self, contestant: Contestant, inputs: Inputs) -> Timed:
+        """Warm the contestant up on the inputs. Raises what the contestant raises."""
+        ...
+
+
+class HostClock:
+    """For a CPU: one call on the next set of inputs."""
+
+    def prepare(self, contestant: Contestant, inputs: Inputs) -> Timed:
+        """See Clock."""
+        calls = 0
+
+        def sample() -> float:
+            nonlocal calls
+            given = inputs[calls % len(inputs)]
+            calls += 1
+            with contestant.context():
+                began = time.perf_counter()
+                contestant.call(*given)
+                return time.perf_counter() - began
+
+        sample()
+        return Timed(sample, "one call")
+
+
+GRAPH_S, SAMPLE_S, BURST_S = 6e-3, 4e-3, 10e-3  # aims: device time in a graph, in a sample, in a burst of eager calls
+GRAPH_CALLS, EAGER_CALLS = 6, 50  # at most
+
+
+class GraphClock:
+    """For a CUDA device: a graph of up to 6 calls, each on another set of inputs and with an output of its own.
+
+    A sample is one replay that is not timed and some that are. What cannot be captured is timed as a burst of calls.
+    """
+
+    def prepare(self, contestant: Contestant, inputs: Inputs) -> Timed:
+        """See Clock."""
+        import torch
+
+        with contestant.context():
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # capture runs on a side stream: libraries set themselves up for one
+                for given in inputs:
+                    contestant.call(*given)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            once = min(_burst(contestant, inputs, 2) for _ in range(2))
+            times = _between(BURST_S / once, 3, EAGER_CALLS)
+            eager = statistics.median(_burst(contestant, inputs, times) for _ in range(3))
+            calls = _between(GRAPH_S / once, 2, GRAPH_CALLS)
+            try:
+                graph, outputs = self._capture(contestant, inputs, calls)
+            except Exception as error:
+                torch.cuda.synchronize()
+                how = f"{times} calls in a burst, no graph: {type(error).__name__}"
+                return Timed(lambda: _burst(contestant, inputs, times), how, eager)
+        replays = _between(SAMPLE_S / (once * calls), 1, 50)
+
+        def sample() -> float:
+            assert inputs and outputs  # the graph reads and writes there: keep them
+            graph.replay()
+            return _elapsed(graph.replay, replays) / calls
+
+        return Timed(sample, f"graph of {calls} calls, {replays} replays", eager)
+
+    @staticmethod
+    def _capture(contestant: Contestant, inputs: Inputs, calls: int) -> tuple[Any, list[Any]]:
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = [contestant.call(*inputs[i % len(inputs)]) for i in range(calls)]
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph, outputs
+
+
+def _burst(contestant: Contestant, inputs: Inputs, times: int) -> float:
+    """Seconds a call of ``times`` calls in a row."""
+    calls = iter(range(times))
+    return _elapsed(lambda: contestant.call(*inputs[next(calls) % len(inputs)]), times)
+
+
+def _elapsed(function: Callable[[], Any], times: int) -> float:
+    """Seconds of device time for each of ``times`` calls of the function."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(times):
+        function()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / times
+
+
+def _between(value: float, least: int, most: int) -> int:
+    return max(least, min(most, math.ceil(value)))

@@ -1,0 +1,87 @@
+"""Which cases are measured at which shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from splatc.bench.gpu.cases import Case, causal_window, neighborhood_2d, seventeen
+from splatc.bench.gpu.measure import Job
+from splatc.bench.gpu.peers import PACKAGES
+from splatc.bench.gpu.shapes import Shape
+
+SUITES = ("dense", "patterns", "shapes", "growth", "host", "checks")  # in the order in which they run
+HEAD_DIMS = (64, 128)
+LENGTH = 8192
+GROWTH = tuple(1 << n for n in range(12, 19))  # 4K to 256K
+MILLION = 1 << 20
+ODD_LENGTHS = (1, 17, 127, 1000, 8191, 8192)
+CHECK_DIMS, CHECK_DTYPES = (64, 128, 256), ("bfloat16", "float16")
+QUICK_CASES = ("full", "causal", "win_pm256", "strided64", "st_fixed128_16", "longformer")
+PEERS = ("flex", "cudnn", "flash", "masked", *PACKAGES)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of the suites to run. quick: few cases. length, heads: of all but growth and the long context."""
+
+    dtype: str = "bfloat16"
+    head_dims: tuple[int, ...] = HEAD_DIMS
+    quick: bool = False
+    length: int = LENGTH
+    heads: int = 16
+    repeats: int = 50  # runs compared bit by bit
+
+    @staticmethod
+    def small(dtype: str = "bfloat16", head_dims: tuple[int, ...] = HEAD_DIMS) -> Choice:
+        """Small sizes, for which no target is stated."""
+        return Choice(dtype, head_dims, quick=True, length=2048, heads=4, repeats=5)
+
+
+def jobs(suite: str, choice: Choice) -> list[Job]:
+    """The timed jobs of "dense", "patterns", "shapes" or "growth"."""
+    return list({"dense": _dense, "patterns": _patterns, "shapes": _shapes, "growth": _growth}[suite](choice))
+
+
+def _shape(choice: Choice, length: int, head_dim: int) -> Shape:
+    return Shape(length, head_dim, 1, choice.heads, choice.heads, choice.dtype)
+
+
+def _dense(choice: Choice) -> Iterator[Job]:
+    for head_dim in choice.head_dims:
+        for length in (choice.length, 2 * choice.length):
+            for name in ("full", "causal"):
+                shape = _shape(choice, length, head_dim)
+                yield Job("dense", seventeen(length)[name], shape, ("cudnn", "flash", *PACKAGES), choice.repeats)
+
+
+def _patterns(choice: Choice) -> Iterator[Job]:
+    # Head dims inside: the matrices and block masks of a case are made once.
+    for case in seventeen(choice.length).values():
+        if not choice.quick or case.name in QUICK_CASES:
+            for head_dim in choice.head_dims:
+                yield Job("patterns", case, _shape(choice, choice.length, head_dim), PEERS, choice.repeats)
+
+
+def _shapes(choice: Choice) -> Iterator[Job]:
+    for head_dim in choice.head_dims:
+        case = neighborhood_2d(choice.length)
+        yield Job("shapes", case, _shape(choice, choice.length, head_dim), ("flex", "masked", "natten"), choice.repeats)
+    length, heads, kv_heads = (2 * choice.length, 8, 2) if choice.quick else (32768, 64, 8)
+    if 128 in choice.head_dims:
+        shape = Shape(length, 128, 1, heads, kv_heads, choice.dtype)
+        yield Job("shapes", causal_window(1024), shape, ("flex", *PACKAGES), min(choice.repeats, 10))
+
+
+def _growth(choice: Choice) -> Iterator[Job]:
+    lengths: Sequence[int] = (choice.length, 2 * choice.length) if choice.quick else (*GROWTH, MILLION)
+    head_dim = max(choice.head_dims)
+    for name in ("win_pm256", "strided64"):
+        for length in lengths:
+            yield Job("growth", seventeen(length)[name], _shape(choice, length, head_dim), (), 3)
+
+
+def checked_cases(length: int, quick: bool) -> list[Case]:
+    """The masks whose results are checked at odd lengths."""
+    cases = [*seventeen(length).values(), neighborhood_2d(length)]
+    return [case for case in cases if not quick or case.name in QUICK_CASES]

@@ -1,0 +1,76 @@
+"""What the parts of a kernel cost, measured once on a device (`splatc tune --calibrate`) and kept in costs.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from splatc.codegen.kernel import KernelSpec
+
+FILE = Path(__file__).with_name("costs.json")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Microseconds, of one multiprocessor (a CPU core) unless said.
+
+    tile: a full column tile of a row tile; bits: more for a tile with mask bits; gather: more for a tile that
+    is a list of keys; item: to start and finish a row tile.
+    launch: of the whole device, from start to end of a kernel that does nothing; combine: putting split rows together.
+    bandwidth: bytes a microsecond of device memory. workers: multiprocessors (cores). source: where and when measured.
+    """
+
+    tile: float
+    bits: float
+    item: float
+    launch: float
+    combine: float
+    bandwidth: float
+    workers: int
+    source: str
+    gather: float = 0.0
+
+
+# Sustained rates of the tile loops, a multiply-add counted as two operations (docs/performance.md). CPU: a Zen 4 core;
+# portable CUDA: an H200.
+CPU_CORE_FLOPS = 90e9
+PORTABLE_FLOPS = 18e12
+STARTING_TILES = 0.4  # what starting a row tile costs these two kernels, in tiles
+
+
+def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
+    """The costs of a kernel; ``workers`` defaults to the calibrated device's (one, for a CPU).
+
+    A Hopper kernel that was not measured is scaled, by its multiply-adds, from the one of the nearest head_dim.
+    """
+    table = _table()
+    if spec.kernel != "hopper":
+        workers = workers or (1 if spec.kernel == "cpu" else table["multiprocessors"])
+        rate = CPU_CORE_FLOPS if spec.kernel == "cpu" else PORTABLE_FLOPS / workers
+        tile = _operations(spec.tile_m, spec.tile_n, spec.head_dim, spec.v_head_dim) / rate * 1e6
+        return Costs(tile, 0.0, STARTING_TILES * tile, 0.0, 0.0, float("inf"), workers, "fixed rates")
+    head_dim = (spec.head_dim + spec.v_head_dim) / 2
+
+    def distance(kernel: dict[str, Any]) -> tuple[float, ...]:
+        rows, columns = abs(kernel["tile_m"] - spec.tile_m), abs(kernel["tile_n"] - spec.tile_n)
+        return abs(kernel["head_dim"] - head_dim), -kernel["head_dim"], rows > 0, columns
+
+    near = min(table["kernels"], key=distance)
+    scale = _operations(spec.tile_m, spec.tile_n, head_dim, head_dim) / _operations(
+        near["tile_m"], near["tile_n"], near["head_dim"], near["head_dim"])  # fmt: skip
+    return Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
+                 table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
+                 f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip
+
+
+def _operations(tile_m: int, tile_n: int, head_dim: float, v_head_dim: float) -> float:
+    return 2 * tile_m * tile_n * (head_dim + v_head_dim)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(FILE.read_text())
+    return table

@@ -1,0 +1,91 @@
+"""What all threads of a block share: parameters, tables, places, shared memory, rings."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.hopper.copies import Maps, Rows
+from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, named, when
+from splatc.codegen.hopper.ring import Ring
+from splatc.codegen.hopper.shape import MAX_VIEWS, Shape
+
+# A row tile in the work table, and what of it the producer tells consumers beside its Q stage: int32 words.
+BATCH, HEAD, ITEM, PART, X1, X2, X3, FIRST, ENTRIES, VIEW, TILES, MASKED = range(12)
+MESSAGE = 12
+
+
+class Arguments:
+    """The kernel's parameters (docs/architecture.md says what each holds)."""
+
+    def __init__(self, s: Shape) -> None:
+        rows, cols = MAX_VIEWS
+        self.q, self.o = Maps("q", rows), Maps("o", rows)
+        self.k, self.v = Maps("k", cols), Maps("v", cols)
+        self.part = Maps("part", 1)
+        self.o_steps = [[int_arg(f"o_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(rows)]
+        names = ("total", "blocks", "heads", "group", "q_len", "merge")
+        self.total, self.blocks, self.heads, self.group, self.q_len, self.merge = map(int_arg, names)
+        self.scale = I.arg("scale", I.float32())
+        self.cap = I.arg("cap", I.float32())
+        self.lse = table("lse", "float32", 1)
+        self.part_lse = table("part_lse", "float32", 1)
+        self.work = table("work", "int32", MESSAGE)
+        self.entries = table("entries", "int32", 8)
+        self.positions = table("positions", "int32", s.m)
+        self.bits = table("bits", "uint32", s.bits_bytes // 4)
+        if s.gather:
+            self.gather = table("gather", "int32", s.n)
+            self.k_rows, self.v_rows = Rows("k", s.half, s.d, self.k), Rows("v", s.half, s.dv, self.v)
+        self.counter = table("queue", "int32", 1)
+        for maps in (self.q, self.o, self.k, self.v, self.part):
+            maps.declare()
+
+
+def int_arg(name: str) -> Expr:
+    """An int32 parameter."""
+    return I.arg(name, I.int32())
+
+
+def table(name: str, dtype: str, width: int) -> Expr:
+    """A global array of rows ``width`` wide (flat for 1); its length is of no interest here."""
+    shape = (I.int32(),) if width == 1 else (I.int32(), width)
+    return named(name, I.match_buffer(I.arg(f"{name}_arg", I.handle()), shape, dtype, align=16 if width > 2 else 4))
+
+
+class Block:
+    """What all threads of a block share: their places, shared memory, rings."""
+
+    def __init__(self, s: Shape, a: Arguments) -> None:
+        self.s, self.a = s, a
+        self.index = I.cta_id([a.blocks])
+        self.warpgroup = I.warpgroup_id([s.warpgroups + 1])
+        self.warp = I.warp_id_in_wg([4])
+        self.lane = I.lane_id([32])
+        self.thread = I.thread_id([s.threads])
+        pool = T.SMEMPool()
+        self.q = pool.alloc((s.q_stages * s.q_slot // 2,), s.half, align=1024)
+        self.k = pool.alloc((s.stages * s.k_bytes // 2,), s.half, align=1024)
+        self.v = pool.alloc((s.stages * s.v_bytes // 2,), s.half, align=1024)
+        self.bits = pool.alloc((s.stages * s.bits_bytes // 4,), "uint32", align=128)
+        self.next_row = pool.alloc((1,), "int32", align=16)  # between the producer's threads
+        self.messages = pool.alloc((s.q_stages * MESSAGE,), "int32", align=16)
+        warps = 4 * s.warpgroups
+        self.q_ring = Ring(pool, s.q_stages, readers=s.warpgroups)
+        self.k_ring = Ring(pool, s.stages, readers=warps, writers=s.writers)
+        self.v_ring = Ring(pool, s.stages, readers=warps, writers=s.writers)
+        self.old_ring = Ring(pool, s.warpgroups, readers=1)  # the earlier pass's output, one stage a warpgroup
+        pool.commit()
+        self.smem_bytes = pool.max_offset
+
+    def start(self) -> None:
+        """Set up the barriers; then wait for the kernels before, whose end this launch need not have waited for."""
+        with when(T.EQ(self.thread, 0)):
+            for maps in (self.a.q, self.a.k, self.a.v, self.a.o):
+                maps.prefetch()
+            for ring in (self.q_ring, self.k_ring, self.v_ring, self.old_ring):
+                ring.init()
+            do(T.ptx.fence.mbarrier_init.release.cluster())
+        do(T.cuda.cta_sync())
+        follow_kernels_before()

@@ -1,0 +1,269 @@
+"""A consumer warpgroup: scores, softmax and output of 64 query rows of every row tile."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, MESSAGE, PART, TILES, VIEW, X1, X2, X3, Block
+from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
+from splatc.codegen.hopper.epilogue import merge_weights, stage_output
+from splatc.codegen.hopper.products import Output, Scores, at_stage, descriptor, wait_products
+from splatc.codegen.hopper.ring import Cursor, Ring
+from splatc.codegen.hopper.shape import CHUNK, WARPGROUP_ROWS
+from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_scores
+
+# Named barriers: 1.. for turns of the warpgroups, 8.. for each warpgroup's own.
+TURN, OWN = 1, 8
+
+
+class Consumer:
+    """A warpgroup that computes 64 rows of every row tile."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.s, self.a = block, block.s, block.a
+
+    def run(self) -> None:
+        b, s, a = self.block, self.s, self.a
+        do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
+        self.me = let("consumer", b.warpgroup - 1)
+        self.leader = T.And(T.EQ(b.warp, 0), T.EQ(b.lane, 0))
+        self.scores = Scores(s.half, s.d, s.n, s.m)
+        self.out = Output(s.half, s.dv, s.n)
+        self.words = registers("mask", s.bit_words, "uint32")
+        self.softmax = Softmax(self.scores.count, a.cap if s.softcap else a.scale)
+        self.inverse, self.lse, self.old_lse, self.old_weight = (
+            registers(name, 2) for name in ("inverse", "row_lse", "old_lse", "old_weight"))  # fmt: skip
+        self.q_base = descriptor("q_desc", b.q, self.me * (WARPGROUP_ROWS * CHUNK), 1)
+        self.k_base = descriptor("k_desc", b.k, 0, 1)
+        self.v_base = descriptor("v_desc", b.v, 0, s.n * CHUNK * 2 // 16)
+        self.q_at, self.k_at, self.v_at = (
+            ring.consumer(name) for ring, name in ((b.q_ring, "q"), (b.k_ring, "k"), (b.v_ring, "v")))  # fmt: skip
+        self.old_phase = Cell("old_phase", 0)
+        self.unreleased = Cell("unreleased", 0)  # whether the last row tile's Q stage is still being stored from
+        self.first_turn()
+        b.q_ring.wait_full(self.q_at)
+        tiles = Cell("tiles", b.messages[TILES])
+        with I.While(tiles() > 0):
+            self.row_tile(tiles())
+            b.q_ring.wait_full(self.q_at)
+            tiles.set(b.messages[self.q_at.stage() * MESSAGE + TILES])
+        wait_stores()
+
+    # -- turns: one warpgroup at a time issues its products ------------------------------------------------------------
+
+    def first_turn(self) -> None:
+        if self.s.turns:
+            with when(T.EQ(self.me, self.s.warpgroups - 1)):
+                do(T.ptx.bar.arrive(T.uint32(TURN), T.uint32(256)))
+
+    def wait_turn(self) -> None:
+        if self.s.turns:
+            do(T.ptx.bar.sync(T.uint32(TURN) + T.cast(self.me, "uint32"), T.uint32(256)))
+
+    def pass_turn(self) -> None:
+        if self.s.turns:
+            last = T.EQ(self.me, self.s.warpgroups - 1)
+            do(T.ptx.bar.arrive(T.Select(last, T.uint32(TURN), T.cast(self.me, "uint32") + T.uint32(TURN + 1)),
+                                T.uint32(256)))  # fmt: skip
+
+    # -- a row tile ----------------------------------------------------------------------------------------------------
+
+    def row_tile(self, tiles: Expr) -> None:
+        b, s = self.block, self.s
+        self.message = let("message", self.q_at.stage() * MESSAGE)
+        self.find_rows()
+        q = at_stage("q_now", self.q_base, self.q_at.stage(), s.q_slot)
+        self.out.clear()
+        masked = let("masked", b.messages[self.message + MASKED])  # tiles with mask bits: they come first
+        self.first_tile(q, masked)
+        with loop(masked - 1):
+            self.next_tile(q, masked=True)
+        with loop(tiles - T.max(masked, 1)):
+            self.next_tile(q, masked=False)
+        self.read_message()
+        self.begin_merge()
+        self.last_values()
+        self.finish()
+        self.q_at.advance()
+
+    def first_tile(self, q: Expr, masked: Expr) -> None:
+        """S of the first tile and its softmax; nothing to overlap with yet."""
+        b = self.block
+        b.k_ring.wait_full(self.k_at)
+        self.scores.issue(q, at_stage("k_now", self.k_base, self.k_at.stage(), self.s.k_bytes))
+        with when(masked > 0):
+            self.read_bits()
+        wait_products(0)
+        self.scores.fence()
+        self.leave(b.k_ring, self.k_at)
+        self.release_last_slot()
+        self.cap()
+        with when(masked > 0):
+            self.mask()
+        self.softmax.first(self.scores.s)
+        self.out.take(self.scores.s)
+
+    def next_tile(self, q: Expr, masked: bool) -> None:
+        """S of a tile and O += P V of the one before, both in flight during the softmax."""
+        b, s = self.block, self.s
+        b.k_ring.wait_full(self.k_at)
+        self.wait_turn()
+        self.scores.issue(q, at_stage("k_now", self.k_base, self.k_at.stage(), s.k_bytes))
+        b.v_ring.wait_full(self.v_at)
+        self.out.issue(at_stage("v_now", self.v_base, self.v_at.stage(), s.v_bytes))
+        self.pass_turn()
+        if masked:
+            self.read_bits()
+        wait_products(1)
+        self.scores.fence()
+        self.leave(b.k_ring, self.k_at)
+        self.cap()
+        if masked:
+            self.mask()
+        self.softmax.next(self.scores.s)
+        wait_products(0)
+        self.out.fence()
+        self.scores.fence()
+        self.leave(b.v_ring, self.v_at)
+        self.out.take(self.scores.s)
+        self.out.scale(self.softmax.shrink)
+
+    def last_values(self) -> None:
+        """O += P V of the last tile."""
+        b = self.block
+        b.v_ring.wait_full(self.v_at)
+        self.out.issue(at_stage("v_now", self.v_base, self.v_at.stage(), self.s.v_bytes))
+        wait_products(0)
+        self.out.fence()
+        self.leave(b.v_ring, self.v_at)
+
+    def leave(self, ring: Ring, at: Cursor) -> None:
+        """Release a stage, one arrival a warp, and go on."""
+        ring.release(at.stage(), only=T.EQ(self.block.lane, 0))
+        at.advance()
+
+    def read_bits(self) -> None:
+        """Fetch this thread's mask bits of the K stage's tile."""
+        b, words = self.block, self.s.bit_words
+        thread = self.me * 128 + b.warp * 32 + b.lane
+        at = let("bits_at", self.k_at.stage() * (self.s.bits_bytes // 4) + thread * words)
+        for w in range(words):
+            store(self.words, w, b.bits[at + w])
+
+    def cap(self) -> None:
+        """Softcap, where the kernel has it."""
+        if self.s.softcap:
+            cap_scores(self.scores.s, self.scores.count, self.a.scale / self.a.cap)
+
+    def mask(self) -> None:
+        mask_scores(self.scores.s, self.scores.count, self.words)
+
+    # -- its end -------------------------------------------------------------------------------------------------------
+
+    def find_rows(self) -> None:
+        """Sequence positions of this thread's two rows: asked for early, needed at the end."""
+        b, a = self.block, self.a
+        item = b.messages[self.message + ITEM]
+        self.row = let("row", self.me * WARPGROUP_ROWS + b.warp * 16 + b.lane // 4)
+        self.position = [let(f"position{r}", a.positions[item, self.row + 8 * r]) for r in range(2)]
+
+    def read_message(self) -> None:
+        """Whose rows these are, and where: read late, to spare registers."""
+        words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
+        self.batch, self.head, self.part, self.view, *self.x = (
+            let(name, self.block.messages[self.message + word]) for name, word in words)  # fmt: skip
+
+    def row_of_lse(self) -> Expr:
+        """Index of (batch, head) in an array of all of them."""
+        return T.cast(self.batch * self.a.heads + self.head, "int64")
+
+    def box(self) -> Point:
+        """The warpgroup's 64 rows in the row view."""
+        first, second = self.a.o_steps
+        x1, x2, x3 = (x + self.me * T.if_then_else(T.EQ(self.view, 0), a, b)
+                      for x, a, b in zip(self.x, first, second, strict=True))  # fmt: skip
+        return Point(x1, x2, x3, self.batch, self.head)
+
+    def slot_base(self) -> Expr:
+        """Where the warpgroup's rows of the Q slot begin, in elements."""
+        return self.q_at.stage() * (self.s.q_slot // 2) + self.me * (WARPGROUP_ROWS * CHUNK)
+
+    def own_barrier(self) -> None:
+        """All threads of this warpgroup."""
+        do(T.ptx.bar.sync(T.uint32(OWN) + T.cast(self.me, "uint32"), T.uint32(128)))
+
+    def merging(self) -> Expr:
+        return T.And(self.a.merge != 0, T.EQ(self.part, 0))
+
+    def begin_merge(self) -> None:
+        """Fetch what an earlier pass left of these rows: O to the Q slot (Q is done with), LSE to registers."""
+        b, s = self.block, self.s
+        with when(self.merging()):
+            self.own_barrier()
+            with when(self.leader):
+                b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * 128 * s.dv_chunks))
+                load_tile(self.a.o, self.view, self.box(), b.q, self.slot_base(), s.dv_chunks, s.m,
+                          b.old_ring.full(self.me))  # fmt: skip
+            for r in range(2):
+                store(self.old_lse, r, T.float32(float("-inf")))
+                with when(self.position[r] >= 0):
+                    at = self.row_of_lse() * T.cast(self.a.q_len, "int64") + T.cast(self.position[r], "int64")
+                    store(self.old_lse, r, self.a.lse[at])
+
+    def finish(self) -> None:
+        """O and LSE of this warpgroup's rows to where they belong."""
+        b, s = self.block, self.s
+        self.softmax.finish(self.inverse, self.lse)
+        stage = (self.out, s.half, s.dv, self.inverse, b.q, self.slot_base(), s.m, b.warp, b.lane)
+        with I.If(self.merging()):
+            with I.Then():
+                merge_weights(self.inverse, self.lse, self.old_lse, self.old_weight)
+                do(T.cuda.mbarrier_wait(b.old_ring.full(self.me), self.old_phase()))
+                self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
+                stage_output(*stage, self.old_weight)
+            with I.Else():
+                stage_output(*stage)
+        do(T.ptx.fence.proxy.async_.shared__cta())
+        self.own_barrier()
+        with when(self.leader):
+            self.store_output()
+        with when(T.EQ(b.lane % 4, 0)):
+            self.store_lse()
+
+    def store_output(self) -> None:
+        b, s, a = self.block, self.s, self.a
+        with I.If(T.EQ(self.part, 0)):
+            with I.Then():
+                store_tile(a.o, self.view, self.box(), b.q, self.slot_base(), s.dv_chunks, s.m)
+            with I.Else():
+                row = (self.part - 1) * s.m + self.me * WARPGROUP_ROWS
+                at = Point(row, 0, 0, 0, 0)
+                store_tile(a.part, T.int32(0), at, b.q, self.slot_base(), s.dv_chunks, s.m)
+        commit_stores()
+        if s.q_stages == 1:
+            wait_stores_read()
+            b.q_ring.release(0)
+        else:
+            self.unreleased.set(1)
+
+    def release_last_slot(self) -> None:
+        """Give the row tile before's Q stage back as soon as its O has left."""
+        if self.s.q_stages > 1:
+            with when(T.And(self.leader, self.unreleased() != 0)):
+                wait_stores_read()
+                self.block.q_ring.release(T.bitwise_xor(self.q_at.stage(), 1))
+
+    def store_lse(self) -> None:
+        a = self.a
+        with I.If(T.EQ(self.part, 0)):
+            with I.Then():
+                for r in range(2):
+                    with when(self.position[r] >= 0):
+                        at = self.row_of_lse() * T.cast(a.q_len, "int64") + T.cast(self.position[r], "int64")
+                        store(a.lse, at, self.lse[r])
+            with I.Else():
+                for r in range(2):
+                    store(a.part_lse, (self.part - 1) * self.s.m + self.row + 8 * r, self.lse[r])

@@ -1,0 +1,171 @@
+"""Copies by the tensor memory accelerator: tiles through tensor maps, mask bits as plain bytes.
+
+A tensor map has five dimensions (head_dim, x1, x2, x3, last): the view's three sequence coordinates, and batch and
+head as one. One instruction moves 64 columns of a box of rows into 128-byte rows of shared memory, swizzled as wgmma
+reads them.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, named, when
+from splatc.codegen.hopper.ring import Ring
+from splatc.codegen.hopper.shape import CHUNK, TEAM, ceil_div
+
+LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+STORE = "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
+LOAD_BYTES = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Coordinates of a box: x1, x2, x3 in the view, and which batch entry and head."""
+
+    x1: Expr
+    x2: Expr
+    x3: Expr
+    batch: Expr
+    head: Expr
+
+
+class Maps:
+    """The tensor maps of one tensor, one a view, and how its batch and heads become coordinates.
+
+    Kernel parameters: ``{name}_map0`` ..., and int32 ``{name}_step``: the last coordinate is batch * step + head.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self.step = I.arg(f"{name}_step", I.int32())
+        self._name, self._count = name, count
+        self._maps: list[Expr] = []
+
+    def declare(self) -> None:
+        """Declare the maps: in the host part, after all arguments."""
+        self._maps = [tensor_map(f"{self._name}_map{i}") for i in range(self._count)]
+
+    def prefetch(self) -> None:
+        """Fetch the first map's description, so that the first copy need not."""
+        do(T.ptx["prefetch.tensormap"](T.address_of(self._maps[0])))
+
+    def place(self, at: Point) -> tuple[Expr, ...]:
+        """The coordinates 1 to 4 of a point."""
+        return at.x1, at.x2, at.x3, at.batch * self.step + at.head
+
+    def each(self, view: Expr):
+        """(condition, map) for every view: emit the copy of each under its condition."""
+        for number, one in enumerate(self._maps):
+            yield T.EQ(view, number), one
+
+
+def tensor_map(name: str) -> Expr:
+    """A parameter that is a CUtensorMap, passed by value."""
+    pointer = I.Bind(T.tvm_stack_alloca("tensormap", 1), I.handle("tensormap").ty)
+    IRBuilder.name(name, pointer)
+    return pointer
+
+
+def load_tile(maps: Maps, view: Expr, at: Point, target: Expr, offset: Expr, chunks: int, rows: int,
+              barrier: Expr) -> None:  # fmt: skip
+    """Load a box of ``rows`` rows to the 64-wide columns chunks at target[offset:], reporting at ``barrier``."""
+    place = [let(f"c{i}", c) for i, c in enumerate(maps.place(at))]
+    for condition, one in maps.each(view):
+        with when(condition):
+            for c in range(chunks):
+                to = target.ptr_to([offset + c * rows * CHUNK])
+                do(T.ptx[LOAD](to, T.address_of(one), c * CHUNK, *place, barrier))
+
+
+class Rows:
+    """A tensor as rows in memory, for copies that follow a list.
+
+    Kernel parameters: its address, and in elements int64 ``{name}_last`` (of the last coordinate, batch and head) and
+    ``{name}_row`` (of the position).
+    """
+
+    def __init__(self, name: str, half: str, dim: int, maps: Maps) -> None:
+        """maps: those of the same tensor."""
+        self.dim, self.chunks = dim, ceil_div(dim, CHUNK)
+        self._step = maps.step
+        self._last, self._row = (I.arg(f"{name}_{what}", I.int64()) for what in ("last", "row"))
+        self.data = named(name, I.match_buffer(I.arg(f"{name}_arg", I.handle()), (I.int64(),), half, align=16))
+
+    def base(self, at: Point) -> Expr:
+        """Where the rows of a batch entry and head begin."""
+        return T.cast(at.batch * self._step + at.head, "int64") * self._last
+
+    def offset(self, base: Expr, position: Expr) -> Expr:
+        return base + T.cast(position, "int64") * self._row
+
+
+def gather_rows(rows: Rows, keys: Expr, at: Point, target: Expr, offset: Expr, count: int, thread: Expr) -> None:
+    """Start copies of the rows at the positions keys[at.x1, 0..count), by TEAM threads; -1 gives zeros.
+
+    They go where a tile of K or V goes, swizzled alike: 8 threads copy 128 bytes of a row.
+    """
+    base = let("row_base", rows.base(at))
+    column = let("column16", thread % 8)
+    step = Cell("row_step", 0)
+    with I.While(step() < count * 8 // TEAM):  # a for loop would be unrolled: the producer has few registers
+        row = let("list_row", step() * (TEAM // 8) + thread // 8)
+        key = let("key", keys[at.x1, row])
+        source = let("source", rows.offset(base, T.max(key, 0)))
+        swizzled = let("swizzled", offset + row * CHUNK + T.bitwise_xor(column, row % 8) * 8)
+        for c in range(rows.chunks):
+            first = c * CHUNK + column * 8
+            inside = T.And(key >= 0, first < rows.dim)
+            at_source = rows.data.ptr_to([source + T.cast(T.if_then_else(inside, first, 0), "int64")])
+            size = T.if_then_else(inside, T.uint32(16), T.uint32(0))  # what is not read is filled with zeros
+            do(T.ptx["cp.async.cg.shared.global"](target.ptr_to([swizzled + c * count * CHUNK]), at_source, 16, size))
+        step.set(step() + 1)
+
+
+def commit_copies() -> None:
+    """The copies of this thread since the last commit are a group."""
+    do(T.ptx.cp.async_.commit_group())
+
+
+def wait_copies(pending: int) -> None:
+    """Until at most ``pending`` groups are unfinished, and what they wrote may be read by tensor cores."""
+    do(T.ptx.cp.async_.wait_group(pending))
+    do(T.ptx.fence.proxy.async_.shared__cta())
+
+
+def arrive_copies(ring: Ring, stage: Expr) -> None:
+    """Say that this thread's copies of a stage are there."""
+    ring.fill(stage)
+
+
+def store_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, chunks: int, rows: int) -> None:
+    """Store a box of 64 rows from source[offset:], whose 64-wide column chunks lie ``rows`` rows apart."""
+    place = [let(f"c{i}", c) for i, c in enumerate(maps.place(at))]
+    for condition, one in maps.each(view):
+        with when(condition):
+            for c in range(chunks):
+                at_chunk = source.ptr_to([offset + c * rows * CHUNK])
+                do(T.ptx[STORE](T.address_of(one), c * CHUNK, *place, at_chunk))
+
+
+def load_bytes(target: Expr, source: Expr, size: int, barrier: Expr) -> None:
+    """Copy ``size`` bytes (a multiple of 16) from global to shared memory, reporting at ``barrier``."""
+    do(T.ptx[LOAD_BYTES](target, source, T.uint32(size), barrier))
+
+
+def commit_stores() -> None:
+    """The stores of this thread since the last commit are a group."""
+    do(T.ptx.cp.async_.bulk.commit_group())
+
+
+def wait_stores_read() -> None:
+    """Until this thread's stores have read their shared memory."""
+    do(T.ptx.cp.async_.bulk.wait_group.read(0))
+
+
+def wait_stores() -> None:
+    """Until this thread's stores are done."""
+    do(T.ptx.cp.async_.bulk.wait_group(0))

@@ -1,0 +1,86 @@
+"""Words for emitting TIRx with an IRBuilder: what Python's own syntax says in a parsed function."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as I
+
+Expr = Any
+FULL_WARP = 0xFFFFFFFF
+LOG2E = 1.44269502162933349609375  # rounded to fp32, so that the emitted literal is exact
+NEG_INF = float("-inf")
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """if condition: ..."""
+    with I.If(condition):
+        with I.Then():
+            yield
+
+
+@contextmanager
+def loop(count: Expr) -> Iterator[Expr]:
+    """for i in range(count): ..."""
+    with I.serial(0, count) as i:
+        yield i
+
+
+class Cell:
+    """A mutable scalar in a register: call it to read, ``set`` it to write."""
+
+    def __init__(self, name: str, value: Expr, dtype: str = "int32") -> None:
+        self._buffer = named(name, I.alloc_local((1,), dtype))
+        self.set(value)
+
+    def __call__(self) -> Expr:
+        return self._buffer[0]
+
+    def set(self, value: Expr) -> None:
+        I.buffer_store(self._buffer, value, [0])
+
+
+def named(name: str, value: Expr) -> Expr:
+    """value, called ``name`` in the generated code."""
+    IRBuilder.name(name, value)
+    return value
+
+
+def let(name: str, value: Expr) -> Expr:
+    """A constant of this scope."""
+    return named(name, I.Bind(value))
+
+
+def do(call: Expr) -> None:
+    """Emit a call for its effect."""
+    I.evaluate(call)
+
+
+def store(buffer: Expr, index: Expr, value: Expr) -> None:
+    """buffer[index] = value, for a flat buffer."""
+    I.buffer_store(buffer, value, [index])
+
+
+def registers(name: str, count: int, dtype: str = "float32") -> Expr:
+    """An array in registers: index it with Python integers only."""
+    return named(name, I.alloc_local((count,), dtype))
+
+
+def from_lane(value: Expr, distance: int) -> Expr:
+    """The value of the lane whose number differs by xor ``distance``."""
+    return T.tvm_warp_shuffle_xor(T.uint32(FULL_WARP), value, distance, 32, 32)
+
+
+def follow_kernels_before() -> None:
+    """All threads: wait for the kernels before in the stream, and let the next one start setting itself up.
+
+    For launches that allow programmatic dependence; else both do nothing.
+    """
+    do(T.ptx.griddepcontrol.wait())
+    do(T.ptx.griddepcontrol.launch_dependents())

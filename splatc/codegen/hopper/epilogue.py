@@ -1,0 +1,61 @@
+"""The end of a row tile: normalise, merge with what an earlier pass left, and store through the Q slot."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from splatc.codegen.hopper.emit import LOG2E, Expr, do, let, registers, store
+from splatc.codegen.hopper.products import PTX_TYPE, Output
+from splatc.codegen.hopper.shape import CHUNK
+from splatc.codegen.hopper.softmax import finite
+
+
+def merge_weights(inverse: Expr, lse: Expr, old_lse: Expr, old_weight: Expr) -> None:
+    """Fold the weight of the new part into ``inverse``; old_weight[r] is the earlier part's; lse becomes the sum's."""
+    w = registers("merged", 3)
+    for r in range(2):
+        top = let("top", finite(T.max(lse[r], old_lse[r])))
+        store(w, 0, T.exp2((lse[r] - top) * T.float32(LOG2E)))
+        store(w, 1, T.exp2((old_lse[r] - top) * T.float32(LOG2E)))
+        store(w, 2, w[0] + w[1])
+        store(lse, r, top + T.log(w[2]))
+        share = let("share", T.if_then_else(T.EQ(w[2], T.float32(0.0)), T.float32(0.0), T.float32(1.0) / w[2]))
+        store(inverse, r, inverse[r] * w[0] * share)
+        store(old_weight, r, w[1] * share)
+
+
+def stage_output(out: Output, half: str, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
+                 lane: Expr, old_weight: Expr | None = None) -> None:  # fmt: skip
+    """Write out.o * inverse to slot[base:], 64 rows of swizzled 64-wide chunks that lie ``rows`` rows apart.
+
+    With old_weight the slot holds an earlier part's output, which is added with that weight.
+    """
+    kind = PTX_TYPE[half]
+    words = registers("words", 4, "uint32")
+    old = registers("old", 4, "uint32")
+    row = let("row", warp * 16 + lane % 16)
+    for i in range(-(-dv // 16)):
+        column16 = T.bitwise_xor(i % 4 * 2 + lane // 16, row % 8)  # the swizzle, in 16 bytes
+        at = slot.ptr_to([base + row * CHUNK + i // 4 * (rows * CHUNK) + column16 * 8])
+        if old_weight is not None:
+            do(T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](*(old[j] for j in range(4)), at))
+        for pair in range(2):
+            for r in range(2):
+                o = i * 8 + pair * 4 + 2 * r
+                low, high = out.o[o] * inverse[r], out.o[o + 1] * inverse[r]
+                if old_weight is not None:
+                    before = unpack(old[pair * 2 + r], half)
+                    low, high = low + old_weight[r] * before[0], high + old_weight[r] * before[1]
+                do(T.ptx[f"cvt.rn.{kind}x2.f32"](words[pair * 2 + r], high, low))
+        do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](at, *(words[j] for j in range(4))))
+
+
+def unpack(word: Expr, half: str) -> tuple[Expr, Expr]:
+    """The two halves of a word as fp32."""
+    if half == "bfloat16":
+        low, high = T.shift_left(word, T.uint32(16)), T.bitwise_and(word, T.uint32(0xFFFF0000))
+        return T.reinterpret("float32", low), T.reinterpret("float32", high)
+    parts = (T.bitwise_and(word, T.uint32(0xFFFF)), T.shift_right(word, T.uint32(16)))
+    low, high = (T.cast(T.reinterpret("float16", T.cast(part, "uint16")), "float32") for part in parts)
+    return low, high

@@ -1,0 +1,81 @@
+"""The producer of kernels with lists of keys: a warpgroup that copies the listed rows of K and V, 16 bytes a thread."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.hopper.copies import Point, arrive_copies, commit_copies, gather_rows, wait_copies
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, store, when
+from splatc.codegen.hopper.producer import Producer
+from splatc.codegen.hopper.queue import Queue
+from splatc.codegen.hopper.shape import TEAM
+
+TEAM_BARRIER = 7
+
+
+class GatheringProducer(Producer):
+    """All threads of the warpgroup walk through the tiles; thread 0 does what a lone producer does.
+
+    A stage of K or V is full when every thread has arrived on its barrier. Copies of one stage run while those of the
+    stage before are waited for: K of a tile is reported after V of it is asked for, V after K of the next tile is.
+    """
+
+    def run(self) -> None:
+        b, a = self.block, self.a
+        self.thread = let("team_thread", b.warp * 32 + b.lane)
+        self.leads = T.EQ(self.thread, 0)
+        self.start()
+        self.late_stage = Cell("late_stage", -1)  # of V: asked for and not reported
+        queue = Queue(a.counter, b.index, a.blocks)
+        with I.While(queue.number() < a.total):
+            self.row_tile(queue)
+            self.share(queue)
+        wait_copies(0)
+        self.report_late()
+        b.q_ring.wait_empty(self.q_at)
+        with when(self.leads):
+            self.tell_end(queue)
+
+    def rows(self, queue: Queue, row: list[Expr]) -> None:
+        with when(self.leads):
+            super().rows(queue, row)
+            store(self.block.next_row, 0, queue.number())
+
+    def share(self, queue: Queue) -> None:
+        """Every thread learns the next number."""
+        self.sync_team()
+        queue.number.set(self.block.next_row[0])
+        self.sync_team()
+
+    def sync_team(self) -> None:
+        do(T.ptx.bar.sync(T.uint32(TEAM_BARRIER), T.uint32(TEAM)))
+
+    def column_tile(self, view: Expr, at: Point, bits: Expr) -> None:
+        b, s, a = self.block, self.s, self.a
+        stage = self.kv_at.stage()
+        boxed = view >= 0
+        b.k_ring.wait_empty(self.kv_at)
+        with when(self.leads):
+            self.k_box(view, at, bits, T.if_then_else(boxed, T.int32(s.k_bytes), T.int32(0)))
+        with when(view < 0):
+            gather_rows(a.k_rows, a.gather, at, b.k, stage * (s.k_bytes // 2), s.n, self.thread)
+        commit_copies()
+        wait_copies(1)
+        self.report_late()
+        b.v_ring.wait_empty(self.kv_at)
+        with when(self.leads):
+            self.v_box(view, at, T.if_then_else(boxed, T.int32(s.v_bytes), T.int32(0)))
+        with when(view < 0):
+            gather_rows(a.v_rows, a.gather, at, b.v, stage * (s.v_bytes // 2), s.n, self.thread)
+        commit_copies()
+        wait_copies(1)
+        arrive_copies(b.k_ring, stage)
+        self.late_stage.set(stage)
+        self.kv_at.advance()
+
+    def report_late(self) -> None:
+        """V of the tile before has arrived."""
+        with when(self.late_stage() >= 0):
+            arrive_copies(self.block.v_ring, self.late_stage())

@@ -1,0 +1,190 @@
+"""One GPU as launches see it: its driver, torch's streams, the kernels loaded on it, queue slots, uploaded tables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splatc.codegen.build import CUBIN, PTX, REPORT
+from splatc.codegen.toolchain import INSTALL
+from splatc.errors import CompileError, InvalidInput, Unsupported
+from splatc.runtime.arguments import Function
+from splatc.runtime.driver import Driver, driver
+
+SLOTS = 1024  # queue slots that eager launches take in turn
+CAPTURED_SLOTS = 1 << 16  # those that captured launches keep
+ALIGNMENT = 128  # bytes, of each table on a device
+
+_captured: list[Any] = []  # what graphs refer to: kept as long as the process, because a graph may be
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What a launch asks torch each time.
+
+    stream(ordinal): the current stream's handle; capturing(): whether it is being captured; device(): the current GPU;
+    on(ordinal): a context in which that GPU is the current one.
+    """
+
+    stream: Callable[[int], int]
+    capturing: Callable[[], bool]
+    device: Callable[[], int]
+    on: Callable[[int], AbstractContextManager[Any]]
+
+
+@dataclass(eq=False)
+class Gpu:
+    """A GPU by torch's number. device: its name for torch."""
+
+    ordinal: int
+    device: Any
+    driver: Driver
+    torch: Torch
+    _slots: _QueueSlots | None = field(default=None, repr=False)
+
+    def refuse_capture(self, what: str) -> None:
+        """Raise Unsupported if a graph is being captured: ``what`` must have happened before."""
+        if self.torch.capturing():
+            raise Unsupported(
+                f"{what} cannot be done while a CUDA graph is captured: call once with the same shapes before"
+            )
+
+    @property
+    def queue_slots(self) -> _QueueSlots:
+        """The counters of work queues on this GPU."""
+        if self._slots is None:
+            self.refuse_capture("allocating work queues")
+            self._slots = _QueueSlots(self.device)
+        return self._slots
+
+
+class _QueueSlots:
+    """Pairs of int32 counters, zero between launches, so that launches that run at the same time never share one."""
+
+    def __init__(self, device: Any, eager: int = SLOTS, captured: int = CAPTURED_SLOTS) -> None:
+        import torch
+
+        self._memory = torch.zeros((eager + captured, 2), dtype=torch.int32, device=device)
+        if self._memory.is_cuda:
+            torch.cuda.synchronize(device)  # they are zero for every stream
+        self._first = int(self._memory.data_ptr())
+        self._eager = itertools.cycle(range(self._first, self._first + 8 * eager, 8))
+        self._captured = iter(range(self._first + 8 * eager, self._first + 8 * (eager + captured), 8))
+
+    def take(self, captured: bool) -> int:
+        """The address of a pair: of the eager ones in turn, or one that nobody else will ever get."""
+        if not captured:
+            return next(self._eager)
+        try:
+            return next(self._captured)
+        except StopIteration:
+            import torch
+
+            _captured.append(torch.zeros(2, dtype=torch.int32, device=self._memory.device))  # zeroed in the graph
+            return int(_captured[-1].data_ptr())
+
+
+class DeviceTables:
+    """Arrays of int32 words on a GPU, in one allocation."""
+
+    def __init__(self, gpu: Gpu, arrays: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+        """arrays: by name, for each launch. Raises Unsupported under capture: an upload waits for the GPU."""
+        import torch
+
+        gpu.refuse_capture("uploading the tables of a mask")
+        self._offsets: dict[tuple[int, str], int] = {}
+        end = 0
+        for i, one in enumerate(arrays):
+            for name, array in one.items():
+                self._offsets[i, name] = end
+                end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        words = np.zeros(max(end, ALIGNMENT) // 4, np.int32)
+        for (i, name), offset in self._offsets.items():
+            flat = np.ascontiguousarray(arrays[i][name]).view(np.int32).ravel()
+            words[offset // 4 : offset // 4 + len(flat)] = flat
+        self._memory = torch.from_numpy(words).to(gpu.device)
+        self._first = int(self._memory.data_ptr())
+        self._seen: set[int] = set()
+        self._kept = False
+
+    def address(self, launch: int, name: str) -> int:
+        """Where an array lies."""
+        return self._first + self._offsets[launch, name]
+
+    def used(self, stream: int, captured: bool) -> None:
+        """A launch on a stream reads the tables: they must outlive it, or the graph that it is captured in."""
+        if captured:
+            if not self._kept:
+                self._kept = True
+                _captured.append(self)
+        elif stream not in self._seen:
+            self._seen.add(stream)
+            if self._memory.is_cuda:
+                import torch
+
+                self._memory.record_stream(torch.cuda.current_stream(self._memory.device))
+
+
+@cache
+def gpu(ordinal: int) -> Gpu:
+    """A GPU of this process. Raises Unsupported if there is no driver."""
+    import torch
+
+    hooks = Torch(
+        torch._C._cuda_getCurrentRawStream, torch._C._cuda_isCurrentStreamCapturing, torch._C._cuda_getDevice,
+        torch.cuda.device,
+    )  # fmt: skip
+    return Gpu(ordinal, torch.device("cuda", ordinal), driver(), hooks)
+
+
+_loading = threading.Lock()
+
+
+def load_functions(folder: Path, arch: str, on: Gpu) -> tuple[Function, ...]:
+    """The functions of a built folder, loaded and ready on a GPU. Raises InvalidInput if the GPU cannot run them."""
+    with _loading:
+        return _load_functions(folder, arch, on)
+
+
+@lru_cache(maxsize=1024)
+def _load_functions(folder: Path, arch: str, on: Gpu) -> tuple[Function, ...]:
+    name = image_for(arch, on.driver.capability(on.ordinal), on.ordinal)
+    if not (folder / name).exists():
+        raise CompileError(f"{folder} holds source only: {INSTALL}, then compile again")
+    on.refuse_capture("loading a kernel")
+    library = on.driver.load((folder / name).read_bytes())
+    return tuple(
+        Function(
+            f["name"], on.driver.kernel(library, f["name"], on.ordinal, f["smem_bytes"]), f["threads"], f["smem_bytes"],
+            tuple((kind, parameter) for kind, parameter in f["parameters"]),
+        )
+        for f in json.loads((folder / REPORT).read_text())["functions"]
+    )  # fmt: skip
+
+
+def image_for(arch: str, capability: tuple[int, int], ordinal: int = 0) -> str:
+    """Which file of a kernel for ``arch`` a GPU runs: the cubin, or PTX for the driver to compile.
+
+    A plain sm_NN runs on later GPUs of its generation as it is, on later generations as PTX; sm_NNa only on that very
+    GPU, sm_NNf on its generation. Raises InvalidInput for other GPUs.
+    """
+    match = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch)
+    assert match is not None, arch
+    wanted, suffix = (int(match[1]), int(match[2])), match[3]
+    if capability == wanted or (suffix != "a" and capability[0] == wanted[0] and capability > wanted):
+        return CUBIN
+    if not suffix and capability > wanted:
+        return PTX
+    here = f"sm_{capability[0]}{capability[1]}" + ("a" if capability[0] >= 9 else "")
+    raise InvalidInput(f"the kernel is compiled for {arch} but GPU {ordinal} is {here}: compile again for {here}")

@@ -1,0 +1,204 @@
+"""Calling a kernel on GPUs: checks and preparations once for each kind of tensors, then as little as possible."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
+from splatc.runtime.gpu_call import GpuCall, Request
+from splatc.runtime.kernel import Kernel
+from splatc.runtime.launch_hopper import hopper_steps, hopper_tables, hopper_work
+from splatc.runtime.launch_portable import portable_steps, portable_tables
+from splatc.runtime.plan import Launch
+from splatc.runtime.tensor_map import ALIGNMENT, Layout
+from splatc.runtime.tensors import Shape, check_call, check_gradients, check_scale, outputs, to_bhsd
+from splatc.runtime.work import Work
+
+REMEMBERED = 64  # kinds of calls, and tables on a device, that a launcher keeps
+
+Ready = Callable[[Any, Any, Any, float | None], tuple[Any, Any]]
+Launches = Callable[[Shape, tuple[int | None, int | None]], list[Launch]]
+_log = logging.getLogger("splatc")
+
+
+class Launcher:
+    """Attention on GPUs by one compiled kernel, for tensors in one layout ("bhsd" or "bshd").
+
+    check(shape) raises InvalidInput for tensors that the kernel is not for; launches(shape, (row views, column views))
+    plans them, with at most so many views each. cap: the softcap of scores, 0 for none.
+    """
+
+    def __init__(self, kernel: Kernel, layout: str, check: Callable[[Shape], None], launches: Launches,
+                 cap: float = 0.0, find_gpu: Callable[[int], Gpu] = gpu) -> None:  # fmt: skip
+        self._kernel, self._layout, self._check, self._launches = kernel, layout, check, launches
+        self._cap, self._find_gpu = cap, find_gpu
+        self._hopper = kernel.spec.kernel == "hopper"
+        self._ready: dict[tuple[Any, ...], Ready] = {}
+        self._planned: dict[tuple[int, ...], tuple[Launch, ...]] = {}  # by lengths and heads
+        self._tables: dict[tuple[int, ...], tuple[tuple[Work, ...], DeviceTables]] = {}  # these, batch and GPU
+
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+        """(o, lse) as CompiledAttention returns them. Raises what ``check_call`` and the checks of the kernel raise."""
+        try:
+            ready = self._ready[call_key(q, k, v, enable_gqa)]
+        except (KeyError, AttributeError, TypeError):  # not seen yet, or no tensors at all
+            ready = self._prepare(q, k, v, enable_gqa)
+        return ready(q, k, v, scale)
+
+    def _prepare(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> Ready:
+        shape = check_call(q, k, v, self._layout, enable_gqa)
+        self._check(shape)
+        check_gradients(q, k, v)
+
+        def again(q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
+            return self(q, k, v, scale, enable_gqa)
+
+        tensors = [to_bhsd(x, self._layout) for x in (q, k, v)]
+        layouts = [layout_of(x) for x in tensors]
+        if self._hopper and layouts[1].head_stride == layouts[2].head_stride == 0:
+            layouts[1:] = [one.one_head() for one in layouts[1:]]
+        copied = [self._must_copy(x, one) for x, one in zip(tensors, layouts, strict=True)]
+        ready: Ready
+        if not (shape.q_len and shape.kv_len):
+            ready = _Empty(shape, self._layout)
+        elif any(copied):
+            ready = _Copied(copied, again)
+        else:
+            call = self._call(q, shape, layouts)
+            grad = any(x.requires_grad for x in (q, k, v))
+            ready = _Launched(call, shape.head_dim, grad, self._hopper, again)
+        remember(self._ready, call_key(q, k, v, enable_gqa), ready)
+        return ready
+
+    def _must_copy(self, x: Any, one: Layout) -> bool:
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            return True
+        if not self._hopper or one.mappable():
+            return False
+        _say_copied(f"its strides {tuple(x.stride())} do not suit the tensor memory accelerator")
+        return True
+
+    def _call(self, q: Any, shape: Shape, layouts: list[Layout]) -> GpuCall:
+        on = self._find_gpu(q.device.index)
+        spec = self._kernel.spec
+        with on.torch.on(on.ordinal) if on.torch.device() != on.ordinal else nullcontext():
+            launches, works, tables = self._uploaded(on, shape)
+            functions = load_functions(self._kernel.folder, spec.target.arch, on)
+            named = dict(zip("qkv", layouts, strict=True))
+            named["o"] = output_layout(shape, self._layout, layouts[0].itemsize)
+            request = Request(on, spec, shape, functions, launches, works, tables, named, int(q.data_ptr()), self._cap)
+            return GpuCall(request, hopper_steps(request) if self._hopper else portable_steps(request), self._layout)
+
+    def _uploaded(self, on: Gpu, shape: Shape) -> tuple[tuple[Launch, ...], tuple[Work, ...], DeviceTables]:
+        """The launches of these lengths and heads, what they hand out, and their tables on the GPU."""
+        lengths, spec = (shape.q_len, shape.kv_len, shape.heads), self._kernel.spec
+        if lengths not in self._planned:
+            planned = tuple(self._launches(shape, MAX_VIEWS if self._hopper else (None, None)))
+            remember(self._planned, lengths, planned)
+        launches = self._planned[lengths]
+        key = (*lengths, shape.batch if self._hopper else 0, on.ordinal)
+        if key not in self._tables:
+            works: tuple[Work, ...] = ()
+            if self._hopper:
+                works = tuple(hopper_work(one, spec, shape.batch, on) for one in launches)
+                arrays = [hopper_tables(one, work, spec) for one, work in zip(launches, works, strict=True)]
+            else:
+                arrays = [portable_tables(one) for one in launches]
+            remember(self._tables, key, (works, DeviceTables(on, arrays)))
+        return launches, *self._tables[key]
+
+
+def call_key(q: Any, k: Any, v: Any, enable_gqa: bool) -> tuple[Any, ...]:
+    """All of three torch tensors that checks and preparations depend on."""
+    return (
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype,
+        v.device, q.requires_grad or k.requires_grad or v.requires_grad, enable_gqa,
+    )  # fmt: skip
+
+
+def remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep at most REMEMBERED values, forgetting the oldest."""
+    memory[key] = value
+    while len(memory) > REMEMBERED:
+        memory.pop(next(iter(memory)))
+
+
+def layout_of(x: Any) -> Layout:
+    """The sizes and strides of a (batch, heads, seq, dim) torch tensor."""
+    (batch, heads, length, dim), strides = x.shape, x.stride()
+    return Layout(batch, heads, length, dim, strides[0], strides[1], strides[2], x.element_size())
+
+
+def output_layout(shape: Shape, layout: str, itemsize: int) -> Layout:
+    """Of o, seen as bhsd: contiguous in its own layout."""
+    dim = shape.v_head_dim
+    seq = dim if layout == "bhsd" else dim * shape.heads
+    head = dim * shape.q_len if layout == "bhsd" else dim
+    batch = dim * shape.heads * shape.q_len
+    return Layout(shape.batch, shape.heads, shape.q_len, dim, batch, head, seq, itemsize)
+
+
+class _Launched:
+    """A prepared call and what must be asked of each scale, address and gradient."""
+
+    def __init__(self, call: GpuCall, head_dim: int, grad: bool, strict: bool, again: Ready) -> None:
+        """strict: the kernel needs aligned tensors and a positive scale; ``again`` takes tensors made so."""
+        self._call, self._head_dim, self._grad, self._strict, self._again = call, head_dim, grad, strict, again
+        self._default = 1 / math.sqrt(head_dim)
+
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
+        number = self._default if scale is None else check_scale(scale, self._head_dim)
+        if self._grad:
+            check_gradients(q, k, v)
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if self._strict:
+            if number <= 0:  # exact: what is scaled is q
+                return self._again(q.neg() if number else q.mul(0), k, v, -number or 1.0)
+            if (addresses[0] | addresses[1] | addresses[2]) % ALIGNMENT:
+                _say_copied(f"its address is not a multiple of {ALIGNMENT} bytes")
+                q, k, v = (x if x.data_ptr() % ALIGNMENT == 0 else _copy(x) for x in (q, k, v))
+                return self._again(q, k, v, number)
+        return self._call(*addresses, number)
+
+
+class _Copied:
+    """Tensors that no kernel reads as they are."""
+
+    def __init__(self, copied: list[bool], again: Ready) -> None:
+        self._copied, self._again = copied, again
+
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
+        check_gradients(q, k, v)
+        q, k, v = (_copy(x) if bad else x for x, bad in zip((q, k, v), self._copied, strict=True))
+        return self._again(q, k, v, scale)
+
+
+class _Empty:
+    """No queries or no keys: nothing attends to anything."""
+
+    def __init__(self, shape: Shape, layout: str) -> None:
+        self._shape, self._layout = shape, layout
+
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
+        check_scale(scale, self._shape.head_dim)
+        check_gradients(q, k, v)
+        o, lse = outputs(q, self._shape, self._layout)
+        return to_bhsd(o.zero_(), self._layout), lse.fill_(-math.inf)
+
+
+def _copy(x: Any) -> Any:
+    import torch
+
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@cache
+def _say_copied(why: str) -> None:
+    """Once for each reason: a copy costs time and memory that people may want to save."""
+    _log.warning("splatc copies an input at every call: %s", why)

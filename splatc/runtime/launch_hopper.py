@@ -1,0 +1,116 @@
+"""How the Hopper kernel is launched: tensor maps for every view, persistent blocks on a queue, then partial results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from splatc.codegen.costs import costs_of
+from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
+from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.tables import accumulator_bits
+from splatc.runtime.arguments import Arguments, Function, Map, encode
+from splatc.runtime.gpu import Gpu
+from splatc.runtime.gpu_call import Request, Step
+from splatc.runtime.plan import Launch
+from splatc.runtime.tensor_map import Layout, geometry, sub_box
+from splatc.runtime.work import Work, work_of
+
+HOLDERS = {"k": "k_ptr", "v": "v_ptr", "lse": "lse_ptr", "part_lse": "part_lse_ptr", "queue": "queue_ptr"}
+COMBINE_HOLDERS = {"o": "o_ptr", "lse": "lse_ptr", "part_o": "part_o_ptr", "part_lse": "part_lse_ptr"}
+COMBINE_ROWS = 8  # that a block of the second function puts together: a warp each
+
+
+def hopper_work(launch: Launch, spec: KernelSpec, batch: int, on: Gpu) -> Work:
+    """What a launch hands out to the multiprocessors of a GPU."""
+    return work_of(launch, batch, costs_of(spec, on.driver.multiprocessors(on.ordinal)))
+
+
+def hopper_tables(launch: Launch, work: Work, spec: KernelSpec) -> Mapping[str, NDArray[Any]]:
+    """The arrays of a launch that the kernel reads."""
+    bits = accumulator_bits(launch.bits, spec.tile_m, spec.tile_n)
+    return {"work": work.rows, "entries": work.entries, "combine": work.combine, "positions": launch.positions,
+            "gather": launch.gather, "bits": bits}  # fmt: skip
+
+
+def hopper_steps(request: Request) -> list[Step]:
+    """For each launch the attention, and where it has rows in parts the function that combines them."""
+    attend, *rest = request.functions
+    steps = []
+    for i, (launch, work) in enumerate(zip(request.launches, request.works, strict=True)):
+        steps.append(_attend(request, attend, i, launch, work))
+        if work.part_tiles:
+            steps.append(_combine(request, rest[0], i, launch, work))
+    return steps
+
+
+def _attend(request: Request, function: Function, i: int, launch: Launch, work: Work) -> Step:
+    gpu, total = request.gpu, len(work.rows)
+    per_sm = gpu.driver.blocks_per_multiprocessor(function.kernel, function.threads, function.smem_bytes, gpu.ordinal)
+    blocks = min(total, per_sm * gpu.driver.multiprocessors(gpu.ordinal))
+    values: dict[str, float] = {
+        **_common(request, i, launch), "total": total, "blocks": blocks, "scale": 0.0, "cap": request.cap,
+        "group": request.shape.heads // request.layouts["k"].heads, **dict.fromkeys(HOLDERS.values(), 0),
+    }  # fmt: skip
+    for name, one in request.layouts.items():
+        values |= {f"{name}_step": one.step, f"{name}_last": one.last[1], f"{name}_row": one.seq_stride}
+    for view in range(MAX_VIEWS[0]):
+        step = _output_box(request, launch, view)[1]
+        values |= {f"o_step{view}_{axis}": step[axis - 1] for axis in (1, 2, 3)}
+    maps = _maps(request, function, launch, work)
+    return Step(function, Arguments(function, values, maps), (blocks, 1, 1), HOLDERS, early=True)
+
+
+def _combine(request: Request, function: Function, i: int, launch: Launch, work: Work) -> Step:
+    o, blocks = request.layouts["o"], len(work.combine) * request.spec.tile_m // COMBINE_ROWS
+    values = {
+        **_common(request, i, launch), "blocks": blocks, "o_batch": o.batch_stride, "o_head": o.head_stride,
+        "o_seq": o.seq_stride, **dict.fromkeys(COMBINE_HOLDERS.values(), 0),
+    }  # fmt: skip
+    return Step(function, Arguments(function, values, {}), (blocks, 1, 1), COMBINE_HOLDERS, early=True)
+
+
+def _common(request: Request, i: int, launch: Launch) -> dict[str, float]:
+    names = ("work", "entries", "combine", "positions", "gather", "bits")
+    pointers = {f"{name}_ptr": request.tables.address(i, name) for name in names}
+    return {**pointers, "heads": request.shape.heads, "q_len": request.shape.q_len, "merge": int(launch.merge)}
+
+
+def _output_box(request: Request, launch: Launch, view: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(box, step) of a warpgroup's rows in a row view: the box is stored at consumer * step."""
+    row = launch.row_views[min(view, len(launch.row_views) - 1)]
+    return sub_box([int(b) for b in row[6:9]], request.spec.tile_m // WARPGROUP_ROWS)
+
+
+def _maps(request: Request, function: Function, launch: Launch, work: Work) -> dict[str, Map]:
+    """Every map that the function asks for; those of views that the launch lacks are the first view's."""
+    wanted = {name for kind, name in function.parameters if kind == "map"}
+    maps: dict[str, Map] = {}
+
+    def add(name: str, tensor: str, view: Any, box: Any, layout: Layout) -> None:
+        if name in wanted:
+            shape = geometry(view, box, layout)
+            maps[name] = encode(request.gpu.driver, tensor, request.spec.dtype, shape, request.address)
+
+    def add_views(tensor: str, views: NDArray[Any], boxes: list[Any], limit: int) -> None:
+        for n, (view, box) in enumerate(zip(views, boxes, strict=True)):
+            add(f"{tensor}_map{n}", tensor, view, box, request.layouts[tensor])
+        for n in range(len(views), limit):
+            if (name := f"{tensor}_map{n}") in wanted:
+                maps[name] = maps[f"{tensor}_map0"]
+
+    views, cols = launch.row_views, launch.col_views
+    add_views("q", views, [view[6:9] for view in views], MAX_VIEWS[0])
+    add_views("o", views, [_output_box(request, launch, n)[0] for n in range(len(views))], MAX_VIEWS[0])
+    for tensor in ("k", "v"):
+        add_views(tensor, cols, [view[6:9] for view in cols], MAX_VIEWS[1])
+    rows, dim = max(work.part_tiles, 1) * request.spec.tile_m, request.shape.v_head_dim  # scratch: (rows, dim)
+    part = Layout(1, 1, rows, dim, 0, 0, dim, request.layouts["o"].itemsize)
+    add("part_map0", "part_o", _contiguous(rows), (WARPGROUP_ROWS, 1, 1), part)
+    return maps
+
+
+def _contiguous(length: int) -> tuple[int, ...]:
+    return length, 1, 1, 1, length, length

@@ -1,0 +1,173 @@
+"""A GPU without a GPU: the driver's calls on tensors in this computer's memory; kernels are Python functions."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splatc.codegen.build import REPORT
+from splatc.codegen.tables import build_tables
+from splatc.errors import CudaError
+from splatc.formats.acsr import ACSR
+from splatc.ir.passes import PASSES, Schedule, lower, run_passes
+from splatc.ir.program import Cover
+from splatc.runtime.driver import MAP_TYPES
+from splatc.runtime.gpu import Gpu, Torch
+from splatc.runtime.plan import Launch, launches
+from splatc.runtime.tensors import Shape
+
+CTYPES = {"pointer": ctypes.c_uint64, "int64": ctypes.c_int64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
+Kernel = Callable[..., None]  # kernel(grid, **arguments by parameter name); maps arrive as TensorMap
+
+
+@dataclass
+class TensorMap:
+    """What cuTensorMapEncodeTiled was told."""
+
+    dtype: str
+    address: int
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """What the real one refuses."""
+        assert self.dtype in MAP_TYPES and len(self.dims) == len(self.box) == len(self.strides) + 1 == 5
+        assert self.address % 16 == 0 and self.address > 0
+        assert all(0 < s < 1 << 40 and s % 16 == 0 for s in self.strides), self.strides
+        assert all(0 < n <= 1 << 32 for n in self.dims), self.dims
+        assert all(0 < b <= 256 for b in self.box), self.box
+        assert self.box[0] * 2 <= 128, "a row of a box is at most the swizzle's 128 bytes"
+
+    def offsets(self, at: tuple[int, ...]) -> np.ndarray:
+        """Byte offsets of the box at ``at``, int64 with one axis a dimension, the first dimension last; -1 outside."""
+        offset, inside = np.zeros((), np.int64), np.ones((), bool)
+        for d in range(4, -1, -1):
+            x = at[d] + np.arange(self.box[d])
+            offset = offset[..., None] + x * (2 if d == 0 else self.strides[d - 1])
+            inside = inside[..., None] & (x >= 0) & (x < self.dims[d])
+        return np.where(inside, offset, -1)
+
+    def load(self, at: tuple[int, ...]) -> np.ndarray:
+        """uint16 values of the box, zero outside: shape (rows of the box, columns)."""
+        offset = self.offsets(at)
+        out = np.zeros(offset.shape, np.uint16)
+        for i in np.ndindex(offset.shape):
+            if offset[i] >= 0:
+                out[i] = ctypes.c_uint16.from_address(self.address + int(offset[i])).value
+        return out.reshape(-1, self.box[0])
+
+    def store(self, at: tuple[int, ...], values: np.ndarray) -> None:
+        """Write uint16 (rows, columns); what lies outside is dropped."""
+        offset = self.offsets(at)
+        for i, value in zip(np.ndindex(offset.shape), values.ravel(), strict=True):
+            if offset[i] >= 0:
+                ctypes.c_uint16.from_address(self.address + int(offset[i])).value = int(value)
+
+
+@dataclass
+class FakeDriver:
+    """Has the methods of splatc.runtime.driver.Driver. kernels: what a function's launch does, by name."""
+
+    kernels: dict[str, Kernel]
+    parameters: dict[str, list[tuple[str, str]]]
+    arch: tuple[int, int] = (9, 0)
+    sms: int = 3
+    names: list[str] = field(default_factory=list)
+    loaded: list[bytes] = field(default_factory=list)
+    maps: dict[int, TensorMap] = field(default_factory=dict)
+    moved: int = 0  # how often the address of a map was replaced
+    launched: list[tuple[str, int, dict[str, Any]]] = field(default_factory=list)  # name, stream, arguments
+
+    def capability(self, ordinal: int) -> tuple[int, int]:
+        return self.arch
+
+    def multiprocessors(self, ordinal: int) -> int:
+        return self.sms
+
+    def load(self, image: bytes) -> int:
+        self.loaded.append(image)
+        return len(self.loaded)
+
+    def kernel(self, library: int, name: str, ordinal: int, smem_bytes: int) -> int:
+        self.names.append(name)
+        return len(self.names)
+
+    def blocks_per_multiprocessor(self, kernel: int, threads: int, smem_bytes: int, ordinal: int) -> int:
+        return 1
+
+    def encode_map(self, target: int, dtype: str, address: int, dims: Any, strides: Any, box: Any) -> None:
+        assert target % 128 == 0
+        self.maps[target] = TensorMap(dtype, address, tuple(dims), tuple(strides), tuple(box))
+
+    def replace_address(self, target: int, address: int) -> None:
+        assert address % 16 == 0
+        self.moved += 1
+        self.maps[target].address = address
+
+    def launch(self, config: Any, kernel: int, parameters: Any, ordinal: int) -> None:
+        settings, name = config._obj, self.names[kernel - 1]
+        values: dict[str, Any] = {}
+        for address, (kind, parameter) in zip(parameters, self.parameters[name], strict=True):
+            if kind == "map":
+                values[parameter] = self.maps[address]
+            else:
+                values[parameter] = CTYPES[kind].from_address(address).value
+        if not all((settings.grid_x, settings.grid_y, settings.grid_z)):
+            raise CudaError("an empty grid")
+        self.launched.append((name, settings.stream or 0, values))
+        self.kernels[name]((settings.grid_x, settings.grid_y, settings.grid_z), **values)
+
+
+@dataclass
+class FakeTorch:
+    """What a Gpu asks torch; set the fields to change the answers."""
+
+    stream: int = 7
+    capturing: bool = False
+    device: int = 0
+    entered: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def on(self, ordinal: int) -> Iterator[None]:
+        before, self.device = self.device, ordinal
+        self.entered.append(ordinal)
+        yield
+        self.device = before
+
+    def hooks(self) -> Torch:
+        return Torch(lambda ordinal: self.stream, lambda: self.capturing, lambda: self.device, self.on)
+
+
+def fake_gpu(driver: FakeDriver, torch_: FakeTorch, ordinal: int = 0) -> Gpu:
+    """A GPU whose memory is the computer's."""
+    import torch
+
+    return Gpu(ordinal, torch.device("cpu"), driver, torch_.hooks())  # type: ignore[arg-type]
+
+
+def write_built(folder: Path, functions: list[dict[str, Any]]) -> None:
+    """A built folder as codegen/build.py leaves it, with a binary that no driver would take."""
+    (folder / REPORT).write_text(json.dumps({"functions": functions}))
+    for name in ("kernel.cubin", "kernel.ptx"):
+        (folder / name).write_bytes(name.encode())
+
+
+def plan(patterns: Sequence[Any], shape: Shape, schedule: Schedule, limits: Any) -> list[Launch]:
+    """The launches of a pattern for all heads, or of one for each."""
+    programs = [
+        run_passes(lower(ACSR.from_pattern(pattern, shape.q_len, shape.kv_len)), schedule, PASSES)
+        for pattern in patterns
+    ]
+    tables = [
+        tuple(build_tables(d, schedule.fill_empty) for _, d in program.domains if isinstance(d, Cover))
+        for program in programs
+    ]
+    return launches(tables, [0] * shape.heads if len(tables) == 1 else list(range(shape.heads)), *limits)

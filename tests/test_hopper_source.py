@@ -1,0 +1,88 @@
+"""The Hopper kernels, compiled here without a GPU: no spills, no serialised products, the instructions that we want."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from splatc.codegen.build import build
+from splatc.codegen.hopper.shape import SMEM_BYTES, Shape, shape_of
+from splatc.codegen.kernel import ALL_TILES, KernelSpec, kernel_spec
+from splatc.codegen.target import Target
+from splatc.codegen.toolchain import find_compiler
+from splatc.errors import CompileError, Unsupported
+
+HOPPER = Target("cuda", "sm_90a")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
+
+
+def spec_of(d: int, dv: int | None = None, dtype: str = "bfloat16", tile: tuple[int, int] | None = None,
+            softcap: bool = False, gather: bool = False) -> KernelSpec:  # fmt: skip
+    from dataclasses import replace
+
+    return replace(kernel_spec(d, dv, dtype, HOPPER, softcap, tile), gather=gather)
+
+
+# Between them every head dim that people use, both types, every shape of tile and every feature.
+SPECS = [
+    spec_of(64, tile=(192, 128)), spec_of(64, tile=(128, 128), dtype="float16"), spec_of(128),
+    spec_of(128, dtype="float16", softcap=True, gather=True), spec_of(256, softcap=True),
+    spec_of(64, tile=(128, 128), gather=True),
+    spec_of(192, 128), spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_compiles_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
+    build(spec, tmp_path)  # raises CompileError for spills, local memory and C75xx remarks
+    report = json.loads((tmp_path / "report.json").read_text())
+    attention = next(f for f in report["functions"] if "attention" in f["name"])
+    assert attention["spill_bytes"] == attention["stack_bytes"] == 0
+    assert attention["smem_bytes"] <= SMEM_BYTES
+    assert attention["threads"] == 128 * (1 + spec.tile_m // 64)
+    source = (tmp_path / "kernel.cu").read_text()
+    assert "wgmma" in source
+    assert "cp.async.bulk.tensor" in source
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_budgets(spec: KernelSpec) -> None:
+    """Registers handed over by setmaxnreg exist, or the kernel would wait for ever."""
+    s = shape_of(spec)
+    producer, consumer = s.registers
+    assert producer % 8 == consumer % 8 == 0
+    assert s.register_pool >= 0
+    assert s.live_registers < consumer
+    assert s.smem_bytes <= SMEM_BYTES
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(Unsupported, match="fit neither"):
+        shape_of(spec_of(256, tile=(192, 128)))
+    with pytest.raises(Unsupported, match="listed keys"):
+        shape_of(spec_of(64, tile=(192, 128), gather=True))
+    assert {tile for tile in ALL_TILES["hopper"] if _fits(tile)} == {(64, 64), (128, 64)}
+
+
+def _fits(tile: tuple[int, int]) -> bool:
+    try:
+        shape_of(spec_of(256, tile=tile))
+    except Unsupported:
+        return False
+    return True
+
+
+@needs_compiler
+def test_a_spilling_kernel_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: a consumer with too few registers spills."""
+    from splatc.codegen.hopper import forward
+
+    class Starved(Shape):
+        registers = (24, 120)  # type: ignore[assignment]
+
+    monkeypatch.setattr(forward, "shape_of", lambda spec: Starved(**vars(shape_of(spec))))
+    with pytest.raises(CompileError, match=r"ptxas says"):
+        build(spec_of(128), tmp_path)

@@ -1,0 +1,270 @@
+"""Launching the Hopper kernel without a GPU: a NumPy twin of the kernel reads what the launcher prepares."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splatc import oracle
+from splatc import patterns as P
+from splatc.codegen.build import device_source, emit
+from splatc.codegen.costs import Costs
+from splatc.codegen.emitted import parse_signatures
+from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.target import Target
+from splatc.ir.passes import Schedule
+from splatc.ir.views import contiguous, patches, residue
+from splatc.runtime.kernel import Kernel
+from splatc.runtime.launch import Launcher, layout_of
+from splatc.runtime.tensor_map import Layout, geometry, sub_box
+from tests.fake_gpu import FakeDriver, FakeTorch, TensorMap, fake_gpu, plan, write_built
+from tests.hopper_on_cpu import ATTEND, COMBINE, attend_kernel, combine_kernel
+
+torch = pytest.importorskip("torch")
+D = 16
+NAMES = ("splatc_attention_kernel", "splatc_combine_kernel")
+
+
+class Machine:
+    """A launcher of the NumPy twin for patterns, one a head or one for all."""
+
+    def __init__(self, folder: Path, *patterns: Any, m: int = 64, n: int = 64, layout: str = "bhsd",
+                 dim: int = D, gather: bool = False, sms: int = 3) -> None:  # fmt: skip
+        self.patterns = patterns
+        self.schedule = Schedule(m, n, max_row_views=MAX_VIEWS[0], max_col_views=MAX_VIEWS[1], gather=gather,
+                                 fill_empty=True)  # fmt: skip
+        self.torch = FakeTorch()
+        kernels = dict(zip(NAMES, (attend_kernel(m, n, dim), combine_kernel(m, dim))))
+        self.driver = FakeDriver(kernels, dict(zip(NAMES, (ATTEND, COMBINE))), sms=sms)
+        self.gpu = fake_gpu(self.driver, self.torch)
+        folder.mkdir(exist_ok=True)
+        write_built(folder, [
+            {"name": name, "threads": 128, "smem_bytes": 1024, "parameters": parameters}
+            for name, parameters in self.driver.parameters.items()
+        ])  # fmt: skip
+        spec = KernelSpec("hopper", dim, dim, "float16", m, n, Target("cuda", "sm_90a"))
+        self.launcher = Launcher(
+            Kernel(spec, folder), layout, lambda shape: None, self.plan, find_gpu=lambda _: self.gpu
+        )
+
+    def plan(self, shape: Any, limits: Any) -> Any:
+        assert limits == MAX_VIEWS
+        return plan(self.patterns, shape, self.schedule, limits)
+
+    def __call__(self, q: Any, k: Any, v: Any, *, scale: Any = None, enable_gqa: bool = True) -> Any:
+        return self.launcher(q, k, v, scale, enable_gqa)
+
+
+def draw(q_len: int = 100, kv_len: int | None = None, heads: int = 2, kv_heads: int | None = None, batch: int = 1,
+         dim: int = D) -> Any:  # fmt: skip
+    generator = torch.Generator().manual_seed(q_len)
+    kv_len, kv_heads = kv_len or q_len, kv_heads or heads
+    shapes = (batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, dim)
+    return [torch.randn(*shape, generator=generator).half() for shape in shapes]
+
+
+def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None = None) -> None:
+    q, k, v = (x.double().numpy() for x in qkv)
+    want, want_lse = oracle.attention(q, k, v, dense, scale)
+    o, lse = (x.double().numpy() for x in got)
+    assert oracle.relative_error(o, want) < 2e-3
+    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    finite = np.isfinite(want_lse)
+    assert np.abs(lse[finite] - want_lse[finite]).max(initial=0) < 1e-3
+
+
+STRIDED = P.causal() & (P.window(15, 0) | P.strided(16))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "q_len", "m", "n"),
+    [
+        (P.causal(), 150, 64, 64), (P.causal(), 150, 128, 64), (P.window(30, 10), 200, 192, 64),
+        (P.strided(7), 1000, 64, 64),  # residues of two lengths: two maps
+        (P.strided(100), 1000, 128, 64),  # several residues in a tile
+        (STRIDED, 700, 64, 64), (P.causal() & P.fixed(128, 8), 700, 64, 64),
+        (P.neighborhood((40, 24), 7), 960, 64, 64), (P.neighborhood((40, 24), 7), 960, 128, 64),
+        (P.window(5, 5) & ~P.window(9, 9), 70, 64, 64),  # nothing at all
+        (P.full(), 1, 64, 64),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_sees(pattern: Any, q_len: int, m: int, n: int, tmp_path: Path) -> None:
+    attend, qkv = Machine(tmp_path, pattern, m=m, n=n), draw(q_len)
+    check(attend(*qkv), qkv, pattern.dense(q_len))
+
+
+@pytest.fixture
+def cheap_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only column tiles cost anything: rows are cut as soon as that ends earlier."""
+    free = lambda spec, workers: Costs(1.0, 0.0, 0.0, 0.0, 0.0, 1.0, workers, "")  # noqa: E731
+    monkeypatch.setattr("splatc.runtime.launch_hopper.costs_of", free)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length", "merges"),
+    [(P.longformer(20, 8), 600, [0, 0]), (P.causal(), 600, [0, 0]),
+     (P.causal() & (P.window(15, 0) | P.strided(8)), 4200, [0, 1, 1])],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.usefixtures("cheap_parts")
+def test_rows_in_parts(pattern: Any, length: int, merges: list[int], tmp_path: Path) -> None:
+    attend, qkv = Machine(tmp_path, pattern, sms=200), draw(length, heads=1, batch=2)
+    check(attend(*qkv), qkv, pattern.dense(length))
+    launched = [(name, values["merge"]) for name, _, values in attend.driver.launched]
+    assert [merge for _, merge in launched] == merges and launched[-1][0] == NAMES[1]
+
+
+def test_gathered_keys(tmp_path: Path) -> None:
+    mask = np.random.default_rng(0).random((200, 900)) < 0.01
+    pattern = P.mask(mask)
+    attend, qkv = Machine(tmp_path, pattern, gather=True), draw(200, 900)
+    check(attend(*qkv), qkv, mask)
+
+
+@pytest.mark.usefixtures("cheap_parts")
+def test_patterns_of_heads(tmp_path: Path) -> None:
+    patterns = [P.causal(), P.strided(9), STRIDED, P.longformer(10, 3)]
+    qkv = draw(300, heads=4, kv_heads=2, batch=2)
+    for sms in (1, 100):
+        attend = Machine(tmp_path / str(sms), *patterns, sms=sms)
+        check(attend(*qkv), qkv, np.stack([p.dense(300) for p in patterns]))
+
+
+def test_layouts_and_strides(tmp_path: Path) -> None:
+    """Whatever way batch and heads lie in memory, the maps reach them, without copies where strides allow it."""
+    pattern, dense = STRIDED, STRIDED.dense(130)
+    attend = Machine(tmp_path / "bhsd", pattern)
+    qkv = draw(130, heads=3, batch=2)
+    wanted, wanted_lse = attend(*qkv)
+    check((wanted, wanted_lse), qkv, dense)
+    moved = [x.transpose(1, 2).contiguous() for x in qkv]
+    o, lse = Machine(tmp_path / "bshd", pattern, layout="bshd")(*moved)
+    assert o.is_contiguous() and torch.equal(o.transpose(1, 2), wanted) and torch.equal(lse, wanted_lse)
+    packed = torch.stack(moved, 2).transpose(1, 3)  # (batch, heads, 3, seq, dim) of memory (batch, seq, 3, heads, dim)
+    more_heads = [torch.cat([x, x + 1], 1)[:, :3] for x in qkv]
+    wide = [torch.cat([x, x], 3)[..., :D] for x in qkv]
+    for tensors in ([x.transpose(1, 2) for x in moved], [packed[:, :, i] for i in range(3)], more_heads, wide):
+        before = len(attend.launcher._ready)
+        assert torch.equal(attend(*tensors)[0], wanted)
+        assert len(attend.launcher._ready) == before + 1, "it was copied"
+    q, k, v = qkv
+    for k_, v_ in ((k[:, :1], v[:, :1]), (k[:1, :1], v[:1]), (k[:1], v[:, :1])):
+        expanded = [q, k_.expand(2, 3, 130, D), v_.expand(2, 3, 130, D)]
+        check(attend(*expanded), expanded, dense)
+
+
+def test_what_tma_cannot_read_is_copied(tmp_path: Path) -> None:
+    attend = Machine(tmp_path, STRIDED)
+    qkv = draw(130)
+    wanted = attend(*qkv)[0]
+    odd = [torch.nn.functional.pad(x, (0, 3))[..., :D] for x in qkv]  # rows of 38 bytes
+    shifted = [torch.cat([torch.zeros(1).half(), x.flatten()])[1:].view(x.shape) for x in qkv]  # at 2 modulo 16
+    backwards = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in qkv]
+    for tensors in (odd, shifted, backwards):
+        assert torch.equal(attend(*tensors)[0], wanted)
+    q, k, v = qkv
+    once = [q, k[:, :, :1].expand_as(k), v]  # one key for all positions
+    check(attend(*once), once, STRIDED.dense(130))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0, -0.5])
+def test_any_scale(scale: float, tmp_path: Path) -> None:
+    attend, qkv = Machine(tmp_path, P.causal()), draw()
+    check(attend(*qkv, scale=scale), qkv, P.causal().dense(100), scale)
+    assert attend.driver.launched[-1][2]["scale"] > 0
+
+
+def test_head_dims_that_are_no_multiple_of_64(tmp_path: Path) -> None:
+    for dim in (8, 72, 128):
+        attend, qkv = Machine(tmp_path, P.causal(), dim=dim), draw(dim=dim)
+        check(attend(*qkv), qkv, P.causal().dense(100))
+
+
+def test_nothing_is_encoded_while_tensors_stay(tmp_path: Path) -> None:
+    attend, qkv = Machine(tmp_path, P.full()), draw()
+    keep = [attend(*qkv) for _ in range(2)]
+    encoded, moved = len(attend.driver.maps), attend.driver.moved
+    keep.append(attend(*qkv))
+    assert len(attend.driver.maps) == encoded and attend.driver.moved <= moved + 1  # o alone is new
+    maps = {id(one) for name, one in attend.driver.launched[-1][2].items() if name.startswith("k_map")}
+    assert len(maps) == 1, "views that are not there are view 0"
+    slots = [values["queue_ptr"] for *_, values in attend.driver.launched]
+    assert len(set(slots)) == len(slots) == 3
+
+
+def test_blocks_fill_the_gpu_and_no_more(tmp_path: Path) -> None:
+    attend = Machine(tmp_path, P.full())
+    attend(*draw(64, heads=1))
+    attend(*draw(64, heads=8))
+    assert [values["blocks"] for *_, values in attend.driver.launched] == [1, attend.driver.sms]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": True}, {"gather": True}])
+@pytest.mark.parametrize("tile", [(64, 64), (128, 128), (192, 128)])
+def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tuple[int, int]) -> None:
+    pytest.importorskip("tvm")
+    spec = KernelSpec("hopper", 64, 64, "bfloat16", *tile, Target("cuda", "sm_90a"), **options)
+    emitted = emit(spec)
+    declared = {one.name: one for one in parse_signatures(device_source(emitted, "sm_90a"))}
+    for function, known in itertools.zip_longest(emitted.functions, (ATTEND, COMBINE)[: len(emitted.functions)]):
+        assert declared[function.name].threads == function.threads
+        assert set(declared[function.name].parameters) <= set(known)
+
+
+# -- tensor maps -------------------------------------------------------------------------------------------------------
+
+VIEWS = [contiguous(100, 64), residue(100, 7, 64), residue(100, 40, 64), patches(96, (16, 6, 1), (16, 4, 1))]
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_boxes_hold_what_views_say(view: Any) -> None:
+    x = torch.arange(2 * 3 * view.length * 8).reshape(2, 3, view.length, 8).to(torch.int16)
+    one = layout_of(x)
+    assert one.mappable() and one.step == 3
+    origins = np.array([[x1, x2, 0] for x1 in (-3, 0, 32, 90) for x2 in (0, 1, 2, 5)])
+    rows = [[*extents, *view.strides, *view.box] for extents in view.shown]
+    for origin, part, positions in zip(origins, view.part(origins), view.positions(origins)):
+        shape = geometry(rows[part], view.box, one)
+        tensor_map = TensorMap("float16", x.data_ptr(), shape.dims, shape.strides, shape.box)
+        for batch, head in itertools.product(range(2), range(3)):
+            got = tensor_map.load((0, *(int(i) for i in origin), batch * one.step + head))[:, :8]
+            want = np.where((positions >= 0)[:, None], x[batch, head, positions].numpy(), 0)
+            assert np.array_equal(got.view(np.int16), want)
+
+
+@pytest.mark.parametrize(
+    ("layout", "step"),
+    [
+        (Layout(2, 3, 10, 16, 480, 160, 16, 2), 3),  # bhsd
+        (Layout(2, 3, 10, 16, 480, 16, 48, 2), 30),  # bshd
+        (Layout(1, 3, 10, 16, 1, 160, 16, 2), 0),
+        (Layout(2, 3, 10, 16, 0, 160, 16, 2), 0),  # an expanded batch
+        (Layout(4, 1, 10, 16, 200, 1, 16, 2), 1),
+        (Layout(2, 3, 10, 16, 1000, 160, 16, 2), None),  # batches no whole number of heads apart
+        (Layout(2, 3, 10, 16, 480, 0, 16, 2), None),
+        (Layout(2, 3, 10, 16, 480, 160, 0, 2), None),
+        (Layout(1, 3, 10, 16, 480, 164, 16, 2), None),
+        (Layout(1, 1, 1, 16, 5, 3, 1, 2), 0),  # strides of one element mean nothing
+        (Layout(1, 2, 10, 16, 480, 1 << 40, 16, 2), None),
+    ],
+)
+def test_which_layouts_have_maps(layout: Layout, step: int | None) -> None:
+    assert layout.mappable() == (step is not None)
+    assert step is None or layout.step == step
+
+
+def test_expanded_heads_are_one() -> None:
+    one = layout_of(torch.zeros(2, 1, 10, 16).half().expand(2, 4, 10, 16))
+    assert not one.mappable() and one.one_head().mappable()
+
+
+def test_parts_of_a_box_are_those_of_the_view() -> None:
+    for view in VIEWS:
+        assert sub_box(view.box, 1) == view.sub_box(1)
+    assert sub_box((128, 1, 1), 2) == ((64, 1, 1), (64, 0, 0))
+    assert sub_box((16, 4, 3), 3) == ((16, 4, 1), (0, 0, 1))

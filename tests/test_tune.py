@@ -1,0 +1,548 @@
+"""``splatc tune``: what it remembers and what compile makes of it, the fit of the cost model, the command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import splatc
+from splatc import patterns as P
+from splatc.bench.gpu import calibrate as calibration
+from splatc.bench.gpu import tune as tuning
+from splatc.bench.gpu.calibrate import Fit, Observed, fit, least_squares
+from splatc.bench.gpu.clock import Timed
+from splatc.bench.gpu.tune import Sizes, Tried
+from splatc.cli import tune as command
+from splatc.cli.main import run
+from splatc.codegen import costs
+from splatc.codegen.kernel import ALL_TILES, kernel_spec
+from splatc.codegen.target import Target
+from splatc.compile import best_plan
+from splatc.errors import CacheError, CompileError, InvalidInput, Unsupported
+from splatc.runtime import tuned
+from splatc.runtime.tuned import Found, remember_tile, tuned_tiles
+from splatc.runtime.work import finish, work_of
+
+HOPPER = Target("cuda", "sm_90a")
+SPEC = kernel_spec(64, None, "bfloat16", HOPPER)
+MASK = P.causal() & P.window(64, 0)
+BEST = Found((64, 128), "NVIDIA H200", 12.3456)
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch):
+    """The file of an own cache folder, which does not exist yet."""
+    monkeypatch.setenv("SPLATC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPLATC_DISABLE_CACHE", raising=False)
+    return tmp_path / "cache" / tuned.NAME
+
+
+def found(pattern=MASK, q_len=512, kv_len=512, spec=SPEC):
+    return tuned_tiles(pattern, q_len, kv_len, spec)
+
+
+# -- the memory --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_known_of_an_untuned_mask(file):
+    assert found() is None
+    assert not file.parent.exists()  # asking writes nothing
+
+
+def test_what_was_tuned_is_found_by_another_process(file, monkeypatch):
+    assert remember_tile(MASK, 512, 512, SPEC, BEST) == file
+    monkeypatch.setattr(tuned, "_read", None)
+    assert found() == (BEST.tile,)
+    assert found(P.parse(str(MASK))) == (BEST.tile,)  # by its text
+    assert found(spec=replace(SPEC, tile_m=192, gather=True)) == (BEST.tile,)  # whatever the spec has by default
+    (entry,) = json.loads(file.read_text())["tiles"].values()
+    assert entry["device"] == "NVIDIA H200" and entry["pattern"] == str(MASK) and entry["date"].startswith("20")
+    assert file.stat().st_mode & 0o077 == 0
+    assert sorted(p.name for p in file.parent.iterdir()) == [".locks", file.name]
+
+
+@pytest.mark.parametrize("other", [
+    {"pattern": P.causal()}, {"q_len": 513}, {"kv_len": 1024}, {"spec": replace(SPEC, head_dim=128)},
+    {"spec": replace(SPEC, v_head_dim=128)}, {"spec": replace(SPEC, dtype="float16")},
+    {"spec": replace(SPEC, softcap=True)}, {"spec": replace(SPEC, target=Target("cuda", "sm_100a"))},
+    {"spec": replace(SPEC, kernel="portable")}, {"spec": kernel_spec(64, None, "bfloat16", Target("cpu", "native"))},
+])  # fmt: skip
+def test_another_request_is_another_tuning(other):
+    remember_tile(MASK, 512, 512, SPEC, BEST)
+    assert found(**other) is None
+
+
+def test_the_last_tuning_counts_and_is_seen_at_once():
+    for tile in ((192, 128), (64, 64), (128, 128)):
+        remember_tile(MASK, 512, 512, SPEC, replace(BEST, tile=tile))
+        assert found() == (tile,)
+
+
+def test_the_file_is_read_once_until_it_changes(monkeypatch):
+    remember_tile(MASK, 512, 512, SPEC, BEST)
+    read = []
+    parse = tuned._parse
+
+    def counted(path, status):
+        read.append(path)
+        return parse(path, status)
+
+    monkeypatch.setattr(tuned, "_parse", counted)
+    for _ in range(3):
+        assert found() == (BEST.tile,) and found(q_len=7) is None
+    assert len(read) == 1  # since remember_tile wrote it
+    remember_tile(P.causal(), 512, 512, SPEC, BEST)
+    assert found() == (BEST.tile,) and len(read) == 2
+
+
+def test_the_oldest_tunings_are_dropped(monkeypatch, file):
+    monkeypatch.setattr(tuned, "KEPT", 3)
+    for n in (1, 2, 3, 1, 4):
+        remember_tile(MASK, n, n, SPEC, BEST)
+    assert [n for n in range(1, 5) if found(q_len=n, kv_len=n)] == [1, 3, 4]
+
+
+def test_a_long_pattern_is_shortened_only_for_people(file):
+    lengths = list(range(1, 200))
+    long, other = P.documents(lengths), P.documents([*lengths[:-2], lengths[-1], lengths[-2]])
+    n = sum(lengths)
+    remember_tile(long, n, n, SPEC, BEST)
+    assert found(long, n, n) and not found(other, n, n)
+    assert len(next(iter(json.loads(file.read_text())["tiles"].values()))["pattern"]) == tuned.SHOWN
+
+
+DAMAGED = [b"", b"{", b"\xff\xfe\x00", b"[]", b"7", b'{"format": 1}', b'{"format": 2, "tiles": {}}',
+           b'{"format": "1", "tiles": {}}', b'{"format": 1, "tiles": []}', b"[" * 100_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_file_is_ignored_said_once_and_written_anew(file, caplog, content):
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "splatc.tuned"):
+        assert found() is None and found() is None
+        assert [str(file) in r.getMessage() for r in caplog.records] == [True]
+        remember_tile(MASK, 512, 512, SPEC, BEST)
+        assert found() == (BEST.tile,) and len(caplog.records) == 1
+    assert len(json.loads(file.read_text())["tiles"]) == 1
+
+
+def test_what_is_no_file_is_ignored(file, caplog):
+    file.mkdir(parents=True)
+    assert found() is None and "ignored" in caplog.text
+
+
+@pytest.mark.parametrize("change", [
+    {"tile": "64 x 128"}, {"tile": [64]}, {"tile": [64, 128, 1]}, {"tile": [64.0, 128]}, {"tile": [None, 128]},
+    {"tile": [128, 64 * 10**30]}, {"tile": [-64, 128]}, {"tile": [96, 128]}, {"tile": {}}, {"splatc": "0.0.0"},
+    {"splatc": 3}, None, "x", [64, 128],
+])  # fmt: skip
+def test_an_entry_that_makes_no_sense_is_not_used(file, change):
+    remember_tile(MASK, 512, 512, SPEC, BEST)
+    values = json.loads(file.read_text())
+    for key, entry in values["tiles"].items():
+        values["tiles"][key] = entry | change if isinstance(change, dict) else change
+    file.write_text(json.dumps(values))
+    assert found() is None
+    assert best_plan(MASK, 512, 512, SPEC).spec.tile_m in (128, 192)  # as if there were none
+    remember_tile(MASK, 512, 512, SPEC, BEST)
+    assert found() == (BEST.tile,)
+
+
+def test_a_tile_that_does_not_fit_the_kernel_is_not_used():
+    wide = kernel_spec(256, None, "bfloat16", HOPPER)
+    remember_tile(MASK, 512, 512, wide, replace(BEST, tile=(192, 128)))
+    assert found(spec=wide) is None
+
+
+def test_without_a_cache_nothing_is_read_or_written(file, monkeypatch):
+    remember_tile(MASK, 512, 512, SPEC, BEST)
+    before = file.read_bytes()
+    monkeypatch.setenv("SPLATC_DISABLE_CACHE", "1")
+    assert found() is None
+    with pytest.raises(InvalidInput, match="SPLATC_DISABLE_CACHE"):
+        remember_tile(P.full(), 512, 512, SPEC, BEST)
+    assert file.read_bytes() == before
+
+
+def test_a_folder_that_others_may_write_to_is_refused(file):
+    file.parent.mkdir()
+    file.parent.chmod(0o777)
+    with pytest.raises(CacheError, match="0777"):
+        remember_tile(MASK, 512, 512, SPEC, BEST)
+
+
+def test_a_writer_that_fails_leaves_the_old_file(file, monkeypatch):
+    remember_tile(MASK, 512, 512, SPEC, BEST)
+    before = file.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuned.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        remember_tile(P.full(), 512, 512, SPEC, BEST)
+    assert file.read_bytes() == before and sorted(p.name for p in file.parent.iterdir()) == [".locks", file.name]
+    assert found() == (BEST.tile,)
+
+
+def remember_many(worker: int, count: int) -> None:
+    for i in range(count):
+        remember_tile(MASK, 1 + worker, 1 + i, SPEC, BEST)
+        assert tuned_tiles(MASK, 1 + worker, 1 + i, SPEC) == (BEST.tile,)
+
+
+def test_processes_that_write_at_once_lose_nothing():
+    workers, count = 4, 12
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=remember_many, args=(w, count)) for w in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert all(found(q_len=1 + w, kv_len=1 + i) for w in range(workers) for i in range(count))
+
+
+@pytest.mark.parametrize("tile", ALL_TILES["hopper"])
+def test_compile_takes_the_tuned_tile(tile):
+    usual = best_plan(MASK, 512, 512, SPEC).spec
+    remember_tile(MASK, 512, 512, SPEC, replace(BEST, tile=tile))
+    plan = best_plan(MASK, 512, 512, SPEC)
+    assert (plan.spec.tile_m, plan.spec.tile_n) == tile
+    assert plan.tables[0][0].positions.shape[1] == tile[0]
+    assert best_plan(MASK, 513, 513, SPEC).spec == usual  # other lengths were not tuned
+    assert best_plan(MASK, 512, 512, SPEC, ((128, 128),)).spec.tile_m == 128  # who asks for a tile gets it
+
+
+# -- tiles tried -------------------------------------------------------------------------------------------------------
+
+
+def sizes(**other):
+    return Sizes(**({"q_len": 200, "kv_len": 200, "head_dim": 32, "v_head_dim": 32, "heads": 2, "kv_heads": 2,
+                     "dtype": "float32"} | other))  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, other", [
+    (MASK, {}), (MASK, {"kv_len": 300, "v_head_dim": 16, "heads": 4, "batch": 2}),
+    (P.per_head([P.causal(), P.full()]), {"kv_heads": 1}),
+])  # fmt: skip
+def test_a_tile_is_checked_timed_and_told(pattern, other):
+    pytest.importorskip("torch")
+    s = sizes(**other)
+    steps: list[str] = []
+    (one,) = tuning.tune(pattern, s, ((64, 64),), 3, steps.append, device="cpu")
+    assert one.problem is None and one.error < 1e-5 and len(steps) == tuning.steps(((64, 64),), 3) == 5
+    assert steps[0] == "compile 64 x 64"
+    fastest, slowest = one.spread_us or (0, 0)
+    assert fastest <= one.measured_us <= slowest and one.predicted_us > 0
+    nnz = sum(int(p.dense(s.q_len, s.kv_len).sum()) for p in P.heads_of(pattern, s.heads)) * s.batch
+    assert one.useful_tflops == pytest.approx(2 * nnz * (s.head_dim + s.v_head_dim) / one.measured_us / 1e6)
+    assert json.loads(json.dumps(one.to_dict()))["tile"] == [64, 64]
+
+
+def test_what_cannot_be_built_or_is_wrong_comes_last(monkeypatch):
+    pytest.importorskip("torch")
+    compile_ = splatc.compile
+    good = compile_(MASK, seq_len=200, head_dim=32, dtype="float32", target="cpu")
+
+    class Wrong:
+        kernel, plan = good.kernel, good.plan
+
+        def __call__(self, *given, return_lse=False, enable_gqa=False):
+            o, lse = good(*given, return_lse=True)
+            return (o * float("nan"), lse) if return_lse else o
+
+    def fake(*mask, tile, **options):
+        if tile == (64, 128):
+            raise Unsupported("fits no registers")
+        if tile == (128, 64):
+            raise CompileError("spills")
+        return Wrong() if tile == (192, 64) else compile_(*mask, tile=(64, 64), **options)
+
+    monkeypatch.setattr(splatc, "compile", fake)
+    tried = tuning.tune(MASK, sizes(), ((64, 128), (128, 64), (192, 64), (64, 64)), 3, lambda step: None, device="cpu")
+    assert [one.tile for one in tried] == [(64, 64), (64, 128), (128, 64), (192, 64)]
+    assert tried[0].problem is None and tried[1].problem == "unsupported: fits no registers"
+    assert tried[2].problem == "failed: spills" and tried[3].problem.startswith("wrong result: relative error nan")
+
+
+def test_sampled_rows_are_those_of_each_head():
+    pattern = P.per_head([P.causal(), P.window(3, 3)])
+    sample = tuning.sample_rows(pattern, sizes(q_len=1000, kv_len=700))
+    assert sample.rows.shape == (2, 64) and sample.mask.shape == (2, 64, 700)
+    for rows, mask, one in zip(sample.rows, sample.mask, pattern.heads):
+        assert (mask == one.dense(1000, 700)[rows]).all()
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+WORKERS = 132
+TRUE = Fit(4.2, {(64, 192, 128): (1.6, 0.05, 1.5), (64, 128, 128): (1.2, 0.04, 1.4), (128, 128, 128): (1.65, 0.06, 1.8),
+                 (256, 128, 64): (1.7, 0.03, 2.6)})  # fmt: skip
+COMBINE = 3.7
+ABOUT = {"gpu": {"name": "NVIDIA H200"}, "date": "2026-11-20T12:00:00+00:00",
+         "versions": {"splatc": "0.1.0", "torch": "2.9", "cuda": "13.0", "driver": "580", "numpy": "2"}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """(case, plan) of all that is measured."""
+    out = []
+    for spec in calibration.kernels():
+        for case in calibration.cases(spec, WORKERS):
+            out.append((case, best_plan(case.pattern, case.sizes.q_len, case.sizes.kv_len, spec, (case.kernel[1:],))))
+    return out
+
+
+def true_time(case, plan):
+    """Microseconds on a device with the true constants."""
+    if case.role == "fit":
+        return TRUE.predict(calibration.observe(case, plan, 0.0, WORKERS))
+    true = TRUE.costs(case.kernel, COMBINE, WORKERS)
+    if case.role == "check":
+        return tuning.predict(plan, case.sizes, true)
+    (launch,) = plan.launches(case.sizes.heads)
+    work = work_of(launch, 1, costs.costs_of(plan.spec, WORKERS))
+    assert len(work.combine) == 1
+    return true.launch + COMBINE + finish(true.item + true.tile * work.rows[:, 10], WORKERS).max()
+
+
+def test_the_fitted_masks_keep_every_multiprocessor_equally_busy(plans):
+    seen = set()
+    for case, plan in plans:
+        (tables,) = plan.tables[0]
+        tiles, rows = tables.items[:, 6], case.sizes.heads * len(tables.items)
+        seen.add((case.kernel, case.role))
+        if case.role == "fit":
+            assert (tiles == tiles[0]).all() and (rows == 1 or rows % WORKERS == 0)
+            assert tables.bit_tiles == (tables.tiles if "bits" in case.name else 0)
+            (launch,) = plan.launches(case.sizes.heads)
+            assert not len(work_of(launch, 1, costs.costs_of(plan.spec, WORKERS)).combine)  # the call cuts no row
+    assert len(seen) == 3 * len(TRUE.kernels)
+
+
+@pytest.mark.parametrize("workers", [1, 78, 114, 132, 148])
+def test_whole_waves(workers):
+    heads = calibration.whole_waves(workers)
+    assert all(calibration.LENGTH // m * heads % workers == 0 for m in (64, 128, 192))
+    assert heads <= workers
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.003])
+def test_the_constants_are_recovered(plans, noise):
+    rng = np.random.default_rng(3)
+    timed = [(case, plan, true_time(case, plan) * (1 + noise * rng.standard_normal())) for case, plan in plans]
+    result = calibration.conclude(timed, WORKERS, 4100.4, ABOUT)
+    near = (lambda x: pytest.approx(x, rel=2e-3, abs=2e-3)) if not noise else (lambda x: pytest.approx(x, rel=0.25))
+    tight = near if not noise else (lambda x: pytest.approx(x, rel=0.015))
+    assert result.costs["launch_us"] == near(TRUE.launch)
+    assert result.costs["combine_us"] == (pytest.approx(COMBINE, abs=0.02 if not noise else 1.0))
+    got = {(k["head_dim"], k["tile_m"], k["tile_n"]): k for k in result.costs["kernels"]}
+    assert got.keys() == TRUE.kernels.keys()
+    for kernel, (tile, bits, item) in TRUE.kernels.items():
+        assert got[kernel]["tile_us"] == tight(tile) and got[kernel]["item_us"] == near(item)
+        assert got[kernel]["bits_us"] == pytest.approx(bits, abs=0.001 if not noise else 0.02)
+    assert len(result.residuals) == len(plans) and sum(r.fitted for r in result.residuals) < len(plans)
+    assert max(abs(r.gap) for r in result.residuals if r.name != "a long row") < (1e-3 if not noise else 0.03)
+
+
+def test_the_file_is_one_that_the_cost_model_reads(plans, tmp_path, monkeypatch):
+    shipped = json.loads(costs.FILE.read_text())
+    written = calibration.conclude([(c, p, true_time(c, p)) for c, p in plans], WORKERS, 4100.4, ABOUT).costs
+    assert written.keys() >= shipped.keys() and written["kernels"][0].keys() == shipped["kernels"][0].keys()
+    assert written["date"] == "2026-11-20" and "numpy" not in written["versions"]
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(written))
+    monkeypatch.setattr(costs, "FILE", path)
+    costs._table.cache_clear()
+    try:
+        got = costs.costs_of(kernel_spec(128, None, "bfloat16", HOPPER, tile=(128, 128)))
+    finally:
+        monkeypatch.undo()
+        costs._table.cache_clear()
+    assert (got.tile, got.launch, got.combine) == pytest.approx((1.65, TRUE.launch, COMBINE), rel=0.01)
+    assert got.bandwidth == 4100e3 and got.workers == WORKERS and "H200" in got.source
+
+
+def test_no_constant_is_negative():
+    kernel = (64, 128, 128)
+    seen = [Observed("", kernel, 1, 132, 132 * n, 132 * n * bits, 132, 5 + 1.5 + n * 1.2 - 0.01 * bits * n)
+            for n in (3, 6, 12) for bits in (0, 1)]  # fmt: skip
+    seen.append(Observed("", kernel, 1, 1320, 13200, 0, 132, 5 + 10 * (1.5 + 10 * 1.2)))
+    assert all(x >= 0 for x in (fit(seen).launch, *fit(seen).kernels[kernel]))
+    assert fit(seen).kernels[kernel][1] == 0 and fit(seen).kernels[kernel][0] == pytest.approx(1.2, rel=0.02)
+
+
+def test_least_squares():
+    design = np.array([[1.0, 0, 0], [1, 1, 0], [1, 2, 0]])
+    assert least_squares(design, np.array([1.0, 2, 3])).tolist() == pytest.approx([1, 1, 0])
+    assert least_squares(design, np.array([3.0, 2, 1])).tolist() == pytest.approx([2, 0, 0])
+    with pytest.raises(ValueError, match="do not determine"):
+        least_squares(np.ones((3, 2)), np.ones(3))
+
+
+@pytest.fixture
+def pretended(monkeypatch, plans):
+    """A GPU whose kernels take what the true constants say. The fixture is the options of each compilation."""
+    pytest.importorskip("torch")
+    compiled = []
+
+    def one(plan):
+        return plan
+
+    def fake(pattern, **options):
+        compiled.append(options)
+        which = options["head_dim"], *options["tile"]
+        for case, plan in plans:
+            lengths = case.sizes.q_len, case.sizes.kv_len
+            if (case.kernel, case.pattern, lengths) == (which, pattern, (options["seq_len"], options["kv_len"])):
+                return SimpleNamespace(plan=partial(one, plan), seconds=true_time(case, plan) * 1e-6)
+        raise AssertionError(options)
+
+    class Clock:
+        def prepare(self, contestant, inputs):
+            return Timed(lambda: contestant.compiled.seconds, "as pretended")
+
+    monkeypatch.setattr(splatc, "compile", fake)
+    monkeypatch.setattr(calibration, "GraphClock", Clock)
+    monkeypatch.setattr(calibration, "multiprocessors", lambda device: WORKERS)
+    monkeypatch.setattr(calibration, "ceilings", lambda device: {"copy_tb_s": 4.1004})
+    monkeypatch.setattr(calibration, "describe", lambda command, device: ABOUT)
+    monkeypatch.setattr(Sizes, "input_sets", lambda self, device: [])
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: WORKERS)
+    return compiled
+
+
+def test_calibrate_times_every_kernel_with_its_own_tile(pretended):
+    steps: list[str] = []
+    result = calibration.calibrate(["splatc", "tune"], 3, steps.append)
+    assert {(o["head_dim"], *o["tile"]) for o in pretended} == TRUE.kernels.keys()
+    assert {(o["dtype"], o["target"]) for o in pretended} == {("bfloat16", "cuda")}
+    assert len(steps) == calibration.steps(WORKERS, 3)
+    assert result.costs["launch_us"] == pytest.approx(TRUE.launch, abs=0.01)
+    assert result.costs["bandwidth_gb_s"] == 4100 and result.costs["multiprocessors"] == WORKERS
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which tiles take so many microseconds: {tile: us}, None for what cannot be built."""
+    torch = pytest.importorskip("torch")
+    times = dict(zip(ALL_TILES["hopper"], (30.0, 20.0, None, 12.0, 13.0, None)))
+
+    def fake(pattern, sizes, tiles, rounds, tell):
+        for _ in range(tuning.steps(tiles, rounds)):
+            tell("x")
+        out = [Tried(t, "unsupported: too large") if times[t] is None
+               else Tried(t, None, 1.5, 11.0, 1e-3, times[t], (times[t], times[t]), 400.0) for t in tiles]  # fmt: skip
+        return sorted(out, key=lambda one: (one.measured_us is None, one.measured_us))
+
+    monkeypatch.delenv("COLUMNS", raising=False)  # tables of full width, also where pytest-xdist sets it
+    monkeypatch.setattr(command, "gpu_arch", lambda: "sm_90a")
+    monkeypatch.setattr(command, "find_compiler", lambda: "a compiler")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(tuning, "tune", fake)
+    return times
+
+
+def test_the_fastest_is_printed_and_remembered(gpu, capsys, file):
+    assert run(["tune", str(MASK), "-s", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "128 x 128" in out and "fastest" in out and "unsupported: too large" in out and "NVIDIA H200" in out
+    assert f"remembered in {file}" in out
+    assert found() == ((128, 128),)
+    assert best_plan(MASK, 512, 512, SPEC).spec.tile_m == 128
+
+
+def test_no_remember(gpu, capsys, file, monkeypatch):
+    monkeypatch.setenv("SPLATC_DISABLE_CACHE", "1")
+    assert run(["tune", str(MASK), "-s", "512"]) == 2
+    assert "--no-remember" in capsys.readouterr().err
+    assert run(["tune", str(MASK), "-s", "512", "--no-remember"]) == 0
+    assert "not remembered" in capsys.readouterr().out and not file.exists()
+
+
+def test_json(gpu, capsys, file):
+    assert run(["tune", str(MASK), "-s", "512", "--kv-len", "1024", "-d", "128", "--kv-heads", "4", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["best"] == [128, 128] and values["remembered"] == str(file) and values["pattern"] == str(MASK)
+    assert values["kv_len"] == 1024 and values["kv_heads"] == 4 and values["v_head_dim"] == 128
+    assert [one["measured_us"] for one in values["tiles"]] == [12.0, 13.0, 20.0, 30.0, None, None]
+    assert found(kv_len=1024, spec=kernel_spec(128, None, "bfloat16", HOPPER)) == ((128, 128),)
+
+
+def test_the_verdict_says_what_the_cost_model_would_lose(gpu, capsys, monkeypatch):
+    for choice, words in (((192, 64), "takes 8.3% longer"), ((192, 128), "was not timed"), ((128, 128), "model says")):
+        monkeypatch.setattr(command.Request, "model_tile", lambda self, choice=choice: choice)
+        assert run(["tune", "causal", "-s", "512", "--no-remember"]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_no_tile_that_works_is_an_error(gpu, capsys, file):
+    gpu.update(dict.fromkeys(gpu))
+    assert run(["tune", "causal", "-s", "512"]) == 1
+    assert "too large" in capsys.readouterr().err and not file.exists()
+
+
+def test_too_little_memory_is_one_line(gpu, capsys, monkeypatch):
+    import torch
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    monkeypatch.setattr(tuning, "tune", fail)
+    assert run(["tune", "causal", "-s", "512"]) == 2
+    assert "memory is too small" in capsys.readouterr().err
+
+
+def test_calibrate_writes_the_costs(gpu, pretended, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "costs.json"
+    assert run(["tune", "--calibrate", "--rounds", "3", "-o", str(path)]) == 0
+    err = capsys.readouterr().err
+    assert "blocks of 768, bits" in err and "(64, 192, 128)" in err and f"wrote {path}" in err
+    assert json.loads(path.read_text())["launch_us"] == pytest.approx(TRUE.launch, abs=0.01)
+    assert run(["tune", "--calibrate", "--rounds", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "NVIDIA H200"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "give a pattern"), (["causal"], "--seq-len"), (["causal", "--calibrate"], "no pattern"),
+    (["--calibrate", "--json"], "no --json"), (["causal", "-s", "8", "-o", "x"], "for --calibrate"),
+    (["causal", "-s", "8", "-d", "12"], "multiples of 8"), (["causal", "-s", "8", "--dtype", "float32"], "float32"),
+    (["causal", "-s", "8", "--dtype", "int8"], "int8"), (["causal", "-s", "8", "--rounds", "0"], "--rounds is 0"),
+    (["causal", "-s", "8", "--heads", "6", "--kv-heads", "4"], "--heads is 6"), (["causl", "-s", "8"], "causl"),
+    (["per_head([causal, full])", "-s", "8", "--heads", "3"], "2 heads"),
+])  # fmt: skip
+def test_wrong_options(arguments, words, capsys):
+    assert run(["tune", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch, words", [(None, "splatc doctor"), ("sm_80", "this one is sm_80")])
+@pytest.mark.parametrize("arguments", [["causal", "-s", "8"], ["--calibrate"]])
+def test_without_a_hopper_gpu(arch, words, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(command, "gpu_arch", lambda: arch)
+    assert run(["tune", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_without_a_compiler(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(command, "find_compiler", lambda: None)
+    assert run(["tune", "causal", "-s", "8"]) == 1
+    assert "NVRTC or nvcc" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert run(["tune", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Examples:" in out and "--calibrate" in out and "--no-remember" in out

@@ -1,0 +1,116 @@
+"""The queue of a launch: who gets which row tile when, and which row tiles are cut into parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from splatc.codegen.costs import Costs, costs_of
+from splatc.codegen.kernel import kernel_spec, tile_shapes
+from splatc.codegen.target import Target
+from splatc.compile import best_plan
+from splatc.patterns import as_pattern
+from splatc.runtime.plan import Launch
+from splatc.runtime.work import LEAST, cut_rows, finish, work_of
+
+COSTS = Costs(tile=1.6, bits=0.1, item=1.7, launch=4.5, combine=4.0, bandwidth=4e6, workers=132, source="a test")
+HOPPER = Target("cuda", "sm_90a")
+
+
+def launch_of(text: str, q_len: int, heads: int = 4, kv_len: int | None = None, head_dim: int = 128) -> Launch:
+    spec = kernel_spec(head_dim, None, "bfloat16", HOPPER)
+    plan = best_plan(as_pattern(text), q_len, kv_len or q_len, spec)
+    return plan.launches(heads)[0]
+
+
+def tiles_of(entries: np.ndarray, first: int, count: int) -> list[tuple[int, ...]]:
+    """Column tiles of entries, repetitions written out: origin, view and bits of each."""
+    return [(x1 + r * d1, x2 + r * d2, x3, bits, view)
+            for x1, x2, x3, repeat, bits, view, d1, d2 in entries[first : first + count].tolist()
+            for r in range(repeat)]  # fmt: skip
+
+
+def test_finish_is_a_queue() -> None:
+    rng = np.random.default_rng()
+    for _ in range(50):
+        cost, workers = rng.uniform(0.1, 5, rng.integers(1, 60)), int(rng.integers(1, 9))
+        free = [0.0] * workers
+        wanted = []
+        for c in cost:
+            at = int(np.argmin(free))
+            free[at] += c
+            wanted.append(free[at])
+        np.testing.assert_allclose(finish(cost, workers), wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "heads", "batch"),
+    [("full", 8192, 16, 1), ("longformer(256, 64)", 4096, 4, 2), ("causal", 2048, 3, 1),
+     ("full", 128, 2, 1), ("residue(8)", 1000, 2, 3)],
+)  # fmt: skip
+def test_parts_hold_every_tile_once(text: str, length: int, heads: int, batch: int) -> None:
+    if text == "residue(8)":
+        text = "strided(8)"
+    launch = launch_of(text, length, heads, kv_len=16384 if length == 128 else None)
+    work = work_of(launch, batch, COSTS)
+    wanted: Counter[tuple[int, ...]] = Counter()
+    for b in range(batch):
+        for head, item in launch.work.tolist():
+            first, count = launch.items[item, 3:5].tolist()
+            wanted.update((b, head, item, *tile) for tile in tiles_of(launch.entries, first, count))
+    got: Counter[tuple[int, ...]] = Counter()
+    for b, head, item, _part, x1, x2, x3, first, count, view, tiles, masked in work.rows.tolist():
+        assert [x1, x2, x3, view] == launch.items[item, [0, 1, 2, 5]].tolist()
+        mine = tiles_of(work.entries, first, count)
+        assert len(mine) == tiles > 0
+        assert [tile[3] > 0 for tile in mine] == [i < masked for i in range(tiles)]  # those with bits first
+        got.update((b, head, item, *tile) for tile in mine)
+    assert got == wanted
+    parts = work.rows[work.rows[:, 3] > 0]
+    assert sorted(parts[:, 3].tolist()) == list(range(1, work.part_tiles + 1))  # each scratch tile written once
+    for b, head, item, first, count, *_ in work.combine.tolist():
+        mine = parts[(parts[:, :3] == [b, head, item]).all(1)]
+        assert sorted(mine[:, 3].tolist()) == list(range(first + 1, first + 1 + count))
+
+
+def test_cutting_saves_time() -> None:
+    """What it is for: a last wave of few rows, a global token's long row, one row tile of many keys."""
+    cases = {
+        "last wave": np.full(688, 64),
+        "long rows": np.tile(np.concatenate([[64], np.full(63, 6)]), 16),
+        "decoding": np.full(8, 256),
+    }
+    for name, tiles in cases.items():
+        cost = COSTS.item + COSTS.tile * tiles
+        parts = cut_rows(cost, tiles, COSTS)
+        assert (parts > 1).any(), name
+        assert (tiles // parts >= LEAST).all()
+        before = finish(cost, COSTS.workers).max()
+        after = finish(np.repeat((cost - COSTS.item) / parts + COSTS.item, parts), COSTS.workers).max()
+        assert after + COSTS.combine < before, name
+
+
+def test_even_work_stays_whole() -> None:
+    for tiles in (np.full(132 * 8, 64), np.full(1024, 1), np.repeat(np.arange(64, 0, -1), 33)):
+        assert (cut_rows(COSTS.item + COSTS.tile * tiles, tiles, COSTS) == 1).all()
+
+
+def test_many_rows_are_not_simulated() -> None:
+    tiles = np.full(1 << 17, 5)
+    tiles[7] = 1 << 18
+    parts = cut_rows(COSTS.item + COSTS.tile * tiles, tiles, COSTS)
+    assert parts[7] > 1
+    assert (np.delete(parts, 7) == 1).all()
+
+
+def test_costs_scale_with_work() -> None:
+    """Kernels that were not measured are scaled from one that was."""
+    spec = kernel_spec(128, None, "bfloat16", HOPPER)
+    half = kernel_spec(96, None, "bfloat16", HOPPER)
+    assert costs_of(half).tile == pytest.approx(costs_of(spec).tile * 96 / 128)
+    for head_dim in (16, 64, 128, 192, 256):
+        one = kernel_spec(head_dim, None, "bfloat16", HOPPER)
+        assert (one.tile_m, one.tile_n) in tile_shapes(one)
+        assert 0 < costs_of(one).tile < 10
