@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
-from splatc.codegen.kernel import KernelSpec, kernel_spec, tile_shapes
+from splatc.codegen.kernel import PATCH_TILE, KernelSpec, kernel_spec, tile_shapes
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
@@ -73,10 +73,15 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
 def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
               tiles: tuple[tuple[int, int], ...] | None = None, after: After | None = None) -> Plan:  # fmt: skip
     """The plan of the least predicted time over tile shapes, and the kernel that it needs."""
-    tiles = tiles or tuned_tiles(pattern, q_len, kv_len, spec) or tile_shapes(spec)
-    sized = [replace(spec, tile_m=m, tile_n=n) for m, n in tiles]
-    specs = [replace(one, gather=can_gather(one)) for one in sized]
-    plans = [make_plan(pattern, q_len, kv_len, one, after) for one in specs]
+    known = tiles or tuned_tiles(pattern, q_len, kv_len, spec)
+
+    def plan(tile: tuple[int, int]) -> Plan:
+        sized = replace(spec, tile_m=tile[0], tile_n=tile[1])
+        return make_plan(pattern, q_len, kv_len, replace(sized, gather=can_gather(sized)), after)
+
+    plans = [plan(tile) for tile in known or tile_shapes(spec)]
+    if not known and any(one.patched for one in plans):
+        plans.append(plan(PATCH_TILE))
     best = min(plans, key=lambda plan: plan.explanation.seconds)
     return replace(best, spec=replace(best.spec, gather=best.gathers))
 

@@ -83,7 +83,7 @@ def compile_kernel(
     kv_len: KvLen = None,
     head_dim: HeadDim = 64,
     v_head_dim: VHeadDim = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -95,10 +95,9 @@ def compile_kernel(
     ] = None,
 ) -> None:
     """Compile a kernel into the cache, ahead of time, and print its folder."""
-    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target))
+    spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(target))
     if mask != "none":
-        sized = sized_mask(mask, seq_len, kv_len)
-        plan_mask(sized, spec)
+        spec = plan_mask(sized_mask(mask, seq_len, kv_len), spec).spec
     root = kernel_cache(Config.from_env()).root
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
@@ -119,7 +118,7 @@ def dump(
     kv_len: KvLen = None,
     head_dim: HeadDim = 64,
     v_head_dim: VHeadDim = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     arch: Annotated[
         str | None,
         typer.Option("--arch", "--target", show_default="SPLATC_ARCH, else cpu", help="cpu or an arch such as sm_90a."),
@@ -139,7 +138,7 @@ def dump(
     output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="A file.")] = None,
 ) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
-    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(quick_target(arch)))
+    spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(quick_target(arch)))
     if what is None:
         what = What.ir if after is not None else What.cuda if spec.target.kind == "cuda" else What.llvm
     if after is not None and what is not What.ir:
@@ -150,8 +149,7 @@ def dump(
     elif what is What.tables:
         _write_tables(plan_mask(sized, spec), output)
     else:
-        sized[0].check(*sized[1:])
-        write_or_print(_source(spec, what), output)
+        write_or_print(_source(plan_mask(sized, spec).spec, what), output)
 
 
 def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:

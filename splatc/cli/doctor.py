@@ -58,12 +58,17 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="A JSON array on st
                 (f.what, Text(state, colours[state]), f.detail + (f"\n-> {f.cure}" if f.cure and not f.works else ""))
             )
         console().print(table(("part", "state", "what was found"), rows, left=3))
-        works = {f.what for f in findings if f.works}
-        gpu = "GPU" in works and bool(works & {"NVRTC", "nvcc"})
         verdict = f"missing for the CPU: {', '.join(f.what for f in broken)}" if broken else "the CPU path works"
-        console().print(f"{verdict}; {'the GPU path works too' if gpu else 'kernels do not run on a GPU here'}")
+        console().print(f"{verdict}; {_gpu_verdict({f.what for f in findings if f.works})}")
     if broken:
         raise typer.Exit(1)
+
+
+def _gpu_verdict(works: set[str]) -> str:
+    compiles = bool(works & {"NVRTC", "nvcc"})
+    if "GPU" in works:
+        return "the GPU path works too" if compiles else "the GPU is there, but nothing that compiles kernels for it"
+    return f"no GPU here: CUDA can be generated{' and compiled' if compiles else ''}, not run"
 
 
 def examine() -> list[Finding]:
@@ -177,8 +182,10 @@ def _torch() -> Finding:
 
 def _gpu() -> Finding:
     script = (
-        "import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; print(n, *("
-        "torch.cuda.get_device_name(i) + ' sm_%d%d' % torch.cuda.get_device_capability(i) for i in range(n)), sep='; ')"
+        "import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
+        "c = [torch.cuda.get_device_capability(i) for i in range(n)]; "
+        "print(n, *('%s sm_%d%d (%s kernel)' % (torch.cuda.get_device_name(i), *c[i], "
+        "'Hopper' if c[i] == (9, 0) else 'portable') for i in range(n)), sep='; ')"
     )
     done = _python_says(script)
     count, _, names = done.stdout.strip().partition("; ")

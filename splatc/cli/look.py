@@ -50,7 +50,7 @@ def analyze(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     pieces: Annotated[bool, typer.Option("--pieces", help="Print the pieces themselves, too.")] = False,
     head_dim: HeadDim = 64,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     target: Annotated[
         str | None, typer.Option("--target", show_default="cpu", help="cpu, cuda or an arch such as sm_90a.")
     ] = None,
@@ -62,7 +62,7 @@ def analyze(
         domains = getattr(program, "domains", ())
         found.extend(d.acsr for _, d in domains if name == "lower" and isinstance(d, Mask))
 
-    spec = kernel_spec(head_dim, None, dtype, resolve_target(quick_target(target)))
+    spec = named_spec(head_dim, None, dtype, resolve_target(quick_target(target)))
     plan = plan_mask(sized_mask(mask, seq_len, kv_len), spec, after)
     lines = [str(piece) for acsr in found for piece in acsr.pieces] if pieces else []
     if json:

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from splatc.codegen.kernel import KernelSpec
-from splatc.compile import After, make_plan, resolve_mask
+from splatc.codegen.kernel import KernelSpec, kernel_spec
+from splatc.codegen.target import Target
+from splatc.compile import After, best_plan, resolve_mask
 from splatc.config import Config
 from splatc.errors import InvalidInput
 from splatc.patterns.base import Pattern
@@ -30,7 +31,12 @@ HeadDim = Annotated[int, typer.Option("--head-dim", "-d", help="Size of a query 
 VHeadDim = Annotated[
     int | None, typer.Option("--v-head-dim", show_default=False, help="That of a value vector, if another.")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", show_default="float32, for a GPU bfloat16", help="float32, float16 or bfloat16."
+    ),
+]
 
 
 def sized_mask(text: str, seq_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:
@@ -52,6 +58,11 @@ def quick_target(target: str | None) -> str:
     return target or Config.from_env().arch or "cpu"
 
 
+def named_spec(head_dim: int, v_head_dim: int | None, dtype: str | None, target: Target) -> KernelSpec:
+    """The kernel that the options name, with its most usual tile."""
+    return kernel_spec(head_dim, v_head_dim, dtype or ("float32" if target.kind == "cpu" else "bfloat16"), target)
+
+
 def plan_mask(mask: tuple[Pattern, int, int], spec: KernelSpec, after: After | None = None) -> Plan:
-    """The plan of a mask; compiles nothing."""
-    return make_plan(*mask, spec, after)
+    """The plan of a mask, with the tile that ``splatc.compile`` would take; compiles nothing."""
+    return best_plan(*mask, spec, after=after)

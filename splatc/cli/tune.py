@@ -79,7 +79,7 @@ def tune(
     kv_len: KvLen = None,
     head_dim: HeadDim = 64,
     v_head_dim: VHeadDim = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = None,
     batch: Annotated[int, typer.Option("--batch", help="Of the call that is timed.")] = 1,
     heads: Annotated[int, typer.Option("--heads", help="Query heads of that call.")] = 16,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", show_default="as many", help="Its key heads.")] = None,
@@ -109,7 +109,8 @@ def tune(
     if remember and tuned_file(Config.from_env()) is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so nothing can be remembered: unset it or give --no-remember")
     pattern, q_len, keys = sized_mask(mask, seq_len, kv_len)
-    sizes = Sizes(q_len, keys, head_dim, v_head_dim or head_dim, batch, heads, kv_heads or heads, dtype)
+    sizes = Sizes(q_len, keys, head_dim, v_head_dim or head_dim, batch, heads, kv_heads or heads,
+                  dtype or "bfloat16")  # fmt: skip
     _tune(_checked(Request(pattern, sizes)), rounds, remember, json)
 
 

@@ -84,4 +84,5 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 
 # Every tile that a kernel can be asked for; what does not fit head dims is refused when the kernel is emitted.
 ALL_TILES = {"cpu": (TILE,), "portable": (TILE,),
-             "hopper": tuple((m, n) for m in (64, 128, 192) for n in (64, 128))}  # fmt: skip
+             "hopper": (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 112))}  # fmt: skip
+PATCH_TILE = (128, 112)  # of neighbourhoods: 28 x 4 keys around 16 x 8 queries, where 32 x 4 would be half empty

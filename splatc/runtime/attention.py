@@ -13,7 +13,7 @@ from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.kernel import DTYPES, KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput
-from splatc.ir.program import GATHERED, Program
+from splatc.ir.program import GATHERED, Cover, Program
 from splatc.patterns.base import Pattern
 from splatc.runtime.explain import Explanation
 from splatc.runtime.kernel import Kernel
@@ -50,6 +50,12 @@ class Plan:
     def gathers(self) -> bool:
         """Whether some column tile is a list of keys."""
         return any((t.entries[:, 5] == GATHERED).any() for passes in self.tables for t in passes)
+
+    @property
+    def patched(self) -> bool:
+        """Whether row tiles are patches of a grid."""
+        covers = (d for program in self.programs for _, d in program.domains if isinstance(d, Cover))
+        return self.spec.kernel == "hopper" and any(cover.rows.kind == "patches" for cover in covers)
 
     def launches(self, heads: int, max_row_views: int | None = None, max_col_views: int | None = None) -> list[Launch]:
         """The launches for a number of heads, each with at most so many views."""

@@ -8,7 +8,7 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, MESSAGE, PART, TILES, VIEW, X1, X2, X3, Block
 from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
-from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import merge_weights, stage_output
 from splatc.codegen.hopper.products import Output, Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.ring import Cursor, Ring
@@ -45,11 +45,9 @@ class Consumer:
         self.unreleased = Cell("unreleased", 0)  # whether the last row tile's Q stage is still being stored from
         self.first_turn()
         b.q_ring.wait_full(self.q_at)
-        tiles = Cell("tiles", b.messages[TILES])
-        with I.While(tiles() > 0):
-            self.row_tile(tiles())
+        with I.While(b.messages[self.q_at.stage() * MESSAGE + TILES] > 0):
+            self.row_tile()
             b.q_ring.wait_full(self.q_at)
-            tiles.set(b.messages[self.q_at.stage() * MESSAGE + TILES])
         wait_stores()
 
     # -- turns: one warpgroup at a time issues its products ------------------------------------------------------------
@@ -71,18 +69,25 @@ class Consumer:
 
     # -- a row tile ----------------------------------------------------------------------------------------------------
 
-    def row_tile(self, tiles: Expr) -> None:
+    def row_tile(self) -> None:
+        """O and LSE of 64 rows."""
         b, s = self.block, self.s
         self.message = let("message", self.q_at.stage() * MESSAGE)
-        self.find_rows()
+        if not self.s.wide:
+            self.find_rows()  # asked for early, needed at the end
         q = at_stage("q_now", self.q_base, self.q_at.stage(), s.q_slot)
         self.out.clear()
+        tiles = let("tiles", b.messages[self.message + TILES])
         masked = let("masked", b.messages[self.message + MASKED])  # tiles with mask bits: they come first
         self.first_tile(q, masked)
-        with loop(masked - 1):
-            self.next_tile(q, masked=True)
-        with loop(tiles - T.max(masked, 1)):
-            self.next_tile(q, masked=False)
+        if s.wide:  # one loop needs fewer registers
+            with loop(tiles - 1) as done:
+                self.next_tile(q, masked=done < masked - 1)
+        else:
+            with loop(masked - 1):
+                self.next_tile(q, masked=True)
+            with loop(tiles - T.max(masked, 1)):
+                self.next_tile(q, masked=False)
         self.read_message()
         self.begin_merge()
         self.last_values()
@@ -94,19 +99,17 @@ class Consumer:
         b = self.block
         b.k_ring.wait_full(self.k_at)
         self.scores.issue(q, at_stage("k_now", self.k_base, self.k_at.stage(), self.s.k_bytes))
-        with when(masked > 0):
-            self.read_bits()
+        emit_if(masked > 0, self.read_bits)
         wait_products(0)
         self.scores.fence()
         self.leave(b.k_ring, self.k_at)
         self.release_last_slot()
         self.cap()
-        with when(masked > 0):
-            self.mask()
+        emit_if(masked > 0, self.mask)
         self.softmax.first(self.scores.s)
         self.out.take(self.scores.s)
 
-    def next_tile(self, q: Expr, masked: bool) -> None:
+    def next_tile(self, q: Expr, masked: Expr | bool) -> None:
         """S of a tile and O += P V of the one before, both in flight during the softmax."""
         b, s = self.block, self.s
         b.k_ring.wait_full(self.k_at)
@@ -115,14 +118,12 @@ class Consumer:
         b.v_ring.wait_full(self.v_at)
         self.out.issue(at_stage("v_now", self.v_base, self.v_at.stage(), s.v_bytes))
         self.pass_turn()
-        if masked:
-            self.read_bits()
+        emit_if(masked, self.read_bits)
         wait_products(1)
         self.scores.fence()
         self.leave(b.k_ring, self.k_at)
         self.cap()
-        if masked:
-            self.mask()
+        emit_if(masked, self.mask)
         self.softmax.next(self.scores.s)
         wait_products(0)
         self.out.fence()
@@ -164,7 +165,7 @@ class Consumer:
     # -- its end -------------------------------------------------------------------------------------------------------
 
     def find_rows(self) -> None:
-        """Sequence positions of this thread's two rows: asked for early, needed at the end."""
+        """Sequence positions of this thread's two rows."""
         b, a = self.block, self.a
         item = b.messages[self.message + ITEM]
         self.row = let("row", self.me * WARPGROUP_ROWS + b.warp * 16 + b.lane // 4)
@@ -175,6 +176,8 @@ class Consumer:
         words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
         self.batch, self.head, self.part, self.view, *self.x = (
             let(name, self.block.messages[self.message + word]) for name, word in words)  # fmt: skip
+        if self.s.wide:
+            self.find_rows()
 
     def row_of_lse(self) -> Expr:
         """Index of (batch, head) in an array of all of them."""

@@ -3,7 +3,7 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,17 @@ NEG_INF = float("-inf")
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
     """if condition: ..."""
-    with I.If(condition):
-        with I.Then():
-            yield
+    with I.If(condition), I.Then():
+        yield
+
+
+def emit_if(condition: Expr | bool, body: Callable[[], None]) -> None:
+    """if condition: body(), decided now where the condition is known."""
+    if condition is True:
+        body()
+    elif condition is not False:
+        with when(condition):
+            body()
 
 
 @contextmanager

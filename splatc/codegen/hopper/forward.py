@@ -2,7 +2,7 @@
 
 A block holds one producer warp and m/64 consumer warpgroups of 64 query rows each. The producer takes row tiles from
 the queue and loads Q, then K, mask bits and V of every column tile, through the rings. A consumer keeps its O in
-registers; while its warpgroup does the softmax of one tile, the tensor cores do the next S = Q K^T and the last O += P V
+registers; while its warpgroup does the softmax of one tile, the tensor cores do the next S = Q K^T and the last PV
 (and the other warpgroups' products: they take turns, "ping-pong"). Tables and parameters: docs/architecture.md.
 """
 

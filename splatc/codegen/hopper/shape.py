@@ -90,6 +90,11 @@ class Shape:
         return self.q_stages * self.q_slot + rings + 1024
 
     @property
+    def wide(self) -> bool:
+        """Whether a consumer's registers are scarce: with head dims beyond 192."""
+        return self.live_registers > 160
+
+    @property
     def registers(self) -> tuple[int, int]:
         """(producer, consumer) registers a thread, as setmaxnreg takes them.
 
@@ -98,8 +103,7 @@ class Shape:
         """
         if self.gather:
             return {1: (72, 240), 2: (56, 224)}[self.warpgroups]
-        wide = self.live_registers > 160
-        return {1: (40, 240), 2: (24, 240) if wide else (40, 232), 3: (32, 160)}[self.warpgroups]
+        return {1: (40, 240), 2: (24, 240) if self.wide else (40, 232), 3: (32, 160)}[self.warpgroups]
 
     @property
     def register_pool(self) -> int:
