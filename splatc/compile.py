@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
-from splatc.codegen.kernel import PATCH_TILE, KernelSpec, kernel_spec, tile_shapes
+from splatc.codegen.kernel import PATCH_HEAD_DIM, PATCH_TILE, KernelSpec, kernel_spec, tile_shapes
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
@@ -77,28 +77,40 @@ def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
 
     def plan(tile: tuple[int, int]) -> Plan:
         sized = replace(spec, tile_m=tile[0], tile_n=tile[1])
-        return make_plan(pattern, q_len, kv_len, replace(sized, gather=can_gather(sized)), after)
+        return make_plan(pattern, q_len, kv_len, replace(sized, gather=can_gather(sized)), watched=False)
 
     plans = [plan(tile) for tile in known or tile_shapes(spec)]
-    if not known and any(one.patched for one in plans):
+    if not known and any(one.patched for one in plans) and _fits_patches(plans[0]):
         plans.append(plan(PATCH_TILE))
     best = min(plans, key=lambda plan: plan.explanation.seconds)
+    if after is not None or Config.from_env().dump:  # of the one that was chosen only
+        best = make_plan(pattern, q_len, kv_len, best.spec, after)
     return replace(best, spec=replace(best.spec, gather=best.gathers))
 
 
-def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None) -> Plan:
-    """Everything between a pattern and the arrays that a kernel reads; nothing is compiled."""
+def _fits_patches(plan: Plan) -> bool:
+    """Whether a mask can have PATCH_TILE: registers for it, and no 64 x 64 blocks of bits to cut."""
+    return max(plan.spec.head_dim, plan.spec.v_head_dim) <= PATCH_HEAD_DIM and not plan.explanation.remainder_nnz
+
+
+def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None,
+              watched: bool = True) -> Plan:  # fmt: skip
+    """Everything between a pattern and the arrays that a kernel reads; nothing is compiled. watched: dump what
+    SPLATC_DUMP asks for."""
     heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
     distinct = tuple(dict.fromkeys(heads))
     acsrs = [ACSR.from_pattern(one, q_len, kv_len) for one in distinct]
     schedule = schedule_of(spec)
-    programs = [run_passes(lower(acsr), schedule, PASSES, after or ir_dump(one, q_len, kv_len))
-                for one, acsr in zip(distinct, acsrs, strict=True)]  # fmt: skip
+    programs = [
+        run_passes(lower(acsr), schedule, PASSES, after or (ir_dump(one, q_len, kv_len) if watched else None))
+        for one, acsr in zip(distinct, acsrs, strict=True)
+    ]
     tables = [tuple(build_tables(d, schedule.fill_empty) for _, d in p.domains if isinstance(d, Cover))
               for p in programs]  # fmt: skip
     for one, acsr, passes in zip(distinct, acsrs, tables, strict=True):
         check_nnz(passes, acsr.nnz)
-        dump_tables(one, q_len, kv_len, passes)
+        if watched:
+            dump_tables(one, q_len, kv_len, passes)
     of_head = tuple(distinct.index(one) for one in heads) if isinstance(pattern, PerHead) else None
     explanation = explain(str(pattern), acsrs, programs, tables, spec, workers())
     return Plan(pattern, q_len, kv_len, spec, tuple(programs), tuple(tables), of_head, explanation)

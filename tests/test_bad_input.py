@@ -171,7 +171,7 @@ OPTIONS = {
     "tile of three": ({"tile": (64, 64, 64)}, "tile is .64, 64, 64.: for these options it can be", InvalidInput),
     "tile for Hopper": (
         {"tile": (64, 32), "target": "sm_90a", "dtype": "float16"},
-        r"tile is \(64, 32\): .* it can be \(64, 64\), \(64, 128\), .*\(192, 128\), or None",
+        r"tile is \(64, 32\): .* it can be \(64, 64\), \(64, 128\), .*\(192, 128\),.* or None",
         InvalidInput,
     ),
     "wide tile for Hopper": (
@@ -186,6 +186,12 @@ OPTIONS = {
 def test_options_of_compile(name):
     options, message, kind = OPTIONS[name]
     refused(lambda: compiled(**options), message, kind)
+
+
+def test_a_tile_that_cuts_blocks_of_bits():
+    scattered = np.random.default_rng(0).random((500, 500)) < 0.02
+    options = {"head_dim": 64, "dtype": "float16", "target": "sm_90a", "tile": (128, 112)}
+    refused(lambda: splatc.compile(scattered, **options), "do not fit tiles of 128 x 112: use multiples", Unsupported)
 
 
 def test_tensors_that_the_kernel_is_not_for():

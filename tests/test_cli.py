@@ -13,6 +13,9 @@ import splatc
 from splatc import patterns as P
 from splatc.cli import output
 from splatc.cli.main import app, run
+from splatc.codegen.kernel import kernel_spec
+from splatc.codegen.target import Target
+from splatc.compile import best_plan
 from splatc.errors import CacheError, CompileError, InvalidInput
 from splatc.ir.passes import PASSES
 from splatc.runtime.cache import KernelCache
@@ -243,7 +246,21 @@ def test_dump_cuda_to_a_file(cli, tmp_path):
     path = tmp_path / "kernel.cu"
     code, out, err = cli("dump", "causal", "--seq-len", 64, "--head-dim", 32, "--arch", "sm_90a", "-o", path)
     assert (code, out) == (0, "") and str(path) in err.replace("\n", "")
-    assert "__global__" in path.read_text()
+    text = path.read_text()
+    assert "__global__" in text and "wgmma" in text  # for a GPU the default dtype is bfloat16
+    code, out, _ = cli("dump", "causal", "-s", 64, "-d", 32, "--arch", "sm_90a", "--dtype", "float32")
+    assert code == 0 and "__global__" in out and "wgmma" not in out
+
+
+def test_tile_that_compile_would_take(cli):
+    """For the mask: what is analyzed and dumped is what will run."""
+    spec = kernel_spec(64, None, "bfloat16", Target("cuda", "sm_90a"))
+    for mask in ("full", "neighborhood((64, 64), 13)", "window(100, 100)"):
+        code, out, _ = cli("analyze", mask, "-s", 4096, "--target", "sm_90a", "--json")
+        rows = json.loads(out)["tile"][0]
+        assert code == 0 and rows == best_plan(P.parse(mask), 4096, 4096, spec).spec.tile_m
+        code, out, _ = cli("dump", mask, "-s", 4096, "--arch", "sm_90a")
+        assert code == 0 and f"__launch_bounds__({128 + 2 * rows}, 1)" in out  # a warpgroup for 64 rows, and one more
 
 
 def test_dump_llvm_to_stdout(cli):

@@ -27,7 +27,7 @@ def spec_of(d: int, dv: int | None = None, dtype: str = "bfloat16", tile: tuple[
 
 # Between them every head dim that people use, both types, every shape of tile and every feature.
 SPECS = [
-    spec_of(64, tile=(192, 128)), spec_of(64, tile=(128, 128), dtype="float16"), spec_of(128),
+    spec_of(64), spec_of(64, softcap=True), spec_of(64, tile=(128, 128), dtype="float16"), spec_of(128),
     spec_of(128, dtype="float16", softcap=True, gather=True), spec_of(256, softcap=True),
     spec_of(64, tile=(128, 128), gather=True),
     spec_of(192, 128), spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),

@@ -17,12 +17,13 @@ from splatc.cli.masks import (
     MaskArgument,
     SeqLen,
     VHeadDim,
+    named_spec,
     plan_mask,
     quick_target,
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import KernelSpec, kernel_spec
+from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -76,7 +77,7 @@ def compile_kernel(
         typer.Argument(
             metavar="PATTERN_OR_FILE|none",
             show_default=False,
-            help="A mask to check as well; none: a kernel serves all masks.",
+            help="A mask, checked, whose tile the kernel gets; none: the most usual tile.",
         ),
     ],
     seq_len: SeqLen = None,

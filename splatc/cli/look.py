@@ -13,12 +13,12 @@ from splatc.cli.masks import (
     KvLen,
     MaskArgument,
     SeqLen,
+    named_spec,
     plan_mask,
     quick_target,
     sized_mask,
 )
 from splatc.cli.output import console, fields, note, percent, print_json, seconds, size
-from splatc.codegen.kernel import kernel_spec
 from splatc.codegen.target import resolve_target
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Mask

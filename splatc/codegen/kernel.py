@@ -77,7 +77,7 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
-    if widest <= 64:
+    if widest <= 64 and not spec.softcap:  # with it, 192 rows take too many registers
         return ((192, 128), (128, 128))
     return ((128, 128),) if widest <= 128 else ((128, 64),)
 
@@ -86,3 +86,4 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 ALL_TILES = {"cpu": (TILE,), "portable": (TILE,),
              "hopper": (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 112))}  # fmt: skip
 PATCH_TILE = (128, 112)  # of neighbourhoods: 28 x 4 keys around 16 x 8 queries, where 32 x 4 would be half empty
+PATCH_HEAD_DIM = 128  # up to which it fits

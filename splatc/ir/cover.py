@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from splatc.errors import VerifyError
+from splatc.errors import Unsupported, VerifyError
 from splatc.formats.remainder import BLOCK, BlockBits, unpack
 from splatc.formats.strips import COL, COUNT, DCOL, DCOUNT, DWIDTH, ROW, ROWS, STRIDE, WIDTH, Ints, ramp
 from splatc.ir.patches import cover_patches
@@ -275,7 +275,7 @@ def _shapes(
     for remainder, view in shared:
         lanes_q, lanes_k = rows.lanes, cols[view].lanes
         if lanes_q % BLOCK or lanes_k % BLOCK:
-            raise VerifyError(f"blocks of 64 x 64 bits do not fit tiles of {lanes_q} x {lanes_k}; use multiples of 64")
+            raise Unsupported(f"blocks of 64 x 64 bits do not fit tiles of {lanes_q} x {lanes_k}: use multiples of 64")
         q, k = remainder.rows * BLOCK, remainder.cols * BLOCK
         number = np.arange(len(q)) + sum(len(b) for b in bits)
         blocks.append(

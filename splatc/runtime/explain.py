@@ -67,9 +67,8 @@ class Explanation:
         ]
         lines += [f"pass {i}       {view}" for i, view in enumerate(self.views)]
         lines.append(f"kernel       {KERNELS[self.kernel]}, tiles of {self.tile[0]} x {self.tile[1]}")
-        lines.append(
-            f"predicted    {self.seconds * 1e3:.3f} ms a head (d={self.head_dim}, {self.dtype}, {self.target})"
-        )
+        ms = f"{self.seconds * 1e3:.{3 if self.seconds >= 1e-4 else 5}f} ms"
+        lines.append(f"predicted    {ms} a head (d={self.head_dim}, {self.dtype}, {self.target})")
         return "\n".join(lines)
 
 

@@ -93,7 +93,7 @@ def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> NDArray[
     ends = finish(cost, costs.workers)
     late = (ends > even * (1 + GAIN)) & (tiles >= 2 * LEAST)
     best, chosen = float(ends.max()) * (1 - GAIN), whole
-    if best <= even or not late.any():
+    if best <= even + costs.combine or not late.any():  # no cut can be faster
         return whole
     for count in PARTS:
         parts = np.where(late, np.minimum(count, tiles // LEAST), 1)

@@ -153,6 +153,7 @@ class Consumer:
         at = let("bits_at", self.k_at.stage() * (self.s.bits_bytes // 4) + thread * words)
         for w in range(words):
             store(self.words, w, b.bits[at + w])
+        do(T.cuda.warp_sync())  # before lane 0 says for all that the stage is read
 
     def cap(self) -> None:
         """Softcap, where the kernel has it."""

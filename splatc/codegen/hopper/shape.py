@@ -90,6 +90,11 @@ class Shape:
         return self.q_stages * self.q_slot + rings + 1024
 
     @property
+    def most_registers(self) -> int:
+        """Live registers up to which ptxas was seen to spill nothing: a softcap takes some for itself."""
+        return min(self.registers[1] - 24, 192) - (16 if self.softcap else 0)
+
+    @property
     def wide(self) -> bool:
         """Whether a consumer's registers are scarce: with head dims beyond 192."""
         return self.live_registers > 160
@@ -139,7 +144,7 @@ def shape_of(spec: KernelSpec) -> Shape:
     for stages, q_stages in ((2, 2), (2, 1), (1, 1)):
         shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.softcap, spec.gather,
                       stages, q_stages)  # fmt: skip
-        if shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.registers[1] - 24:
+        if shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers:
             return shape
     raise Unsupported(
         f"head dims {spec.head_dim} and {spec.v_head_dim} with tiles of {spec.tile_m} x {spec.tile_n} fit neither the "
