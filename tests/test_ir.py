@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splatc import oracle
 from splatc import patterns as P
-from splatc.errors import VerifyError
+from splatc.errors import Unsupported, VerifyError
 from splatc.formats.acsr import ACSR
 from splatc.ir.gather import GATHER_COST
 from splatc.ir.interpret import elements, interpret
@@ -227,7 +227,7 @@ def test_a_tile_beyond_the_keys_is_detected():
 def test_blocks_of_bits_need_tiles_that_hold_them():
     mask = np.random.default_rng(0).random((100, 100)) < 0.5
     for tile in ((32, 64), (64, 32)):
-        with pytest.raises(VerifyError, match="64 x 64 bits do not fit"):
+        with pytest.raises(Unsupported, match="64 x 64 bits do not fit"):
             run_passes(lower(ACSR.from_dense(mask)), Schedule(*tile))
 
 
