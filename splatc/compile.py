@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
-from splatc.codegen.kernel import PATCH_HEAD_DIM, PATCH_TILE, KernelSpec, kernel_spec, tile_shapes
+from splatc.codegen.kernel import KernelSpec, kernel_spec, patch_tiles, tile_shapes
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
@@ -80,17 +80,12 @@ def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
         return make_plan(pattern, q_len, kv_len, replace(sized, gather=can_gather(sized)), watched=False)
 
     plans = [plan(tile) for tile in known or tile_shapes(spec)]
-    if not known and any(one.patched for one in plans) and _fits_patches(plans[0]):
-        plans.append(plan(PATCH_TILE))
+    if not known and any(one.patched for one in plans):
+        plans += [plan(tile) for tile in patch_tiles(spec)]
     best = min(plans, key=lambda plan: plan.explanation.seconds)
     if after is not None or Config.from_env().dump:  # of the one that was chosen only
         best = make_plan(pattern, q_len, kv_len, best.spec, after)
-    return replace(best, spec=replace(best.spec, gather=best.gathers))
-
-
-def _fits_patches(plan: Plan) -> bool:
-    """Whether a mask can have PATCH_TILE: registers for it, and no 64 x 64 blocks of bits to cut."""
-    return max(plan.spec.head_dim, plan.spec.v_head_dim) <= PATCH_HEAD_DIM and not plan.explanation.remainder_nnz
+    return replace(best, spec=replace(best.spec, gather=best.explanation.gathered_tiles > 0))
 
 
 def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from splatc import oracle
 from splatc.codegen.build import REPORT
 from splatc.codegen.tables import build_tables
 from splatc.errors import CudaError
@@ -171,3 +172,25 @@ def plan(patterns: Sequence[Any], shape: Shape, schedule: Schedule, limits: Any)
         for program in programs
     ]
     return launches(tables, [0] * shape.heads if len(tables) == 1 else list(range(shape.heads)), *limits)
+
+
+def draw(q_len: int = 100, kv_len: int | None = None, heads: int = 2, kv_heads: int | None = None, batch: int = 1,
+         dim: int = 16) -> list[Any]:  # fmt: skip
+    """Random q, k, v on the CPU."""
+    import torch
+
+    generator = torch.Generator().manual_seed(q_len)
+    kv_len, kv_heads = kv_len or q_len, kv_heads or heads
+    shapes = (batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, dim)
+    return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+
+def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None, most: tuple[float, float]) -> None:
+    """(o, lse) are those of the oracle: most: relative error of o, absolute error of lse."""
+    q, k, v = (x.double().numpy() for x in qkv)
+    want, want_lse = oracle.attention(q, k, v, dense, scale)
+    o, lse = (x.double().numpy() for x in got)
+    assert oracle.relative_error(o, want) < most[0]
+    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    finite = np.isfinite(want_lse)
+    assert np.abs(lse[finite] - want_lse[finite]).max(initial=0) < most[1]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splatc import oracle
 from splatc import patterns as P
 from splatc.codegen.build import cuda_source
 from splatc.codegen.cuda import attention_cuda
@@ -25,6 +24,7 @@ from splatc.runtime.gpu import DeviceTables, image_for, load_functions
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import REMEMBERED, Launcher
 from tests import cuda_on_cpu
+from tests import fake_gpu as fake_gpu_module
 from tests.fake_gpu import FakeDriver, FakeTorch, fake_gpu, plan, write_built
 
 torch = pytest.importorskip("torch")
@@ -71,21 +71,12 @@ class Machine:
         return self.launcher(q, k, v, scale, enable_gqa)
 
 
-def draw(q_len: int = 100, kv_len: int = 0, heads: int = 2, kv_heads: int = 0, batch: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(q_len)
-    kv_len, kv_heads = kv_len or q_len, kv_heads or heads
-    shapes = (batch, heads, q_len, D), (batch, kv_heads, kv_len, D), (batch, kv_heads, kv_len, D)
-    return [torch.randn(*shape, generator=generator) for shape in shapes]
+def draw(*lengths: int, **sizes: int) -> list[Any]:
+    return fake_gpu_module.draw(*lengths, **{"dim": D} | sizes)
 
 
 def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None = None) -> None:
-    q, k, v = (x.double().numpy() for x in qkv)
-    want, want_lse = oracle.attention(q, k, v, dense, scale)
-    o, lse = (x.double().numpy() for x in got)
-    assert oracle.relative_error(o, want) < 1e-5
-    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
-    finite = np.isfinite(want_lse)
-    assert np.abs(lse[finite] - want_lse[finite]).max(initial=0) < 1e-4
+    fake_gpu_module.check(got, qkv, dense, scale, (1e-5, 1e-4))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splatc import oracle
 from splatc import patterns as P
 from splatc.codegen.build import device_source, emit
 from splatc.codegen.costs import Costs
@@ -22,6 +21,7 @@ from splatc.ir.views import contiguous, patches, residue
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, layout_of
 from splatc.runtime.tensor_map import Layout, geometry, sub_box
+from tests import fake_gpu as fake_gpu_module
 from tests.fake_gpu import FakeDriver, FakeTorch, TensorMap, fake_gpu, plan, write_built
 from tests.hopper_on_cpu import ATTEND, COMBINE, attend_kernel, combine_kernel
 
@@ -60,22 +60,12 @@ class Machine:
         return self.launcher(q, k, v, scale, enable_gqa)
 
 
-def draw(q_len: int = 100, kv_len: int | None = None, heads: int = 2, kv_heads: int | None = None, batch: int = 1,
-         dim: int = D) -> Any:  # fmt: skip
-    generator = torch.Generator().manual_seed(q_len)
-    kv_len, kv_heads = kv_len or q_len, kv_heads or heads
-    shapes = (batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, dim)
-    return [torch.randn(*shape, generator=generator).half() for shape in shapes]
+def draw(*lengths: int, **sizes: int) -> list[Any]:
+    return [x.half() for x in fake_gpu_module.draw(*lengths, **{"dim": D} | sizes)]
 
 
 def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None = None) -> None:
-    q, k, v = (x.double().numpy() for x in qkv)
-    want, want_lse = oracle.attention(q, k, v, dense, scale)
-    o, lse = (x.double().numpy() for x in got)
-    assert oracle.relative_error(o, want) < 2e-3
-    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
-    finite = np.isfinite(want_lse)
-    assert np.abs(lse[finite] - want_lse[finite]).max(initial=0) < 1e-3
+    fake_gpu_module.check(got, qkv, dense, scale, (2e-3, 1e-3))
 
 
 STRIDED = P.causal() & (P.window(15, 0) | P.strided(16))

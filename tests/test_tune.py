@@ -15,6 +15,7 @@ import pytest
 import splatc
 from splatc import patterns as P
 from splatc.bench.gpu import calibrate as calibration
+from splatc.bench.gpu import check
 from splatc.bench.gpu import tune as tuning
 from splatc.bench.gpu.calibrate import Fit, Observed, fit, least_squares
 from splatc.bench.gpu.clock import Timed
@@ -293,7 +294,7 @@ def test_what_cannot_be_built_or_is_wrong_comes_last(monkeypatch):
 
 def test_sampled_rows_are_those_of_each_head():
     pattern = P.per_head([P.causal(), P.window(3, 3)])
-    sample = tuning.sample_rows(pattern, sizes(q_len=1000, kv_len=700))
+    sample = check.sample_rows(pattern, 1000, sizes().heads, 700)
     assert sample.rows.shape == (2, 64) and sample.mask.shape == (2, 64, 700)
     for rows, mask, one in zip(sample.rows, sample.mask, pattern.heads):
         assert (mask == one.dense(1000, 700)[rows]).all()
@@ -325,7 +326,7 @@ def true_time(case, plan):
         return TRUE.predict(calibration.observe(case, plan, 0.0, WORKERS))
     true = TRUE.costs(case.kernel, COMBINE, WORKERS)
     if case.role == "check":
-        return tuning.predict(plan, case.sizes, true)
+        return case.sizes.predict(plan, true) * 1e6
     (launch,) = plan.launches(case.sizes.heads)
     work = work_of(launch, 1, costs.costs_of(plan.spec, WORKERS))
     assert len(work.combine) == 1

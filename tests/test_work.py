@@ -84,23 +84,24 @@ def test_cutting_saves_time() -> None:
     }
     for name, tiles in cases.items():
         cost = COSTS.item + COSTS.tile * tiles
-        parts = cut_rows(cost, tiles, COSTS)
+        parts, end = cut_rows(cost, tiles, COSTS)
         assert (parts > 1).any(), name
         assert (tiles // parts >= LEAST).all()
         before = finish(cost, COSTS.workers).max()
         after = finish(np.repeat((cost - COSTS.item) / parts + COSTS.item, parts), COSTS.workers).max()
         assert after + COSTS.combine < before, name
+        assert end == pytest.approx(after + COSTS.combine)
 
 
 def test_even_work_stays_whole() -> None:
     for tiles in (np.full(132 * 8, 64), np.full(1024, 1), np.repeat(np.arange(64, 0, -1), 33)):
-        assert (cut_rows(COSTS.item + COSTS.tile * tiles, tiles, COSTS) == 1).all()
+        assert (cut_rows(COSTS.item + COSTS.tile * tiles, tiles, COSTS)[0] == 1).all()
 
 
 def test_many_rows_are_not_simulated() -> None:
     tiles = np.full(1 << 17, 5)
     tiles[7] = 1 << 18
-    parts = cut_rows(COSTS.item + COSTS.tile * tiles, tiles, COSTS)
+    parts, _ = cut_rows(COSTS.item + COSTS.tile * tiles, tiles, COSTS)
     assert parts[7] > 1
     assert (np.delete(parts, 7) == 1).all()
 

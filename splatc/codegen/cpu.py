@@ -18,7 +18,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target.codegen import target_has_features
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.cpu_tile import NEG_INF, Scratch, Shape, emit_tile
+from splatc.codegen.constants import NEG_INF
+from splatc.codegen.cpu_tile import Scratch, Shape, emit_tile
 from splatc.codegen.cpu_vector import (
     LN2,
     LOG2E,

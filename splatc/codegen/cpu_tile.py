@@ -9,9 +9,8 @@ from itertools import product
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.constants import NEG_INF
 from splatc.codegen.cpu_vector import LOG2E, Expr, Register, constant, exp2, load, scratch, store
-
-NEG_INF = float("-inf")
 
 
 @dataclass(frozen=True)

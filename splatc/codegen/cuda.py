@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import tvm
 from tvm.script import tirx as T
 
+from splatc.codegen.constants import LOG2E, ceil_div
 from splatc.codegen.cuda_parts import (
-    LOG2E,
     SIDE,
     THREADS,
     add_all_scores,
     add_all_values,
     cap_scores,
-    ceil_div,
     locate_lanes,
     mask_scores,
     scale_scores,

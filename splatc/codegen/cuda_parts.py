@@ -11,18 +11,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from splatc.codegen.constants import FULL_WARP, LN2, LOG2E, NEG_INF, ceil_div
+
 THREADS = 256
 SIDE = 16  # the threads form a SIDE x SIDE grid
 WARPS = THREADS // 32
-NEG_INF = float("-inf")
-LOG2E = 1.44269502162933349609375  # rounded to fp32, so that the emitted literal is exact
-LN2 = 0.693147182464599609375
-FULL_WARP = 0xFFFFFFFF
-
-
-def ceil_div(value: int, step: int) -> int:
-    """How many steps cover value."""
-    return -(-value // step)
 
 
 def flat_offset(base: Any, position: Any, stride: Any, column: Any) -> Any:

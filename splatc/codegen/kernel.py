@@ -10,6 +10,7 @@ from splatc.errors import InvalidInput
 
 DTYPES = ("float32", "float16", "bfloat16")
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
+PATCH_TILE = (128, 112)
 HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
 
 
@@ -82,8 +83,12 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     return ((128, 128),) if widest <= 128 else ((128, 64),)
 
 
+def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
+    """What else is worth considering for neighbourhoods: 28 x 4 keys around 16 x 8 queries, where they fit."""
+    wide = max(spec.head_dim, spec.v_head_dim) > 128
+    return () if spec.kernel != "hopper" or wide else (PATCH_TILE,)
+
+
 # Every tile that a kernel can be asked for; what does not fit head dims is refused when the kernel is emitted.
 ALL_TILES = {"cpu": (TILE,), "portable": (TILE,),
-             "hopper": (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 112))}  # fmt: skip
-PATCH_TILE = (128, 112)  # of neighbourhoods: 28 x 4 keys around 16 x 8 queries, where 32 x 4 would be half empty
-PATCH_HEAD_DIM = 128  # up to which it fits
+             "hopper": (*((m, n) for m in (64, 128, 192) for n in (64, 128)), PATCH_TILE)}  # fmt: skip

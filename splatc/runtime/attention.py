@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from splatc.codegen.costs import costs_of
+from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.kernel import DTYPES, KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput
-from splatc.ir.program import GATHERED, Cover, Program
+from splatc.ir.program import Cover, Program
 from splatc.patterns.base import Pattern
 from splatc.runtime.explain import Explanation
 from splatc.runtime.kernel import Kernel
@@ -47,21 +47,28 @@ class Plan:
     explanation: Explanation
 
     @property
-    def gathers(self) -> bool:
-        """Whether some column tile is a list of keys."""
-        return any((t.entries[:, 5] == GATHERED).any() for passes in self.tables for t in passes)
-
-    @property
     def patched(self) -> bool:
-        """Whether row tiles are patches of a grid."""
+        """Whether all row tiles are patches of a grid."""
         covers = (d for program in self.programs for _, d in program.domains if isinstance(d, Cover))
-        return self.spec.kernel == "hopper" and any(cover.rows.kind == "patches" for cover in covers)
+        return all(cover.rows.kind == "patches" for cover in covers)
 
     def launches(self, heads: int, max_row_views: int | None = None, max_col_views: int | None = None) -> list[Launch]:
         """The launches for a number of heads, each with at most so many views."""
         if self.heads is not None and len(self.heads) != heads:
             raise InvalidInput(f"the pattern is for {len(self.heads)} heads but q has {heads}: give one pattern a head")
         return launches(list(self.tables), list(self.heads or (0,) * heads), max_row_views, max_col_views)
+
+    def predict(self, batch: int, heads: int, kv_heads: int, costs: Costs | None = None) -> float:
+        """Seconds of a call, its launches one after the other, but no less than moving every input and output takes.
+
+        costs: of the kernel, default those of codegen/costs.json.
+        """
+        if self.spec.kernel != "hopper":
+            return self.explanation.seconds * batch * (1 if self.heads else heads)
+        costs = costs or costs_of(self.spec)
+        busy = sum(work_of(launch, batch, costs).microseconds for launch in self.launches(heads, *MAX_VIEWS))
+        dims = (self.spec.head_dim + self.spec.v_head_dim) * (self.q_len * heads + self.kv_len * kv_heads)
+        return max(busy, costs.launch + 2 * batch * dims / costs.bandwidth) * 1e-6  # 2 bytes an element
 
 
 Planner = Callable[[int, int], Plan]
@@ -99,14 +106,7 @@ class CompiledAttention:
 
     def predict(self, batch: int = 1, heads: int = 1, kv_heads: int | None = None) -> float:
         """Seconds that a call should take by the cost model (codegen/costs.json), at the compiled lengths."""
-        spec, plan = self.kernel.spec, self._plan
-        if spec.kernel != "hopper":
-            return plan.explanation.seconds * batch * (1 if plan.heads else heads)
-        costs = costs_of(spec)
-        busy = sum(work_of(launch, batch, costs).microseconds for launch in plan.launches(heads, *MAX_VIEWS))
-        dims = (spec.head_dim + spec.v_head_dim) * (plan.q_len * heads + plan.kv_len * (kv_heads or heads))
-        moved = costs.launch + 2 * batch * dims / costs.bandwidth  # every input and output once, 2 bytes an element
-        return max(busy, moved) * 1e-6
+        return self._plan.predict(batch, heads, kv_heads or heads)
 
     def plan(self, seq_len: int | None = None, kv_len: int | None = None) -> Plan:
         """The plan for other lengths (default: the compiled ones), remembered: calls of that length find it."""

@@ -55,14 +55,12 @@ def work_of(launch: Launch, batch: int, costs: Costs) -> Work:
     bits, gathered = launch.items[:, 7], launch.entries[:, 5] == GATHERED
     tiles = launch.items[item, 6]
     cost = costs.item + costs.tile * tiles + costs.bits * bits[item] + costs.gather * _per_item(launch, gathered)[item]
-    parts = cut_rows(cost, tiles, costs)
-    end = finish(_pieces(cost, parts, costs), costs.workers).max() + costs.launch
-    end += costs.combine * bool((parts > 1).any())
+    parts, end = cut_rows(cost, tiles, costs)
     work = np.zeros((len(item), 12), np.int32)
     work[:, :3] = np.stack([entry, head, item], axis=1)
     work[:, 4:11] = launch.items[item][:, [0, 1, 2, 3, 4, 5, 6]]
     work[:, 11] = bits[item]
-    return Work(*_cut(launch, work, parts), float(end))
+    return Work(*_cut(launch, work, parts), end + costs.launch)
 
 
 def _per_item(launch: Launch, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -83,24 +81,26 @@ def finish(cost: Floats, workers: int) -> Floats:
     return ends
 
 
-def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> NDArray[np.int64]:
-    """Into how many parts each row tile goes, given in the order of the queue: mostly 1."""
-    whole = np.ones(len(cost), np.int64)
-    even = cost.sum() / costs.workers
+def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> tuple[NDArray[np.int64], float]:
+    """(Into how many parts each row tile goes, given in the order of the queue: mostly 1; when all have ended)."""
+    parts = np.ones(len(cost), np.int64)
+    even = float(cost.sum()) / costs.workers
     if len(cost) > SIMULATED:
         wanted = np.ceil(cost / (LONG * even)).astype(np.int64)
-        return np.asarray(np.maximum(np.minimum(wanted, tiles // LEAST), whole))
+        parts = np.maximum(np.minimum(wanted, tiles // LEAST), parts)
+        return parts, even + costs.combine * bool((parts > 1).any())
     ends = finish(cost, costs.workers)
+    end = float(ends.max())
     late = (ends > even * (1 + GAIN)) & (tiles >= 2 * LEAST)
-    best, chosen = float(ends.max()) * (1 - GAIN), whole
-    if best <= even + costs.combine or not late.any():  # no cut can be faster
-        return whole
+    worth = end * (1 - GAIN)
+    if worth <= even + costs.combine or not late.any():  # no cut can be so fast
+        return parts, end
     for count in PARTS:
-        parts = np.where(late, np.minimum(count, tiles // LEAST), 1)
-        time = float(finish(_pieces(cost, parts, costs), costs.workers).max()) + costs.combine
-        if time < best:
-            best, chosen = time, parts
-    return chosen
+        cut = np.where(late, np.minimum(count, tiles // LEAST), 1)
+        time = float(finish(_pieces(cost, cut, costs), costs.workers).max()) + costs.combine
+        if time < min(worth, end):
+            parts, end = cut, time
+    return parts, end
 
 
 def _pieces(cost: Floats, parts: NDArray[np.int64], costs: Costs) -> Floats:

@@ -19,7 +19,7 @@ import splatc
 from splatc import patterns as P
 from splatc.bench.gpu.clock import GraphClock
 from splatc.bench.gpu.machine import ceilings, describe
-from splatc.bench.gpu.tune import PREPARATIONS, Sizes, Tell, contestant, multiprocessors, predict, told
+from splatc.bench.gpu.tune import PREPARATIONS, Sizes, Tell, contestant, multiprocessors, told
 from splatc.bench.timing import interleave
 from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.hopper.shape import MAX_VIEWS
@@ -209,7 +209,7 @@ def conclude(timed: Sequence[Timed], workers: int, bandwidth: float,
     residuals = [Residual(one.kernel, one.name, True, one.microseconds, found.predict(one)) for one in observed]
     residuals += [
         Residual(case.kernel, case.name, False, us,
-                 predict(plan, case.sizes, found.costs(case.kernel, combined, workers)))
+                 case.sizes.predict(plan, found.costs(case.kernel, combined, workers)) * 1e6)
         for case, plan, us in timed if case.role != "fit"
     ]  # fmt: skip
     return Calibration(to_json(found, combined, workers, bandwidth, about), residuals)

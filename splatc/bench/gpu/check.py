@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.patterns.base import Pattern
+from splatc.patterns.heads import heads_of
 
 SAMPLED, SAMPLED_AREA = 64, 1 << 19  # rows a head, and mask elements a head that all of them may have
 EDGE = 2  # rows at either end that are always among them
@@ -32,10 +33,14 @@ class Errors:
     lse: float
 
 
-def sample_rows(pattern: Pattern, seq_len: int, heads: int) -> Sample:
-    """Fresh random rows for each head, other ones for each as far as they go; all rows where there are few."""
+def sample_rows(pattern: Pattern, seq_len: int, heads: int, kv_len: int | None = None) -> Sample:
+    """Fresh random rows for each head, other ones for each as far as they go; all rows where there are few.
+
+    kv_len: how many keys there are, default seq_len. The pattern may be one a head.
+    """
+    kv_len = seq_len if kv_len is None else kv_len
     rng = np.random.default_rng()
-    count = max(EDGE * 3, min(SAMPLED, SAMPLED_AREA // seq_len))
+    count = max(EDGE * 3, min(SAMPLED, SAMPLED_AREA // kv_len))
     if seq_len <= count:
         rows = np.tile(np.arange(seq_len), (heads, 1))
     else:
@@ -43,9 +48,10 @@ def sample_rows(pattern: Pattern, seq_len: int, heads: int) -> Sample:
         inner = rng.permutation(np.arange(EDGE, seq_len - EDGE))
         middle = np.resize(inner, (heads, count - len(edge)))  # starts again where rows run out
         rows = np.sort(np.concatenate([np.tile(edge, (heads, 1)), middle], axis=1), axis=1)
-    keys = np.arange(seq_len)[None, :]
+    keys = np.arange(kv_len)[None, :]
     mask = np.stack([
-        np.broadcast_to(pattern.contains(mine[:, None], keys, seq_len, seq_len), (len(mine), seq_len)) for mine in rows
+        np.broadcast_to(one.contains(mine[:, None], keys, seq_len, kv_len), (len(mine), kv_len))
+        for one, mine in zip(heads_of(pattern, heads), rows, strict=True)
     ])  # fmt: skip
     return Sample(rows, mask)
 

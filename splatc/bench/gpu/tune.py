@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 import splatc
 from splatc.bench.gpu import check
 from splatc.bench.gpu.clock import GraphClock, HostClock, Timed
@@ -16,13 +14,10 @@ from splatc.bench.gpu.peers import Contestant, kind_of
 from splatc.bench.gpu.shapes import ITEM_BYTES, LARGE, LARGE_SETS, SETS
 from splatc.bench.timing import Timing, interleave
 from splatc.codegen.costs import Costs, costs_of
-from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.errors import CompileError, CudaError, Unsupported
 from splatc.patterns.base import Pattern
-from splatc.patterns.heads import heads_of
 from splatc.runtime.attention import Plan
 from splatc.runtime.tuned import Tile
-from splatc.runtime.work import work_of
 
 PREPARATIONS = 2  # steps of a tile before it is timed: compile and check, warm up
 SECONDS = 20.0  # of timing, unless 3 rounds take longer
@@ -62,6 +57,10 @@ class Sizes:
             for _ in range(SETS if self.input_bytes < LARGE else LARGE_SETS)
         ]  # fmt: skip
 
+    def predict(self, plan: Plan, costs: Costs) -> float:
+        """Seconds of a call by the cost model."""
+        return plan.predict(self.batch, self.heads, self.kv_heads, costs)
+
     def flops(self, nnz: int) -> int:
         """Useful operations of a call over masks of nnz elements, in all heads together."""
         return 2 * nnz * (self.head_dim + self.v_head_dim) * self.batch
@@ -93,7 +92,7 @@ def tune(pattern: Pattern, sizes: Sizes, tiles: Sequence[Tile], rounds: int, tel
     """
     import torch
 
-    sample = sample_rows(pattern, sizes)
+    sample = check.sample_rows(pattern, sizes.q_len, sizes.heads, sizes.kv_len)
     inputs = sizes.input_sets(device)
     clock = HostClock() if kind_of(device) == "cpu" else GraphClock()
     tried: dict[str, Tried] = {}
@@ -123,11 +122,6 @@ def contestant(compiled: Any) -> Contestant:
     return Contestant(lambda q, k, v: compiled(q, k, v, enable_gqa=True), compiled=compiled)
 
 
-def predict(plan: Plan, sizes: Sizes, costs: Costs) -> float:
-    """Microseconds of a call by the cost model, one launch after the other."""
-    return sum(work_of(launch, sizes.batch, costs).microseconds for launch in plan.launches(sizes.heads, *MAX_VIEWS))
-
-
 def multiprocessors(device: str) -> int:
     """Those of a GPU; of a CPU one."""
     if kind_of(device) == "cpu":
@@ -135,19 +129,6 @@ def multiprocessors(device: str) -> int:
     import torch
 
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def sample_rows(pattern: Pattern, sizes: Sizes) -> check.Sample:
-    """Fresh random rows of each head, and what they attend to."""
-    rng = np.random.default_rng()
-    count = min(sizes.q_len, max(3 * check.EDGE, min(check.SAMPLED, check.SAMPLED_AREA // sizes.kv_len)))
-    rows = np.stack([np.sort(rng.choice(sizes.q_len, count, replace=False)) for _ in range(sizes.heads)])
-    keys = np.arange(sizes.kv_len)[None, :]
-    mask = np.stack([
-        one.contains(mine[:, None], keys, sizes.q_len, sizes.kv_len)
-        for one, mine in zip(heads_of(pattern, sizes.heads), rows, strict=True)
-    ])  # fmt: skip
-    return check.Sample(rows, mask)
 
 
 def told(step: str, timed: Timed, tell: Tell) -> Callable[[], float]:
@@ -175,7 +156,7 @@ def _try(pattern: Pattern, sizes: Sizes, tile: Tile, given: tuple[Any, Any, Any]
     found = check.errors(o, lse, *given, sample)
     plan = compiled.plan()
     one = Tried(tile, waste=plan.explanation.waste, error=found.o,
-                predicted_us=predict(plan, sizes, costs_of(plan.spec, multiprocessors(device))))  # fmt: skip
+                predicted_us=sizes.predict(plan, costs_of(plan.spec, multiprocessors(device))) * 1e6)  # fmt: skip
     if found.o < WRONG and found.lse < WRONG:
         return one, compiled
     one.problem = f"wrong result: relative error {found.o:.2g}, of the lse {found.lse:.2g}; please report this mask"

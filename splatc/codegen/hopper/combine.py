@@ -13,9 +13,8 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
 from splatc.codegen.hopper.emit import (
-    LOG2E,
-    NEG_INF,
     Cell,
     Expr,
     do,
@@ -27,7 +26,7 @@ from splatc.codegen.hopper.emit import (
     store,
     when,
 )
-from splatc.codegen.hopper.shape import Shape, ceil_div
+from splatc.codegen.hopper.shape import Shape
 from splatc.codegen.hopper.softmax import finite
 
 NAME = "splatc_combine"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.constants import NEG_INF
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, MESSAGE, PART, TILES, VIEW, X1, X2, X3, Block
 from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
 from splatc.codegen.hopper.emit import Cell, Expr, do, emit_if, let, loop, registers, store, when
@@ -42,7 +43,8 @@ class Consumer:
         self.q_at, self.k_at, self.v_at = (
             ring.consumer(name) for ring, name in ((b.q_ring, "q"), (b.k_ring, "k"), (b.v_ring, "v")))  # fmt: skip
         self.old_phase = Cell("old_phase", 0)
-        self.unreleased = Cell("unreleased", 0)  # whether the last row tile's Q stage is still being stored from
+        if s.q_stages > 1:
+            self.unreleased = Cell("unreleased", 0)  # whether the last row tile's Q stage is still being stored from
         self.first_turn()
         b.q_ring.wait_full(self.q_at)
         with I.While(b.messages[self.q_at.stage() * MESSAGE + TILES] > 0):
@@ -180,9 +182,10 @@ class Consumer:
         if self.s.wide:
             self.find_rows()
 
-    def row_of_lse(self) -> Expr:
-        """Index of (batch, head) in an array of all of them."""
-        return T.cast(self.batch * self.a.heads + self.head, "int64")
+    def lse_at(self, r: int) -> Expr:
+        """Where the LSE of this thread's row r lies."""
+        pair = T.cast(self.batch * self.a.heads + self.head, "int64")
+        return pair * T.cast(self.a.q_len, "int64") + T.cast(self.position[r], "int64")
 
     def box(self) -> Point:
         """The warpgroup's 64 rows in the row view."""
@@ -212,10 +215,9 @@ class Consumer:
                 load_tile(self.a.o, self.view, self.box(), b.q, self.slot_base(), s.dv_chunks, s.m,
                           b.old_ring.full(self.me))  # fmt: skip
             for r in range(2):
-                store(self.old_lse, r, T.float32(float("-inf")))
+                store(self.old_lse, r, T.float32(NEG_INF))
                 with when(self.position[r] >= 0):
-                    at = self.row_of_lse() * T.cast(self.a.q_len, "int64") + T.cast(self.position[r], "int64")
-                    store(self.old_lse, r, self.a.lse[at])
+                    store(self.old_lse, r, self.a.lse[self.lse_at(r)])
 
     def finish(self) -> None:
         """O and LSE of this warpgroup's rows to where they belong."""
@@ -266,8 +268,7 @@ class Consumer:
             with I.Then():
                 for r in range(2):
                     with when(self.position[r] >= 0):
-                        at = self.row_of_lse() * T.cast(a.q_len, "int64") + T.cast(self.position[r], "int64")
-                        store(a.lse, at, self.lse[r])
+                        store(a.lse, self.lse_at(r), self.lse[r])
             with I.Else():
                 for r in range(2):
                     store(a.part_lse, (self.part - 1) * self.s.m + self.row + 8 * r, self.lse[r])

@@ -14,9 +14,10 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, named, when
 from splatc.codegen.hopper.ring import Ring
-from splatc.codegen.hopper.shape import CHUNK, TEAM, ceil_div
+from splatc.codegen.hopper.shape import CHUNK, TEAM
 
 LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 STORE = "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"

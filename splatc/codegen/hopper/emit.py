@@ -12,9 +12,6 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 Expr = Any
-FULL_WARP = 0xFFFFFFFF
-LOG2E = 1.44269502162933349609375  # rounded to fp32, so that the emitted literal is exact
-NEG_INF = float("-inf")
 
 
 @contextmanager
@@ -78,11 +75,6 @@ def store(buffer: Expr, index: Expr, value: Expr) -> None:
 def registers(name: str, count: int, dtype: str = "float32") -> Expr:
     """An array in registers: index it with Python integers only."""
     return named(name, I.alloc_local((count,), dtype))
-
-
-def from_lane(value: Expr, distance: int) -> Expr:
-    """The value of the lane whose number differs by xor ``distance``."""
-    return T.tvm_warp_shuffle_xor(T.uint32(FULL_WARP), value, distance, 32, 32)
 
 
 def follow_kernels_before() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from splatc.codegen.hopper.emit import LOG2E, Expr, do, let, registers, store
+from splatc.codegen.constants import LOG2E
+from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.products import PTX_TYPE, Output
 from splatc.codegen.hopper.shape import CHUNK
 from splatc.codegen.hopper.softmax import finite

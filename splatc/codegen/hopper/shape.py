@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from splatc.codegen.constants import ceil_div
 from splatc.codegen.kernel import KernelSpec
 from splatc.errors import Unsupported
 
@@ -126,11 +127,6 @@ class Shape:
 def can_gather(spec: KernelSpec) -> bool:
     """Whether there is a kernel with lists of keys for these sizes: copying them takes registers."""
     return spec.kernel == "hopper" and spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128
-
-
-def ceil_div(value: int, step: int) -> int:
-    """How many steps cover value."""
-    return -(-value // step)
 
 
 def shape_of(spec: KernelSpec) -> Shape:

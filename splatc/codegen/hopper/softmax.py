@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from splatc.codegen.hopper.emit import LOG2E, NEG_INF, Expr, from_lane, let, registers, store
+from splatc.codegen.constants import LOG2E, NEG_INF
+from splatc.codegen.cuda_parts import from_lane
+from splatc.codegen.hopper.emit import Expr, let, registers, store
 
 
 def columns_of(row: int, count: int) -> list[int]:
