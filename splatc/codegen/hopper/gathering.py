@@ -9,7 +9,6 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.hopper.copies import Point, arrive_copies, commit_copies, gather_rows, wait_copies
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, store, when
 from splatc.codegen.hopper.producer import Producer
-from splatc.codegen.hopper.queue import Queue
 from splatc.codegen.hopper.shape import TEAM
 
 TEAM_BARRIER = 7
@@ -23,31 +22,31 @@ class GatheringProducer(Producer):
     """
 
     def run(self) -> None:
-        b, a = self.block, self.a
-        self.thread = let("team_thread", b.warp * 32 + b.lane)
-        self.leads = T.EQ(self.thread, 0)
+        self.thread = let("team_thread", self.block.warp * 32 + self.block.lane)
         self.start()
         self.late_stage = Cell("late_stage", -1)  # of V: asked for and not reported
-        queue = Queue(a.counter, b.index, a.blocks)
-        with I.While(queue.number() < a.total):
-            self.row_tile(queue)
-            self.share(queue)
+        self.announce()
+        with I.While(self.queue.number() < self.a.total):
+            self.sync_team()  # everybody reads what thread 0 has told
+            self.row_tile()
         wait_copies(0)
         self.report_late()
-        b.q_ring.wait_empty(self.q_at)
-        with when(self.leads):
-            self.tell_end(queue)
+        self.tell_end()
 
-    def rows(self, queue: Queue, row: list[Expr]) -> None:
-        with when(self.leads):
-            super().rows(queue, row)
-            store(self.block.next_row, 0, queue.number())
+    def leads(self) -> Expr:
+        return T.EQ(self.thread, 0)
 
-    def share(self, queue: Queue) -> None:
-        """Every thread learns the next number."""
+    def take(self) -> None:
+        with when(self.leads()):
+            super().take()
+
+    def announce_next(self) -> None:
+        number, shared = self.queue.number, self.block.next_row
+        with when(self.leads()):
+            store(shared, 0, number())
         self.sync_team()
-        queue.number.set(self.block.next_row[0])
-        self.sync_team()
+        number.set(shared[0])
+        super().announce_next()
 
     def sync_team(self) -> None:
         do(T.ptx.bar.sync(T.uint32(TEAM_BARRIER), T.uint32(TEAM)))
@@ -57,7 +56,7 @@ class GatheringProducer(Producer):
         stage = self.kv_at.stage()
         boxed = view >= 0
         b.k_ring.wait_empty(self.kv_at)
-        with when(self.leads):
+        with when(self.leads()):
             self.k_box(view, at, bits, T.if_then_else(boxed, T.int32(s.k_bytes), T.int32(0)))
         with when(view < 0):
             gather_rows(a.k_rows, a.gather, at, b.k, stage * (s.k_bytes // 2), s.n, self.thread)
@@ -65,7 +64,7 @@ class GatheringProducer(Producer):
         wait_copies(1)
         self.report_late()
         b.v_ring.wait_empty(self.kv_at)
-        with when(self.leads):
+        with when(self.leads()):
             self.v_box(view, at, T.if_then_else(boxed, T.int32(s.v_bytes), T.int32(0)))
         with when(view < 0):
             gather_rows(a.v_rows, a.gather, at, b.v, stage * (s.v_bytes // 2), s.n, self.thread)

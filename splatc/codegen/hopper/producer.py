@@ -6,10 +6,13 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, TILES, VIEW, X1, X2, X3, Block
+from splatc.codegen.hopper import block as word
+from splatc.codegen.hopper.block import MESSAGE, Block
 from splatc.codegen.hopper.copies import Point, load_bytes, load_tile
-from splatc.codegen.hopper.emit import Expr, let, loop, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, let, loop, store, when
 from splatc.codegen.hopper.queue import Queue
+
+AHEAD = 2  # column tiles of a row tile that are asked for before Q of the next one is
 
 
 class Producer:
@@ -22,45 +25,66 @@ class Producer:
         """To be emitted for the producer's warpgroup."""
         with when(T.EQ(self.block.warp, 0)), when(T.cuda.elect_sync()):
             self.start()
-            queue = Queue(self.a.counter, self.block.index, self.a.blocks)
-            with I.While(queue.number() < self.a.total):
-                self.row_tile(queue)
-            self.block.q_ring.wait_empty(self.q_at)
-            self.tell_end(queue)
+            self.announce()
+            with I.While(self.queue.number() < self.a.total):
+                self.row_tile()
+            self.tell_end()
 
     def start(self) -> None:
         self.q_at = self.block.q_ring.producer("q")
         self.kv_at = self.block.k_ring.producer("kv")  # K and V of a tile have the same place in their rings
+        self.queue = Queue(self.a.counter, self.block.index, self.a.blocks)
+        self.told = Cell("told", 0)  # where the words about the announced row tile begin
+        self.done = Cell("done", 0)  # column tiles of the row tile before it
 
-    def row_tile(self, queue: Queue) -> None:
-        """The queue's row tile."""
-        row = [let(f"word{i}", self.a.work[queue.number(), i]) for i in range(MESSAGE)]
-        self.block.q_ring.wait_empty(self.q_at)
-        self.rows(queue, row)
-        self.q_at.advance()
-        self.columns(row)
+    def leads(self) -> Expr:
+        """Whether this thread talks to the queue and to consumers."""
+        return T.bool(True)
 
-    def rows(self, queue: Queue, row: list[Expr]) -> None:
-        """What consumers need to know, the next number from the queue, and Q."""
+    def take(self) -> None:
+        """Ask for the number of the next row tile."""
+        self.queue.take()
+
+    def announce(self) -> None:
+        """The row tile with the queue's number: tell consumers of it, and load its Q."""
         b, s = self.block, self.s
+        row = [let(f"word{i}", self.a.work[self.queue.number(), i]) for i in range(MESSAGE)]
+        b.q_ring.wait_empty(self.q_at)
         stage = let("stage", self.q_at.stage())
-        for i, word in enumerate(row):
-            if i not in (FIRST, ENTRIES):
-                store(b.messages, stage * MESSAGE + i, word)
-        queue.take()
-        b.q_ring.expect(stage, T.uint32(s.q_bytes))
-        at = Point(row[X1], row[X2], row[X3], row[BATCH], row[HEAD])
-        load_tile(self.a.q, row[VIEW], at, b.q, stage * (s.q_slot // 2), s.d_chunks, s.m, b.q_ring.full(stage))
+        full = b.q_ring.full(stage)
+        self.told.set(stage * MESSAGE)
+        with when(self.leads()):
+            for i, value in enumerate(row):
+                store(b.messages, self.told() + i, value)
+            b.q_ring.expect(stage, T.uint32(s.q_bytes))
+            at = Point(row[word.X1], row[word.X2], row[word.X3], row[word.BATCH], row[word.HEAD])
+            load_tile(self.a.q, row[word.VIEW], at, b.q, stage * (s.q_slot // 2), s.d_chunks, s.m, full)
+        self.q_at.advance()
 
-    def columns(self, row: list[Expr]) -> None:
-        """All column tiles of a row tile, entry by entry."""
-        kv_head = let("kv_head", T.truncdiv(row[HEAD], self.a.group))
-        with loop(row[ENTRIES]) as e:
+    def announce_next(self) -> None:
+        """Announce the row tile that was asked for, if there is one."""
+        with when(self.queue.number() < self.a.total):
+            self.announce()
+
+    def row_tile(self) -> None:
+        """All column tiles of the announced row tile, entry by entry; on the way the next is announced."""
+        batch, head, first, entries, tiles = (
+            let(name, self.block.messages[self.told() + getattr(word, name.upper())])
+            for name in ("batch", "head", "first", "entries", "tiles"))  # fmt: skip
+        self.take()
+        kv_head = let("kv_head", T.truncdiv(head, self.a.group))
+        self.done.set(0)
+        # With one stage the next Q has to wait until this one has served all tiles.
+        last = let("last_before_next", T.min(tiles, AHEAD) if self.s.q_stages > 1 else tiles)
+        with loop(entries) as e:
             x1, x2, x3, repeat, bits, view, d1, d2 = (
-                let(name, self.a.entries[row[FIRST] + e, i])
+                let(name, self.a.entries[first + e, i])
                 for i, name in enumerate(("k1", "k2", "k3", "repeat", "bits", "k_view", "d1", "d2")))  # fmt: skip
             with loop(repeat) as r:
-                self.column_tile(view, Point(x1 + r * d1, x2 + r * d2, x3, row[BATCH], kv_head), bits)
+                self.column_tile(view, Point(x1 + r * d1, x2 + r * d2, x3, batch, kv_head), bits)
+                self.done.set(self.done() + 1)
+                with when(T.EQ(self.done(), last)):
+                    self.announce_next()
 
     def column_tile(self, view: Expr, at: Point, bits: Expr) -> None:
         """K with its mask bits, then V."""
@@ -90,9 +114,11 @@ class Producer:
         b.v_ring.expect(stage, T.cast(size, "uint32"))
         load_tile(self.a.v, view, at, b.v, stage * (s.v_bytes // 2), s.dv_chunks, s.n, b.v_ring.full(stage))
 
-    def tell_end(self, queue: Queue) -> None:
+    def tell_end(self) -> None:
         """A row tile of no tiles: consumers stop."""
         b = self.block
-        store(b.messages, self.q_at.stage() * MESSAGE + TILES, 0)
-        b.q_ring.fill(self.q_at.stage())
-        queue.close()
+        b.q_ring.wait_empty(self.q_at)
+        with when(self.leads()):
+            store(b.messages, self.q_at.stage() * MESSAGE + word.TILES, 0)
+            b.q_ring.fill(self.q_at.stage())
+            self.queue.close()
