@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,25 @@ def _fits(tile: tuple[int, int]) -> bool:
     except Unsupported:
         return False
     return True
+
+
+def test_statements_of_products() -> None:
+    """Every operand of the assembly is a parameter and the other way round; long products share accumulators only."""
+    from splatc.codegen.hopper.wgmma import STEPS, Statement
+
+    shape = "m64n96k16.f32.bf16.bf16"
+    seen: dict[str, Statement] = {}
+    for a_registers, b_transposed, first, last, fresh in itertools.product((False, True), repeat=5):
+        for steps in (1, STEPS):
+            one = Statement(shape, steps, a_registers, b_transposed, first, last, fresh)
+            count = one.accumulators + one.a_size + steps
+            assert {int(n) for n in re.findall(r"%(\d+)", one.assembly)} == set(range(count))
+            assert one.source.partition(")")[0].count(",") + 1 == count
+            assert one.assembly.count("wgmma.mma_async.sync.aligned." + shape) == steps
+            assert one.assembly.count(", fresh, ") == fresh  # the predicate of the first step
+            assert ("wgmma.fence" in one.assembly, "commit_group" in one.assembly) == (first, last)
+            assert seen.setdefault(one.name, one) == one
+    assert one.accumulators == 48
 
 
 @needs_compiler

@@ -240,6 +240,23 @@ def test_a_kernel_may_ask_for_what_nobody_gives(emulated: Any) -> None:
         attend(*draw())
 
 
+def test_expected_lengths_are_laid_out_before_they_come(emulated: Any) -> None:
+    attend = Machine(emulated)
+    attend.launcher.expect(100, 100)  # nothing is known of its batch, heads and GPU yet
+    assert attend.planned == 0
+    attend(*draw(64, 64, heads=4, kv_heads=2, batch=2), enable_gqa=True)
+    attend.launcher.expect(100, 120)
+    attend.launcher.expect(100, 120)
+    assert attend.planned == 2
+    qkv = draw(100, 120, heads=4, kv_heads=2, batch=2)
+    check(attend(*qkv, enable_gqa=True), qkv, PATTERN.dense(100, 120))
+    assert attend.planned == 2
+    attend.launcher.expect(0, 120)  # nothing to plan
+    qkv = draw(100, 120, heads=3, batch=2)  # others than expected
+    check(attend(*qkv), qkv, PATTERN.dense(100, 120))
+    assert attend.planned == 3
+
+
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +284,7 @@ def test_tables_of_a_capture_are_kept(emulated: Any, monkeypatch: pytest.MonkeyP
     attend(*draw())
     attend(*draw())
     assert len(kept) == 1 and isinstance(kept[0], DeviceTables)
-    tables = attend.launcher._tables[100, 100, 2, 0, 0][1]
+    tables = attend.launcher._tables[100, 100, 2, 0, 0]
     attend.torch.capturing = False
     for length in range(1, REMEMBERED + 1):
         attend(*draw(length))

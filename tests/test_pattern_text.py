@@ -1,10 +1,13 @@
 """The text form of patterns: reading, writing, and what a mistake is told."""
 
+import random
+
 import pytest
 
 from splatc import patterns as P
 from splatc.errors import InvalidInput, PatternSyntaxError
-from splatc.patterns.text import NAMES
+from splatc.patterns.reader import Token, Tree, Unreadable, read_tree
+from splatc.patterns.text import NAMES, _parser
 
 
 @pytest.mark.parametrize(
@@ -159,3 +162,64 @@ def test_masks_print_readably():
     for q in (p, big):
         with pytest.raises(PatternSyntaxError, match="load_mask"):
             P.parse(str(q))
+
+
+# -- the reader and the grammar ----------------------------------------------------------------------------------------
+
+
+def random_text(depth, rng):
+    """Mostly an expression of grammar.lark; spaces, trailing commas and chains as they come."""
+
+    def some():
+        return random_text(depth - 1, rng)
+
+    def many():
+        return ", ".join(rng.choice(["", "x = ", "y="]) + some() for _ in range(rng.randrange(3)))
+
+    leaves = ["a", "causal", "12", "-3", "1_000", "'x|'", '"y z"', "()", "[ ]", "f( )"]
+    if not depth or rng.random() < 0.3:
+        return rng.choice(leaves)
+    return rng.choice([
+        lambda: f"{some()} | {some()}", lambda: f"{some()}&{some()}", lambda: f"~{rng.choice(['', ' ~'])}{some()}",
+        lambda: f"( {some()})", lambda: f"({some()}, {many()})", lambda: f"[{some()}{rng.choice(['', ','])}]",
+        lambda: f"f({many()}{rng.choice(['', ','])})", lambda: f"[{many()}]",
+    ])()  # fmt: skip
+
+
+def plain(tree):
+    """Rules, words and where they stand, of our tree or Lark's."""
+    if not hasattr(tree, "children"):
+        return str(tree), tree.start_pos
+    kids = [plain(kid) for kid in tree.children]
+    if tree.data in ("items", "arguments"):
+        return str(tree.data), kids
+    where = tree if isinstance(tree, Tree) else tree.meta
+    return str(tree.data), where.start_pos, where.end_pos, kids
+
+
+def test_the_reader_reads_what_the_grammar_says():
+    from lark.exceptions import LarkError
+
+    rng = random.Random()
+    outcomes = []
+    for _ in range(3000):
+        text = random_text(4, rng)
+        if rng.random() < 0.3:
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(["", ")", "|", "=", "?", "1", "'"]) + text[at + 1 :]
+        try:
+            wanted = plain(_parser().parse(text).children[0])
+        except LarkError:
+            wanted = None
+        try:
+            got = plain(read_tree(text))
+        except Unreadable:
+            got = None
+        assert got == wanted, text
+        outcomes.append(got is None)
+    assert 300 < sum(outcomes) < 2700  # both kinds
+
+
+def test_tokens_are_text():
+    (token,) = read_tree("  causal ").children
+    assert isinstance(token, Token) and token == "causal" and (token.start_pos, token.end_pos) == (2, 8)

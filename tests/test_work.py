@@ -43,6 +43,8 @@ def test_finish_is_a_queue() -> None:
             free[at] += c
             wanted.append(free[at])
         np.testing.assert_allclose(finish(cost, workers), wanted)
+        at = int(rng.integers(0, len(cost)))
+        assert np.array_equal(finish(cost[at:], workers, finish(cost[:at], workers)), finish(cost, workers)[at:])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,10 @@ def plan_in_child(name: str, length: int) -> dict[str, Any]:
 
 
 def measure_python(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run Python, with ``environment`` beside ours, and read the JSON it prints. Raises SplatcError if it fails."""
+    """Run Python, with ``environment`` beside ours, and read the JSON it prints. Raises SplatcError if it fails.
+
+    Bytecode is kept, as an installed package has it, whatever PYTHONDONTWRITEBYTECODE says.
+    """
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -51,7 +54,7 @@ def measure_python(*arguments: str, environment: Mapping[str, str] | None = None
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "", **(environment or {})},
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -92,18 +92,22 @@ def _export(built: object, folder: Path) -> None:
 
 
 def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
+    from concurrent.futures import ThreadPoolExecutor  # slow to import
+
     emitted = emit(spec)
     text = device_source(emitted, spec.target.arch)
-    (folder / "kernel.tir.py").write_text(emitted.module.script())
-    (folder / source_name(spec)).write_text(text)
     declared = {one.name: one for one in parse_signatures(text)}
     functions = [{"name": f.name, "threads": f.threads, "smem_bytes": f.smem_bytes,
                   "parameters": declared[f.name].parameters} for f in emitted.functions]  # fmt: skip
     report = {"target": str(spec.target), "functions": functions}
     compiler = find_compiler()
-    if compiler is None:
+    with ThreadPoolExecutor(max_workers=1) as beside:  # compilers leave Python free, and printing TIRx takes a while
+        compiling = beside.submit(compiler.compile, text, spec.target.arch) if compiler else None
+        (folder / source_name(spec)).write_text(text)
+        (folder / "kernel.tir.py").write_text(emitted.module.script())
+    if compiler is None or compiling is None:
         return {**report, "compiler": None}
-    compiled = compiler.compile(text, spec.target.arch)
+    compiled = compiling.result()
     (folder / "kernel.log").write_text(compiled.log)
     check_report(compiled.log, spec.target.arch)
     (folder / CUBIN).write_bytes(compiled.cubin)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from random import Random
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -312,7 +313,8 @@ class ACSR:
         everywhere, elements = (CHECK_AGAIN, CHECK_AGAIN) if pattern in _compared else (CHECK_ALL, CHECK_SOME)
         rows = np.arange(self.q_len)
         if size > everywhere:
-            rows = np.unique(np.random.default_rng().integers(0, self.q_len, max(elements // self.kv_len, 2)))
+            count = max(elements // self.kv_len, 2)
+            rows = np.array(sorted(set(Random().choices(range(self.q_len), k=count))))  # numpy.random is slow to import
         wanted = pattern.contains(rows[:, None], np.arange(self.kv_len)[None, :], self.q_len, self.kv_len)
         runs = unit_runs(row_runs(self.strips, rows))
         width = self.kv_len + 1

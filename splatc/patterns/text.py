@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from splatc.errors import InvalidInput, PatternSyntaxError
 from splatc.patterns import blocks, heads, library, neighborhood
 from splatc.patterns.base import Pattern
+from splatc.patterns.reader import Token, Tree, Unreadable, read_tree
 
 if TYPE_CHECKING:
-    from lark import Lark, Token, Tree
+    from lark import Lark
 
 NAMES: dict[str, Callable[..., Pattern]] = {
     "full": library.Full,
@@ -92,19 +93,26 @@ class _Reader:
         self.text = text
 
     def read(self) -> Pattern:
-        from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedToken
-
         self._bound_depth()
         try:
-            tree: Any = _parser().parse(self.text)
+            tree = read_tree(self.text)
+        except Unreadable:
+            self._explain()
+        return self.pattern(tree)
+
+    def _explain(self) -> NoReturn:
+        """Let Lark find what is wrong with the text."""
+        from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedToken
+
+        try:
+            _parser().parse(self.text)
         except UnexpectedCharacters as e:
             self._bad_character(int(e.pos_in_stream or 0))
         except UnexpectedToken as e:
             self._bad_token(e)
         except UnexpectedEOF:
             self.fail(len(self.text), "the text ends too early")
-        (top,) = tree.children
-        return self.pattern(top)
+        raise AssertionError(f"grammar.lark and reader.py differ about {self.text!r}")
 
     def fail(self, column: int, message: str) -> NoReturn:
         """Raises PatternSyntaxError with an excerpt of the text and a caret below `column` (0-based)."""
@@ -141,7 +149,7 @@ class _Reader:
         self.fail(at, f"unexpected {c!r}" + (f"; {hint}" if hint else ""))
 
     def _bad_token(self, e: Any) -> NoReturn:
-        token: Token = e.token
+        token = e.token
         end = token.type == "$END"
         at = len(self.text.rstrip()) if end else int(token.start_pos or 0)
         if str(token) in _WORDS:
@@ -156,14 +164,14 @@ class _Reader:
         found = "the text ends here" if end else f"unexpected {str(token)!r}"
         self.fail(at, f"{found}; expected {_either(expected)}")
 
-    def pattern(self, tree: Tree[Token]) -> Pattern:
+    def pattern(self, tree: Tree) -> Pattern:
         """Evaluates a tree that must be a pattern."""
         value = self.value(tree)
         if not isinstance(value, Pattern):
             self.fail(_column(tree), f"{_source(self.text, tree)} is not a pattern")
         return value
 
-    def value(self, tree: Tree[Token]) -> Any:
+    def value(self, tree: Tree) -> Any:
         """Evaluates a tree: a pattern, or an argument (int, str, bool, None, list, tuple)."""
         kids: list[Any] = tree.children
         match tree.data:
@@ -193,7 +201,7 @@ class _Reader:
                 return self._call(kids[0], *self._arguments(kids[1].children if len(kids) > 1 else []))
         raise AssertionError(tree.data)
 
-    def _fold(self, kids: list[Tree[Token]], op: Callable[[Pattern, Pattern], Pattern]) -> Pattern:
+    def _fold(self, kids: list[Tree], op: Callable[[Pattern, Pattern], Pattern]) -> Pattern:
         out = self.pattern(kids[0])
         for kid in kids[1:]:
             right = self.pattern(kid)
@@ -203,7 +211,7 @@ class _Reader:
                 self.fail(_column(kid), str(e))
         return out
 
-    def _arguments(self, trees: list[Tree[Token]]) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(self, trees: list[Tree]) -> tuple[list[Any], dict[str, Any]]:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for tree in trees:
@@ -219,7 +227,7 @@ class _Reader:
         return args, kwargs
 
     def _call(self, token: Token, args: list[Any], kwargs: dict[str, Any]) -> Pattern:
-        name, at = str(token), int(token.start_pos or 0)
+        name, at = str(token), token.start_pos
         if name in _DATA:
             self.fail(at, f"{name} holds data and has no text form: make it in Python with {_DATA[name]}")
         if name not in NAMES:
@@ -248,12 +256,12 @@ def _either(options: list[str]) -> str:
     return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
 
 
-def _column(tree: Tree[Token]) -> int:
-    return 0 if tree.meta.empty else tree.meta.start_pos
+def _column(tree: Tree) -> int:
+    return tree.start_pos
 
 
-def _source(text: str, tree: Tree[Token]) -> str:
-    return "this" if tree.meta.empty else text[tree.meta.start_pos : tree.meta.end_pos]
+def _source(text: str, tree: Tree) -> str:
+    return text[tree.start_pos : tree.end_pos]
 
 
 def looks_like_path(text: str) -> bool:

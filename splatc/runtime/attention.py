@@ -109,13 +109,22 @@ class CompiledAttention:
         return self._plan.predict(batch, heads, kv_heads or heads)
 
     def plan(self, seq_len: int | None = None, kv_len: int | None = None) -> Plan:
-        """The plan for other lengths (default: the compiled ones), remembered: calls of that length find it."""
+        """The plan for other lengths (default: the compiled ones), remembered: calls of that length find it.
+
+        After a call on a GPU, it is also laid out for that batch, those heads and that GPU, so that a first call of
+        these lengths has little left to do.
+        """
         if seq_len is None:
             return self._plan
         lengths = seq_len, seq_len if kv_len is None else kv_len
-        if lengths not in self._plans:
-            remember(self._plans, lengths, self._replan(*lengths))
-        return self._plans[lengths]
+        plan = self._planned(*lengths)
+        self._launcher.expect(*lengths)
+        return plan
+
+    def _planned(self, q_len: int, kv_len: int) -> Plan:
+        if (q_len, kv_len) not in self._plans:
+            remember(self._plans, (q_len, kv_len), self._replan(q_len, kv_len))
+        return self._plans[q_len, kv_len]
 
     def __repr__(self) -> str:
         p, spec = self._plan, self.kernel.spec
@@ -179,7 +188,7 @@ class CompiledAttention:
         return self._ready[key]
 
     def _launches(self, shape: Shape, max_views: tuple[int | None, int | None]) -> list[Launch]:
-        return self.plan(shape.q_len, shape.kv_len).launches(shape.heads, *max_views)
+        return self._planned(shape.q_len, shape.kv_len).launches(shape.heads, *max_views)
 
     @property
     def ptx(self) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+
+from numpy.typing import NDArray
 
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
@@ -41,7 +44,9 @@ class Launcher:
         self._hopper = kernel.spec.kernel == "hopper"
         self._ready: dict[tuple[Any, ...], Ready] = {}
         self._planned: dict[tuple[int, ...], tuple[Launch, ...]] = {}  # by lengths and heads
-        self._tables: dict[tuple[int, ...], tuple[tuple[Work, ...], DeviceTables]] = {}  # these, batch and GPU
+        self._laid_out: dict[tuple[int, ...], _LaidOut] = {}  # these, batch and GPU
+        self._tables: dict[tuple[int, ...], DeviceTables] = {}  # the same
+        self._last: tuple[Shape, Gpu] | None = None  # that a call was prepared for
 
     def __call__(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
         """(o, lse) as CompiledAttention returns them. Raises what ``check_call`` and the checks of the kernel raise."""
@@ -50,6 +55,12 @@ class Launcher:
         except (KeyError, AttributeError, TypeError):  # not seen yet, or no tensors at all
             ready = self._prepare(q, k, v, enable_gqa)
         return ready(q, k, v, scale)
+
+    def expect(self, q_len: int, kv_len: int) -> None:
+        """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call."""
+        if self._last is not None and q_len and kv_len:
+            shape, on = self._last
+            self._lay_out(on, replace(shape, q_len=q_len, kv_len=kv_len))
 
     def _prepare(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> Ready:
         shape = check_call(q, k, v, self._layout, enable_gqa)
@@ -88,30 +99,52 @@ class Launcher:
         on = self._find_gpu(q.device.index)
         spec = self._kernel.spec
         with on.torch.on(on.ordinal) if on.torch.device() != on.ordinal else nullcontext():
-            launches, works, tables = self._uploaded(on, shape)
+            self._last = shape, on
+            laid_out, tables = self._lay_out(on, shape), self._uploaded(on, shape)
             functions = load_functions(self._kernel.folder, spec.target.arch, on)
             named = dict(zip("qkv", layouts, strict=True))
             named["o"] = output_layout(shape, self._layout, layouts[0].itemsize)
-            request = Request(on, spec, shape, functions, launches, works, tables, named, int(q.data_ptr()), self._cap)
+            request = Request(on, spec, shape, functions, laid_out.launches, laid_out.works, tables, named,
+                              int(q.data_ptr()), self._cap)  # fmt: skip
             return GpuCall(request, hopper_steps(request) if self._hopper else portable_steps(request), self._layout)
 
-    def _uploaded(self, on: Gpu, shape: Shape) -> tuple[tuple[Launch, ...], tuple[Work, ...], DeviceTables]:
-        """The launches of these lengths and heads, what they hand out, and their tables on the GPU."""
-        lengths, spec = (shape.q_len, shape.kv_len, shape.heads), self._kernel.spec
-        if lengths not in self._planned:
-            planned = tuple(self._launches(shape, MAX_VIEWS if self._hopper else (None, None)))
-            remember(self._planned, lengths, planned)
-        launches = self._planned[lengths]
-        key = (*lengths, shape.batch if self._hopper else 0, on.ordinal)
+    def _uploaded(self, on: Gpu, shape: Shape) -> DeviceTables:
+        """The tables of calls with these sizes on the GPU."""
+        key = self._key(on, shape)
         if key not in self._tables:
+            remember(self._tables, key, DeviceTables(on, self._lay_out(on, shape).arrays))
+        return self._tables[key]
+
+    def _lay_out(self, on: Gpu, shape: Shape) -> _LaidOut:
+        """What calls with these sizes read and hand out."""
+        key = self._key(on, shape)
+        if key not in self._laid_out:
+            lengths = key[:3]
+            if lengths not in self._planned:
+                planned = tuple(self._launches(shape, MAX_VIEWS if self._hopper else (None, None)))
+                remember(self._planned, lengths, planned)
+            launches, spec = self._planned[lengths], self._kernel.spec
             works: tuple[Work, ...] = ()
+            arrays: list[Mapping[str, NDArray[Any]]]
             if self._hopper:
                 works = tuple(hopper_work(one, spec, shape.batch, on) for one in launches)
                 arrays = [hopper_tables(one, work, spec) for one, work in zip(launches, works, strict=True)]
             else:
                 arrays = [portable_tables(one) for one in launches]
-            remember(self._tables, key, (works, DeviceTables(on, arrays)))
-        return launches, *self._tables[key]
+            remember(self._laid_out, key, _LaidOut(launches, works, arrays))
+        return self._laid_out[key]
+
+    def _key(self, on: Gpu, shape: Shape) -> tuple[int, ...]:
+        return shape.q_len, shape.kv_len, shape.heads, shape.batch if self._hopper else 0, on.ordinal
+
+
+@dataclass(frozen=True)
+class _LaidOut:
+    """The launches of calls of certain sizes, what they hand out (hopper), and of each the arrays for the GPU."""
+
+    launches: tuple[Launch, ...]
+    works: tuple[Work, ...]
+    arrays: list[Mapping[str, NDArray[Any]]]
 
 
 def call_key(q: Any, k: Any, v: Any, enable_gqa: bool) -> tuple[Any, ...]:

@@ -70,15 +70,23 @@ def _per_item(launch: Launch, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.asarray(ends[first + count] - ends[first])
 
 
-def finish(cost: Floats, workers: int) -> Floats:
-    """When each piece of work ends, if ``workers`` take them in order."""
-    free = [0.0] * min(workers, max(len(cost), 1))
+def finish(cost: Floats, workers: int, before: Floats | None = None) -> Floats:
+    """When each piece of work ends, if ``workers`` take them in order, after pieces that end at ``before``."""
+    free = [0.0] * workers if before is None else free_after(before, workers)
     heapify(free)
-    ends = np.empty(len(cost))
-    for i, c in enumerate(cost.tolist()):
-        ends[i] = end = free[0] + c
+    ends = []
+    for c in cost.tolist():
+        end = free[0] + c
         heapreplace(free, end)
-    return ends
+        ends.append(end)
+    return np.array(ends)
+
+
+def free_after(ends: Floats, workers: int) -> list[float]:
+    """When the workers are free again: at the latest ends, because each piece began at the earliest there was."""
+    first = max(len(ends) - workers, 0)
+    latest: list[float] = np.partition(ends, first)[first:].tolist() if first else ends.tolist()
+    return [0.0] * (workers - len(latest)) + latest
 
 
 def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> tuple[NDArray[np.int64], float]:
@@ -95,9 +103,12 @@ def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> tuple[ND
     worth = end * (1 - GAIN)
     if worth <= even + costs.combine or not late.any():  # no cut can be so fast
         return parts, end
+    same = int(late.argmax())  # rows before the first that can be cut: they are not simulated again
+    before = ends[:same]
     for count in PARTS:
         cut = np.where(late, np.minimum(count, tiles // LEAST), 1)
-        time = float(finish(_pieces(cost, cut, costs), costs.workers).max()) + costs.combine
+        after = finish(_pieces(cost[same:], cut[same:], costs), costs.workers, before)
+        time = float(max(before.max(initial=0), after.max())) + costs.combine
         if time < min(worth, end):
             parts, end = cut, time
     return parts, end

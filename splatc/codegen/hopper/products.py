@@ -12,18 +12,15 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.emit import Expr, do, let, named, registers
 from splatc.codegen.hopper.shape import ROW_BYTES
+from splatc.codegen.hopper.wgmma import issue_product
 
 SWIZZLE_128B = 3
 UNIT = 16  # matrix descriptors count in 16 bytes
 K16 = 2  # 16 columns of a row, in units
 ROW_GROUP = 8 * ROW_BYTES // UNIT  # 8 rows, the height of a swizzle atom
 # Reading a register between issue and wait would be a race: these keep the compiler from moving accesses across.
-FENCES = {
-    "float32": ("splatc_fence_f32", '__forceinline__ __device__ void splatc_fence_f32(float& r) '
-                '{ asm volatile("" : "+f"(r) :: "memory"); }'),
-    "uint32": ("splatc_fence_u32", '__forceinline__ __device__ void splatc_fence_u32(uint32_t& r) '
-               '{ asm volatile("" : "+r"(r) :: "memory"); }'),
-}  # fmt: skip
+FENCE = ("splatc_fence", '__forceinline__ __device__ void splatc_fence(float& r) '
+         '{ asm volatile("" : "+f"(r) :: "memory"); }')  # fmt: skip
 PTX_TYPE = {"float16": "f16", "bfloat16": "bf16"}
 
 
@@ -41,8 +38,8 @@ def at_stage(name: str, base: Expr, stage: Expr, size: int) -> Expr:
 
 
 def fence(buffer: Expr, count: int) -> None:
-    """Keep accesses to these registers on their side of this point."""
-    name, source = FENCES[str(buffer.dtype)]
+    """Keep accesses to these fp32 registers on their side of this point."""
+    name, source = FENCE
     for i in range(count):
         do(T.cuda.func_call(name, buffer[i], source_code=source))
 
@@ -59,7 +56,7 @@ class Scores:
         self.count = n // 2
         self.s = registers("scores", self.count)
         kind = PTX_TYPE[half]
-        self._issue = T.ptx[f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"]
+        self._shape = f"m64n{n}k16.f32.{kind}.{kind}"
         self._offsets = [  # of each 16 columns of Q and K
             tuple(kk % 4 * K16 + kk // 4 * rows * ROW_BYTES // UNIT for rows in (q_rows, n))
             for kk in range(-(-d // 16))
@@ -67,12 +64,9 @@ class Scores:
 
     def issue(self, q: Expr, k: Expr) -> None:
         """Start the product of the tiles at descriptors q and k."""
-        fence(self.s, self.count)
-        do(T.ptx.wgmma.fence.sync.aligned())
         s = [self.s[i] for i in range(self.count)]
-        for kk, (at_q, at_k) in enumerate(self._offsets):
-            do(self._issue(*s, q + T.uint64(at_q), k + T.uint64(at_k), T.bool(kk > 0), 1, 1, 0, 0))
-        do(T.ptx.wgmma.commit_group.sync.aligned())
+        at_q, at_k = ([T.uint64(at[i]) for at in self._offsets] for i in range(2))
+        issue_product(self._shape, s, [q + at for at in at_q], [k + at for at in at_k], fresh=True, b_transposed=False)
 
     def fence(self) -> None:
         fence(self.s, self.count)
@@ -88,7 +82,7 @@ class Output:
         self.p = registers("probs", n // 4, "uint32")
         kind = PTX_TYPE[half]
         self._pack = T.ptx[f"cvt.rn.{kind}x2.f32"]
-        self._issue = T.ptx[f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind}"]
+        self._shape = f"m64n{width}k16.f32.{kind}.{kind}"
         self._steps = n // 16
         self._packed = n // 4
 
@@ -108,14 +102,9 @@ class Output:
 
     def issue(self, v: Expr) -> None:
         """Start adding P times the tile at descriptor v."""
-        fence(self.o, self.count)
-        fence(self.p, self._packed)
-        do(T.ptx.wgmma.fence.sync.aligned())
-        o = [self.o[i] for i in range(self.count)]
-        for kk in range(self._steps):
-            p = [self.p[4 * kk + i] for i in range(4)]
-            do(self._issue(*o, *p, v + T.uint64(kk * 2 * ROW_GROUP), T.bool(True), 1, 1, 1))
-        do(T.ptx.wgmma.commit_group.sync.aligned())
+        o, p = [self.o[i] for i in range(self.count)], [self.p[i] for i in range(self._packed)]
+        steps = [v + T.uint64(kk * 2 * ROW_GROUP) for kk in range(self._steps)]
+        issue_product(self._shape, o, p, steps, fresh=False, b_transposed=True)
 
     def fence(self) -> None:
         fence(self.o, self.count)

@@ -1,0 +1,103 @@
+"""Tensor-core instructions of one product, many to an asm statement.
+
+Each statement takes every accumulator in and out, and NVVM's time goes with their number: with one for each 16 columns
+it was more than half of NVRTC's (head_dim 128). The machine code is as good. A statement also orders registers: whoever
+wrote the accumulators and A did so before it, so that nobody has to fence them before an issue.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+from splatc.codegen.hopper.emit import Expr, do
+
+A_WORDS = 4  # registers of A that a thread gives to an instruction
+STEPS = 8  # instructions in a statement at most: their descriptors are in registers at the same time
+
+
+@dataclass(frozen=True)
+class Statement:
+    """``steps`` instructions ``wgmma.mma_async.sync.aligned.<shape>`` on the same fp32 accumulators.
+
+    a_registers: A is in registers, A_WORDS uint32 a step, else in shared memory, a descriptor a step. b_transposed: B
+    lies with its columns contiguous. first: it follows other accesses to registers; last: it commits; fresh: its first
+    step overwrites the accumulators, else all add to them.
+    """
+
+    shape: str
+    steps: int
+    a_registers: bool
+    b_transposed: bool
+    first: bool
+    last: bool
+    fresh: bool
+
+    @property
+    def accumulators(self) -> int:
+        """Registers of a thread that hold the result: n columns of 64 rows, over 128 threads."""
+        return int(self.shape.split("k")[0].split("n")[1]) // 2
+
+    @property
+    def a_size(self) -> int:
+        """Operands that are A."""
+        return self.steps * (A_WORDS if self.a_registers else 1)
+
+    @property
+    def name(self) -> str:
+        """Of the device function: another one for other instructions."""
+        features = "".join(f"_{name}" for name in ("a_registers", "b_transposed", "first", "last", "fresh")
+                           if getattr(self, name))  # fmt: skip
+        return f"splatc_wgmma_{self.shape.replace('.', '_')}_x{self.steps}{features}"
+
+    @property
+    def source(self) -> str:
+        """The device function: accumulators by reference, then A, then the descriptors of B."""
+        kind, letter = ("uint32_t", "r") if self.a_registers else ("uint64_t", "l")
+        operands = [*((f"a{i}", kind, letter) for i in range(self.a_size)),
+                    *((f"b{i}", "uint64_t", "l") for i in range(self.steps))]  # fmt: skip
+        accumulators = [f"d{i}" for i in range(self.accumulators)]
+        parameters = ", ".join([*(f"float& {d}" for d in accumulators), *(f"{kind} {x}" for x, kind, _ in operands)])
+        outputs = ", ".join(f'"+f"({d})' for d in accumulators)
+        inputs = ", ".join(f'"{letter}"({x})' for x, _, letter in operands)
+        return (f"__forceinline__ __device__ void {self.name}({parameters}) {{\n"
+                f'  asm volatile("{self.assembly}" : {outputs} : {inputs} : "memory");\n}}\n')  # fmt: skip
+
+    @property
+    def assembly(self) -> str:
+        """PTX; its operands are the parameters of the device function."""
+        lines = [".reg .pred add, fresh;", "setp.eq.u32 add, 0, 0;", "setp.ne.u32 fresh, 0, 0;"]
+        lines += ["wgmma.fence.sync.aligned;"] * self.first
+        lines += map(self._instruction, range(self.steps))
+        lines += ["wgmma.commit_group.sync.aligned;"] * self.last
+        return "{ " + " ".join(lines) + " }"
+
+    def _instruction(self, step: int) -> str:
+        n = self.accumulators
+        result = ", ".join(f"%{i}" for i in range(n))
+        words = ", ".join(f"%{n + A_WORDS * step + i}" for i in range(A_WORDS))
+        a, b = f"{{{words}}}" if self.a_registers else f"%{n + step}", f"%{n + self.a_size + step}"
+        keep = "fresh" if self.fresh and step == 0 else "add"
+        majors = "" if self.a_registers else "0, "  # of A: its columns are contiguous
+        return (f"wgmma.mma_async.sync.aligned.{self.shape} {{{result}}}, {a}, {b}, {keep}, 1, 1, "
+                f"{majors}{int(self.b_transposed)};")  # fmt: skip
+
+
+def issue_product(shape: str, accumulators: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr], *, fresh: bool,
+                  b_transposed: bool) -> None:  # fmt: skip
+    """Start the product of A and B and commit it as one group; wait before touching any of these registers.
+
+    shape: such as "m64n128k16.f32.bf16.bf16". a: a descriptor a step, or A_WORDS uint32 of registers a step; b: a
+    descriptor a step (uint64). fresh: the accumulators are overwritten, not added to.
+    """
+    steps = len(b)
+    size = len(a) // steps
+    for at in range(0, steps, STEPS):
+        end = min(at + STEPS, steps)
+        one = Statement(shape, end - at, size == A_WORDS, b_transposed, at == 0, end == steps, fresh and at == 0)
+        assert (len(accumulators), size * one.steps) == (one.accumulators, one.a_size)
+        operands = *accumulators, *a[size * at : size * end], *b[at:end]
+        do(T.cuda.func_call(one.name, *operands, source_code=one.source))
