@@ -35,7 +35,7 @@ class Producer:
         self.kv_at = self.block.k_ring.producer("kv")  # K and V of a tile have the same place in their rings
         self.queue = Queue(self.a.counter, self.block.index, self.a.blocks)
         self.told = Cell("told", 0)  # where the words about the announced row tile begin
-        self.done = Cell("done", 0)  # column tiles of the row tile before it
+        self.wait = Cell("wait", 0)  # column tiles until the next row tile is announced
 
     def leads(self) -> Expr:
         """Whether this thread talks to the queue and to consumers."""
@@ -73,18 +73,21 @@ class Producer:
             for name in ("batch", "head", "first", "entries", "tiles"))  # fmt: skip
         self.take()
         kv_head = let("kv_head", T.truncdiv(head, self.a.group))
-        self.done.set(0)
-        # With one stage the next Q has to wait until this one has served all tiles.
-        last = let("last_before_next", T.min(tiles, AHEAD) if self.s.q_stages > 1 else tiles)
+        early = self.s.q_stages > 1  # with one stage the next Q has to wait until this one has served all tiles
+        if early:
+            self.wait.set(T.min(tiles, AHEAD))
         with loop(entries) as e:
             x1, x2, x3, repeat, bits, view, d1, d2 = (
                 let(name, self.a.entries[first + e, i])
                 for i, name in enumerate(("k1", "k2", "k3", "repeat", "bits", "k_view", "d1", "d2")))  # fmt: skip
             with loop(repeat) as r:
                 self.column_tile(view, Point(x1 + r * d1, x2 + r * d2, x3, batch, kv_head), bits)
-                self.done.set(self.done() + 1)
-                with when(T.EQ(self.done(), last)):
-                    self.announce_next()
+                if early:
+                    self.wait.set(self.wait() - 1)
+                    with when(T.EQ(self.wait(), 0)):
+                        self.announce_next()
+        if not early:
+            self.announce_next()
 
     def column_tile(self, view: Expr, at: Point, bits: Expr) -> None:
         """K with its mask bits, then V."""

@@ -109,7 +109,7 @@ class Shape:
         """
         if self.gather:
             return {1: (72, 240), 2: (56, 224)}[self.warpgroups]
-        return {1: (40, 240), 2: (40, 232), 3: (32, 160)}[self.warpgroups]
+        return {1: (40, 240), 2: (24, 240) if self.wide else (40, 232), 3: (32, 160)}[self.warpgroups]
 
     @property
     def register_pool(self) -> int:
