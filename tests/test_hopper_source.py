@@ -9,7 +9,7 @@ import pytest
 
 from splatc.codegen.build import build
 from splatc.codegen.hopper.shape import SMEM_BYTES, Shape, shape_of
-from splatc.codegen.kernel import ALL_TILES, KernelSpec, kernel_spec
+from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, kernel_spec
 from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.errors import CompileError, Unsupported
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused() -> None:
         shape_of(spec_of(256, tile=(192, 128)))
     with pytest.raises(Unsupported, match="listed keys"):
         shape_of(spec_of(64, tile=(192, 128), gather=True))
-    assert {tile for tile in ALL_TILES["hopper"] if _fits(tile)} == {(64, 64), (128, 64)}
+    assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64)}
 
 
 def _fits(tile: tuple[int, int]) -> bool:

@@ -50,7 +50,7 @@ class Producer:
         queue.take()
         b.q_ring.expect(stage, T.uint32(s.q_bytes))
         at = Point(row[X1], row[X2], row[X3], row[BATCH], row[HEAD])
-        load_tile(self.a.q, row[VIEW], at, b.q, stage * (s.q_slot // 2), s.d_chunks, s.m, b.q_ring.full(stage))
+        load_tile(self.a.q, row[VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, b.q_ring.full(stage))
 
     def columns(self, row: list[Expr]) -> None:
         """All column tiles of a row tile, entry by entry."""
@@ -82,13 +82,13 @@ class Producer:
                 load_bytes(b.bits.ptr_to([stage * words]), self.a.bits.ptr_to([bits - 1, 0]), s.bits_bytes, full)
             with I.Else():
                 b.k_ring.expect(stage, T.cast(size, "uint32"))
-        load_tile(self.a.k, view, at, b.k, stage * (s.k_bytes // 2), s.d_chunks, s.n, full)
+        load_tile(self.a.k, view, at, b.k, stage * (s.k_bytes // s.item_bytes), s.d_chunks, s.n, full)
 
     def v_box(self, view: Expr, at: Point, size: Expr | int) -> None:
         """A box of V, of so many bytes."""
         b, s, stage = self.block, self.s, self.kv_at.stage()
         b.v_ring.expect(stage, T.cast(size, "uint32"))
-        load_tile(self.a.v, view, at, b.v, stage * (s.v_bytes // 2), s.dv_chunks, s.n, b.v_ring.full(stage))
+        load_tile(self.a.v, view, at, b.v, stage * (s.v_bytes // s.item_bytes), s.dv_chunks, s.n, b.v_ring.full(stage))
 
     def tell_end(self, queue: Queue) -> None:
         """A row tile of no tiles: consumers stop."""
