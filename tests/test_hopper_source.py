@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,6 @@ needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA com
 
 def spec_of(d: int, dv: int | None = None, dtype: str = "bfloat16", tile: tuple[int, int] | None = None,
             softcap: bool = False, gather: bool = False) -> KernelSpec:  # fmt: skip
-    from dataclasses import replace
-
     return replace(kernel_spec(d, dv, dtype, HOPPER, softcap, tile), gather=gather)
 
 
@@ -30,6 +29,9 @@ SPECS = [
     spec_of(64), spec_of(64, softcap=True), spec_of(64, tile=(128, 128), dtype="float16"), spec_of(128),
     spec_of(128, dtype="float16", softcap=True, gather=True), spec_of(256, softcap=True),
     spec_of(64, tile=(128, 128), gather=True),
+    spec_of(64, dtype="float32"), spec_of(64, dtype="float32", tile=(192, 64), softcap=True),
+    spec_of(64, dtype="float32", tile=(128, 128)), spec_of(128, dtype="float32", softcap=True),
+    spec_of(256, dtype="float32"), spec_of(192, 128, "float32"), spec_of(72, 40, "float32"),
     spec_of(192, 128), spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),
 ]  # fmt: skip
 
@@ -64,6 +66,10 @@ def test_what_does_not_fit_is_refused() -> None:
         shape_of(spec_of(256, tile=(192, 128)))
     with pytest.raises(Unsupported, match="listed keys"):
         shape_of(spec_of(64, tile=(192, 128), gather=True))
+    with pytest.raises(Unsupported, match="listed keys"):
+        shape_of(spec_of(64, dtype="float32", gather=True))
+    with pytest.raises(Unsupported, match="no tile"):
+        shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
     assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64)}
 
 

@@ -536,7 +536,7 @@ def test_calibrate_writes_the_costs(gpu, pretended, capsys, tmp_path, monkeypatc
 @pytest.mark.parametrize("arguments, words", [
     ([], "give a pattern"), (["causal"], "--seq-len"), (["causal", "--calibrate"], "no pattern"),
     (["--calibrate", "--json"], "no --json"), (["causal", "-s", "8", "-o", "x"], "for --calibrate"),
-    (["causal", "-s", "8", "-d", "12"], "multiples of 8"), (["causal", "-s", "8", "--dtype", "float32"], "float32"),
+    (["causal", "-s", "8", "-d", "12"], "multiples of 8"),
     (["causal", "-s", "8", "--dtype", "int8"], "int8"), (["causal", "-s", "8", "--rounds", "0"], "--rounds is 0"),
     (["causal", "-s", "8", "--heads", "6", "--kv-heads", "4"], "--heads is 6"), (["causl", "-s", "8"], "causl"),
     (["per_head([causal, full])", "-s", "8", "--heads", "3"], "2 heads"),

@@ -91,8 +91,8 @@ def _maps(request: Request, function: Function, launch: Launch, work: Work) -> d
 
     def add(name: str, tensor: str, view: Any, box: Any, layout: Layout) -> None:
         if name in wanted:
-            shape = geometry(view, box, layout)
-            maps[name] = encode(request.gpu.driver, tensor, map_type(tensor, request.spec.dtype), shape, request.address)
+            kind, shape = map_type(tensor, request.spec.dtype), geometry(view, box, layout)
+            maps[name] = encode(request.gpu.driver, tensor, kind, shape, request.address)
 
     def add_views(tensor: str, views: NDArray[Any], boxes: list[Any], limit: int) -> None:
         for n, (view, box) in enumerate(zip(views, boxes, strict=True)):

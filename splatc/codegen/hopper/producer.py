@@ -50,7 +50,8 @@ class Producer:
         queue.take()
         b.q_ring.expect(stage, T.uint32(s.q_bytes))
         at = Point(row[X1], row[X2], row[X3], row[BATCH], row[HEAD])
-        load_tile(self.a.q, row[VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, b.q_ring.full(stage))
+        load_tile(self.a.q, row[VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m,
+                  b.q_ring.full(stage))  # fmt: skip
 
     def columns(self, row: list[Expr]) -> None:
         """All column tiles of a row tile, entry by entry."""

@@ -139,6 +139,12 @@ class Output:
         fence(self.o, self.count)
 
 
+def score_of(register: int) -> int:
+    """The score register for a register of the A operand in tf32: of its eights, register 2c + r is row g + 8r, column
+    q + 4c, which stands for key 2q + c."""
+    return register // 4 * 4 + register % 2 * 2 + register % 4 // 2
+
+
 class TurnedOutput(Output):
     """O += P V in tf32, with V turned over: along the keys, whose order within each eight is that of turning.py."""
 
@@ -150,10 +156,9 @@ class TurnedOutput(Output):
         self._offsets = [along_row(kk, rows) for kk in range(n // depth("float32"))]
 
     def take(self, s: Expr) -> None:
-        """P = the scores' registers, rounded, in the order of the A operand: row g + 8r and column q + 4c of eight are
-        register 2c + r."""
+        """P = the scores' registers, rounded."""
         for j in range(self._packed):
-            do(T.ptx["cvt.rn.tf32.f32"](self.p[j], s[j // 4 * 4 + j % 2 * 2 + j % 4 // 2]))
+            do(T.ptx["cvt.rn.tf32.f32"](self.p[j], s[score_of(j)]))
 
 
 def output_of(s: Shape) -> Output:

@@ -114,7 +114,7 @@ class Turner:
             b.staged_ring.wait_full(self.staged_at)
 
     def tile(self) -> None:
-        """This warp's share of a tile."""
+        """The warp's share of a tile."""
         b, s = self.block, self.s
         b.v_ring.wait_empty(self.v_at)
         target = let("target", self.v_at.stage() * (s.v_bytes // s.item_bytes))
