@@ -125,8 +125,8 @@ class Shape:
 
     @property
     def wide(self) -> bool:
-        """Whether a consumer's registers are scarce: with head dims beyond 192."""
-        return self.live_registers > 160
+        """Whether a consumer's registers are scarce: with head dims beyond 192, in tf32 beyond 128."""
+        return self.live_registers > 160 or (self.turned and max(self.d, self.dv) > 128)
 
     @property
     def registers(self) -> tuple[int, int]:
