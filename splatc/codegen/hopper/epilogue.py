@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 
 from splatc.codegen.constants import LOG2E
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
-from splatc.codegen.hopper.products import PTX_TYPE, Output
+from splatc.codegen.hopper.products import PTX_TYPE, Output, fence
 from splatc.codegen.hopper.shape import chunk
 from splatc.codegen.hopper.softmax import finite
 
@@ -65,12 +65,16 @@ def _stage_words(out: Output, dtype: str, dv: int, inverse: Expr, slot: Expr, ba
     """Two columns of two rows at a time, as the accumulators lie."""
     width = chunk(dtype)
     pair, old = registers("pair", 2), registers("old", 2)
-    row = let("row", warp * 16 + lane // 4)  # its neighbour 8 rows on is swizzled alike
+    place = registers("place", 1, "uint32")
+    store(place, 0, T.cast(warp * 32 + lane, "uint32"))
+    fence(place, 1)  # or the compiler would compute all addresses early, and keep them through the loop
+    thread = T.cast(place[0], "int32")
+    row = let("row", thread // 32 * 16 + thread % 32 // 4)  # its neighbour 8 rows on is swizzled alike
     for i in range(-(-dv // 8)):
-        column16 = T.bitwise_xor(i % 4 * 2 + lane % 4 // 2, row % 8)
+        column16 = T.bitwise_xor(i % 4 * 2 + thread % 4 // 2, row % 8)
         for r in range(2):
             at_row = base + (row + 8 * r) * width + i // 4 * (rows * width)
-            at = slot.ptr_to([at_row + column16 * 4 + lane % 2 * 2])
+            at = slot.ptr_to([at_row + column16 * 4 + thread % 2 * 2])
             if old_weight is not None:
                 do(T.ptx["ld.shared.v2.f32"](old[0], old[1], at))
             for c in range(2):
