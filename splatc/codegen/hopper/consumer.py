@@ -37,9 +37,9 @@ class Consumer:
         self.softmax = Softmax(self.scores.count, a.cap if s.softcap else a.scale)
         self.inverse, self.lse, self.old_lse, self.old_weight = (
             registers(name, 2) for name in ("inverse", "row_lse", "old_lse", "old_weight"))  # fmt: skip
-        self.q_base = descriptor("q_desc", b.q, self.me * (WARPGROUP_ROWS * s.chunk), 1)
-        self.k_base = descriptor("k_desc", b.k, 0, 1)
-        self.v_base = descriptor("v_desc", b.v, 0, self.out.leading)
+        self.q_base = let("q_desc", descriptor(b.q, self.me * (WARPGROUP_ROWS * s.chunk), 1))
+        self.k_base = let("k_desc", descriptor(b.k, 0, 1))
+        self.v_base = let("v_desc", descriptor(b.v, 0, self.out.leading))
         self.q_at, self.k_at, self.v_at = (
             ring.consumer(name) for ring, name in ((b.q_ring, "q"), (b.k_ring, "k"), (b.v_ring, "v")))  # fmt: skip
         self.old_phase = Cell("old_phase", 0)

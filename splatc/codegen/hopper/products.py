@@ -11,13 +11,13 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.emit import Expr, do, let, named, registers
+from splatc.codegen.hopper.emit import Expr, do, registers, store
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, Shape, chunk
 
-SWIZZLE_128B = 3
 UNIT = 16  # matrix descriptors count in 16 bytes
 K_UNITS = 2  # the 32 bytes of a row that one wgmma reads: 16 columns of a 16-bit type, 8 of tf32
 ROW_GROUP = 8 * ROW_BYTES // UNIT  # 8 rows, the height of a swizzle atom
+HIGH = ROW_GROUP | 1 << 30  # of a matrix descriptor: rows in groups of 8 this far apart, 128-byte swizzle
 # Reading a register between issue and wait would be a race: these keep the compiler from moving accesses across.
 FENCES = {
     "float32": ("splatc_fence_f32", '__forceinline__ __device__ void splatc_fence_f32(float& r) '
@@ -28,17 +28,29 @@ FENCES = {
 PTX_TYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}
 
 
-def descriptor(name: str, tile: Expr, offset: Expr, leading: int) -> Expr:
-    """A matrix descriptor of 128-byte swizzled rows from tile[offset] on; ``leading`` in 16 bytes."""
-    d = named(name, I.alloc_local((1,), "uint64"))
-    do(T.cuda.wgmma.encode_matrix_descriptor(T.address_of(d[0]), tile.ptr_to([offset]), leading, ROW_GROUP,
-                                             SWIZZLE_128B))  # fmt: skip
-    return d[0]
+def descriptor(tile: Expr, offset: Expr, leading: int) -> Expr:
+    """Low word of the matrix descriptor of tile[offset:]: its address and ``leading``, both in 16 bytes.
+
+    The high word is the same for all tiles of 128-byte swizzled rows: HIGH.
+    """
+    address = T.cuda.cvta_generic_to_shared(tile.ptr_to([offset]))
+    return T.bitwise_or(T.shift_right(address, T.uint32(4)), T.uint32(leading << 16))
 
 
 def at_stage(name: str, base: Expr, stage: Expr, size: int) -> Expr:
-    """The descriptor ``stage`` slots of ``size`` bytes on."""
-    return let(name, base + T.cast(stage, "uint64") * T.uint64(size // UNIT))
+    """The low word ``stage`` slots of ``size`` bytes on.
+
+    The compiler is not to know it: it would keep a register pair for every sum with a constant.
+    """
+    word = registers(name, 1, "uint32")
+    store(word, 0, base + T.cast(stage, "uint32") * T.uint32(size // UNIT))
+    fence(word, 1)
+    return word[0]
+
+
+def whole(low: Expr, offset: int) -> Expr:
+    """The descriptor ``offset`` times 16 bytes on."""
+    return T.bitwise_or(T.cast(low + T.uint32(offset), "uint64"), T.uint64(HIGH << 32))
 
 
 def fence(buffer: Expr, count: int) -> None:
@@ -85,7 +97,7 @@ class Scores:
         do(T.ptx.wgmma.fence.sync.aligned())
         s = [self.s[i] for i in range(self.count)]
         for kk, (at_q, at_k) in enumerate(self._offsets):
-            do(self._issue(*s, q + T.uint64(at_q), k + T.uint64(at_k), T.bool(kk > 0), 1, 1, *self._layout))
+            do(self._issue(*s, whole(q, at_q), whole(k, at_k), T.bool(kk > 0), 1, 1, *self._layout))
         do(T.ptx.wgmma.commit_group.sync.aligned())
 
     def fence(self) -> None:
@@ -132,7 +144,7 @@ class Output:
         o = [self.o[i] for i in range(self.count)]
         for kk, at in enumerate(self._offsets):
             p = [self.p[4 * kk + i] for i in range(4)]
-            do(self._issue(*o, *p, v + T.uint64(at), T.bool(True), 1, 1, *self._layout))
+            do(self._issue(*o, *p, whole(v, at), T.bool(True), 1, 1, *self._layout))
         do(T.ptx.wgmma.commit_group.sync.aligned())
 
     def fence(self) -> None:
