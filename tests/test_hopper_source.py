@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from splatc import patterns as P
 from splatc.codegen.build import build
 from splatc.codegen.hopper.shape import SMEM_BYTES, Shape, shape_of
-from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, kernel_spec
+from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, kernel_spec, not_hopper
 from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
-from splatc.errors import CompileError, Unsupported
+from splatc.compile import best_plan
+from splatc.errors import CompileError, InvalidInput, Unsupported
 
 HOPPER = Target("cuda", "sm_90a")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
@@ -71,6 +73,17 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
     assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64)}
+
+
+def test_float32_is_tf32_unless_told_otherwise() -> None:
+    assert kernel_spec(64, None, "float32", HOPPER).kernel == "hopper"
+    assert kernel_spec(64, None, "float32", HOPPER, allow_tf32=False).kernel == "portable"
+    assert kernel_spec(64, None, "bfloat16", HOPPER, allow_tf32=False).kernel == "hopper"
+    assert "allow_tf32 is False" in str(not_hopper(64, 64, "float32", HOPPER, allow_tf32=False))
+    plan = best_plan(P.causal(), 500, 500, kernel_spec(64, None, "float32", HOPPER))
+    assert "tf32" in str(plan.explanation) and not plan.spec.gather
+    with pytest.raises(InvalidInput, match="tile"):
+        kernel_spec(64, None, "float32", HOPPER, tile=(128, 112))
 
 
 def _fits(tile: tuple[int, int]) -> bool:
