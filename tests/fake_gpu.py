@@ -25,6 +25,8 @@ from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import Shape
 
 CTYPES = {"pointer": ctypes.c_uint64, "int64": ctypes.c_int64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
+WORDS: dict[int, Any] = {2: ctypes.c_uint16, 4: ctypes.c_uint32}
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "tfloat32": 4}
 Kernel = Callable[..., None]  # kernel(grid, **arguments by parameter name); maps arrive as TensorMap
 
 
@@ -45,32 +47,40 @@ class TensorMap:
         assert all(0 < s < 1 << 40 and s % 16 == 0 for s in self.strides), self.strides
         assert all(0 < n <= 1 << 32 for n in self.dims), self.dims
         assert all(0 < b <= 256 for b in self.box), self.box
-        assert self.box[0] * 2 <= 128, "a row of a box is at most the swizzle's 128 bytes"
+        assert self.box[0] * ITEM_BYTES[self.dtype] <= 128, "a row of a box is at most the swizzle's 128 bytes"
 
     def offsets(self, at: tuple[int, ...]) -> np.ndarray:
         """Byte offsets of the box at ``at``, int64 with one axis a dimension, the first dimension last; -1 outside."""
         offset, inside = np.zeros((), np.int64), np.ones((), bool)
         for d in range(4, -1, -1):
             x = at[d] + np.arange(self.box[d])
-            offset = offset[..., None] + x * (2 if d == 0 else self.strides[d - 1])
+            offset = offset[..., None] + x * (ITEM_BYTES[self.dtype] if d == 0 else self.strides[d - 1])
             inside = inside[..., None] & (x >= 0) & (x < self.dims[d])
         return np.where(inside, offset, -1)
 
     def load(self, at: tuple[int, ...]) -> np.ndarray:
-        """uint16 values of the box, zero outside: shape (rows of the box, columns)."""
-        offset = self.offsets(at)
-        out = np.zeros(offset.shape, np.uint16)
+        """Values of the box as unsigned words, zero outside: shape (rows of the box, columns)."""
+        offset, word = self.offsets(at), WORDS[ITEM_BYTES[self.dtype]]
+        out = np.zeros(offset.shape, np.dtype(word))
         for i in np.ndindex(offset.shape):
             if offset[i] >= 0:
-                out[i] = ctypes.c_uint16.from_address(self.address + int(offset[i])).value
-        return out.reshape(-1, self.box[0])
+                out[i] = word.from_address(self.address + int(offset[i])).value
+        out = out.reshape(-1, self.box[0])
+        return tf32(out.view(np.float32)).view(np.uint32) if self.dtype == "tfloat32" else out
 
     def store(self, at: tuple[int, ...], values: np.ndarray) -> None:
-        """Write uint16 (rows, columns); what lies outside is dropped."""
-        offset = self.offsets(at)
+        """Write unsigned words (rows, columns); what lies outside is dropped."""
+        offset, word = self.offsets(at), WORDS[ITEM_BYTES[self.dtype]]
+        assert self.dtype != "tfloat32", "a store through such a map rounds"
         for i, value in zip(np.ndindex(offset.shape), values.ravel(), strict=True):
             if offset[i] >= 0:
-                ctypes.c_uint16.from_address(self.address + int(offset[i])).value = int(value)
+                word.from_address(self.address + int(offset[i])).value = int(value)
+
+
+def tf32(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest with 11 significant bits."""
+    words = x.astype(np.float32).view(np.uint32)
+    return ((words + 0xFFF + (words >> 13 & 1)) & 0xFFFFE000).astype(np.uint32).view(np.float32)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The Hopper kernel's parameters and tables in NumPy: what docs/architecture.md says that it computes of them.
 
-For tests of everything around the kernel: tensor maps, tables, splits, merging. float16 only; addresses are the host's.
+For tests of everything around the kernel: tensor maps, tables, splits, merging. float16, or float32 with products in
+tf32; addresses are the host's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.fake_gpu import TensorMap
+from tests.fake_gpu import TensorMap, tf32
 
 ROWS = 64  # of a warpgroup
-CHUNK = 64  # columns of a box
 MAPS = ["q_map0", "q_map1", "o_map0", "o_map1", "part_map0", *(f"{t}_map{i}" for t in "kv" for i in range(4))]
 POINTERS = ["lse", "part_lse", "work", "entries", "bits", "positions", "gather", "queue"]
 INTS = ["total", "blocks", "heads", "group", "q_len", "merge",
@@ -36,17 +36,23 @@ def array(address: int, dtype: Any, *shape: int) -> np.ndarray:
 
 
 def load(maps: TensorMap, at: tuple[int, ...], dim: int) -> np.ndarray:
-    """float64 (rows, dim): one box for each 64 columns."""
-    chunks = [maps.load((c, *at)) for c in range(0, dim, CHUNK)]
-    return np.concatenate(chunks, axis=1).view(np.float16).astype(np.float64)[:, :dim]
+    """float64 (rows, dim): one box for each 128 bytes of columns."""
+    chunks = [maps.load((c, *at)) for c in range(0, dim, maps.box[0])]
+    return np.concatenate(chunks, axis=1).view(kind_of(maps)).astype(np.float64)[:, :dim]
 
 
 def store(maps: TensorMap, at: tuple[int, ...], rows: np.ndarray) -> None:
-    """float64 (64, dim) as float16."""
-    padded = np.zeros((len(rows), -(-rows.shape[1] // CHUNK) * CHUNK), np.float16)
+    """float64 (64, dim) in the type of the map."""
+    width, kind = maps.box[0], np.dtype(kind_of(maps))
+    padded = np.zeros((len(rows), -(-rows.shape[1] // width) * width), kind)
     padded[:, : rows.shape[1]] = rows
-    for c in range(0, rows.shape[1], CHUNK):
-        maps.store((c, *at), np.ascontiguousarray(padded[:, c : c + CHUNK]).view(np.uint16))
+    for c in range(0, rows.shape[1], width):
+        maps.store((c, *at), np.ascontiguousarray(padded[:, c : c + width]).view(f"u{kind.itemsize}"))
+
+
+def kind_of(maps: TensorMap) -> Any:
+    """The NumPy type of a map's values."""
+    return np.float16 if maps.dtype == "float16" else np.float32
 
 
 def unpack_bits(words: np.ndarray, m: int, n: int) -> np.ndarray:
@@ -104,6 +110,8 @@ def attend_kernel(m: int, n: int, dim: int) -> Callable[..., None]:
         safe = np.where(np.isneginf(top), 0, top)
         p = np.exp(s - safe[:, None])
         total = p.sum(1)
+        if a[f"q_map{view}"].dtype == "tfloat32":
+            p = tf32(p).astype(np.float64)
         with np.errstate(divide="ignore"):
             o, lse = p @ np.concatenate(values) / np.where(total == 0, 1, total)[:, None], np.log(total) + safe
         pair = batch * a["heads"] + head
@@ -140,8 +148,9 @@ def attend_kernel(m: int, n: int, dim: int) -> Callable[..., None]:
     return attend
 
 
-def combine_kernel(m: int, dim: int) -> Callable[..., None]:
+def combine_kernel(m: int, dim: int, dtype: str = "float16") -> Callable[..., None]:
     """The second function: partial results of split row tiles become rows of o and lse."""
+    kind = np.dtype(dtype)
 
     def combine(grid: tuple[int, int, int], **a: Any) -> None:
         assert grid == (a["blocks"], 1, 1)
@@ -150,9 +159,9 @@ def combine_kernel(m: int, dim: int) -> Callable[..., None]:
             there = positions >= 0
             pair = batch * a["heads"] + head
             lse = array(a["lse_ptr"], np.float32, pair + 1, a["q_len"])[pair]
-            at = a["o_ptr"] + 2 * (batch * a["o_batch"] + head * a["o_head"])
-            rows = [array(at + 2 * int(p) * a["o_seq"], np.float16, dim) for p in positions[there]]
-            part_o = array(a["part_o_ptr"], np.float16, first + count, m, dim)[first:].astype(np.float64)
+            at = a["o_ptr"] + kind.itemsize * (batch * a["o_batch"] + head * a["o_head"])
+            rows = [array(at + kind.itemsize * int(p) * a["o_seq"], kind, dim) for p in positions[there]]
+            part_o = array(a["part_o_ptr"], kind, first + count, m, dim)[first:].astype(np.float64)
             part_lse = array(a["part_lse_ptr"], np.float32, first + count, m)[first:].astype(np.float64)
             parts = list(zip(part_o, part_lse))
             if a["merge"]:

@@ -249,6 +249,8 @@ def test_dump_cuda_to_a_file(cli, tmp_path):
     text = path.read_text()
     assert "__global__" in text and "wgmma" in text  # for a GPU the default dtype is bfloat16
     code, out, _ = cli("dump", "causal", "-s", 64, "-d", 32, "--arch", "sm_90a", "--dtype", "float32")
+    assert code == 0 and "__global__" in out and ".f32.tf32.tf32" in out
+    code, out, _ = cli("dump", "causal", "-s", 64, "-d", 33, "--arch", "sm_90a", "--dtype", "float32")
     assert code == 0 and "__global__" in out and "wgmma" not in out
 
 

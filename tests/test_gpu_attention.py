@@ -18,17 +18,30 @@ from tests.library import LIBRARY, SQUARE
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+# of O and LSE; "tf32": float32 by tensor cores, "float32": without them
+TOLERANCE = {"float32": 1e-5, "tf32": 2e-3, "float16": 1e-2, "bfloat16": 1e-2}
+LSE_TOLERANCE = {"float32": 1e-3, "tf32": 2e-3, "float16": 1e-3, "bfloat16": 1e-3}
+STRIDED = P.causal() & (P.window(31, 0) | P.strided(32))  # two passes at longer lengths
 SIZES = [(1, 1), (17, 17), (63, 63), (127, 127), (129, 129), (1000, 1000), (129, 300), (300, 64)]
+
+
+def options(dtype: str) -> dict[str, Any]:
+    """What asks for a kernel of TOLERANCE's."""
+    return {"allow_tf32": dtype == "tf32"} if dtype in ("float32", "tf32") else {}
+
+
+def kind(dtype: str) -> str:
+    """The type of the tensors."""
+    return "float32" if dtype == "tf32" else dtype
 
 
 def draw(q_len: int, kv_len: int, dim: int, v_dim: int, dtype: str, heads: int = 4, kv_heads: int = 2) -> list[Any]:
     """Random q, k, v on the device; k is strided (bshd memory), so that strides are always exercised."""
     generator = torch.Generator("cuda").manual_seed(q_len * 7 + kv_len + dim)
-    kind = getattr(torch, dtype)
-    q = torch.randn(2, heads, q_len, dim, device="cuda", generator=generator).to(kind)
-    k = torch.randn(2, kv_len, kv_heads, dim, device="cuda", generator=generator).to(kind).transpose(1, 2)
-    v = torch.randn(2, kv_heads, kv_len, v_dim, device="cuda", generator=generator).to(kind)
+    of = getattr(torch, kind(dtype))
+    q = torch.randn(2, heads, q_len, dim, device="cuda", generator=generator).to(of)
+    k = torch.randn(2, kv_len, kv_heads, dim, device="cuda", generator=generator).to(of).transpose(1, 2)
+    v = torch.randn(2, kv_heads, kv_len, v_dim, device="cuda", generator=generator).to(of)
     return [q, k, v]
 
 
@@ -38,14 +51,14 @@ def reference(q: Any, k: Any, v: Any, mask: np.ndarray) -> tuple[np.ndarray, np.
 
 def check(pattern: Any, mask: np.ndarray, q_len: int, kv_len: int, dim: int, dtype: str, v_dim: int = 0) -> None:
     q, k, v = draw(q_len, kv_len, dim, v_dim or dim, dtype)
-    o, lse = splatc.attention(q, k, v, pattern, return_lse=True, enable_gqa=True)
+    o, lse = splatc.attention(q, k, v, pattern, return_lse=True, enable_gqa=True, **options(dtype))
     want, want_lse = reference(q, k, v, mask)
     got_lse = lse.cpu().numpy()
     assert oracle.relative_error(o.double().cpu().numpy(), want) < TOLERANCE[dtype]
     finite = np.isfinite(want_lse)
     assert np.array_equal(np.isneginf(got_lse), ~finite)
-    assert np.abs(got_lse[finite] - want_lse[finite]).max(initial=0) < 1e-3
-    assert (o.cpu().numpy() if dtype == "float32" else o.float().cpu().numpy())[~finite].any() == np.False_
+    assert np.abs(got_lse[finite] - want_lse[finite]).max(initial=0) < LSE_TOLERANCE[dtype]
+    assert (o.cpu().numpy() if kind(dtype) == "float32" else o.float().cpu().numpy())[~finite].any() == np.False_
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -58,19 +71,49 @@ def test_every_pattern(name: str, dtype: str) -> None:
         check(pattern, pattern.dense(q_len, kv_len), q_len, kv_len, 64, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
 @pytest.mark.parametrize(("dim", "v_dim"), [(16, 16), (40, 24), (96, 96), (128, 128), (192, 128), (256, 256)])
-def test_head_dims(dim: int, v_dim: int) -> None:
-    pattern = P.causal() & (P.window(31, 0) | P.strided(32))
-    check(pattern, pattern.dense(300), 300, 300, dim, "bfloat16", v_dim)
+def test_head_dims(dim: int, v_dim: int, dtype: str) -> None:
+    check(STRIDED, STRIDED.dense(300), 300, 300, dim, dtype, v_dim)
+
+
+@pytest.mark.parametrize("tile", [(64, 32), (64, 64), (64, 128), (128, 32), (128, 128), (192, 64)])
+def test_tiles_in_tf32(tile: tuple[int, int]) -> None:
+    for dim in (8, 64):
+        qkv = draw(333, 333, dim, dim, "tf32", kv_heads=4)
+        attend = splatc.compile(STRIDED, seq_len=333, head_dim=dim, dtype="float32", tile=tile)
+        assert close(attend(*qkv), qkv, STRIDED.dense(333), "tf32")
+
+
+def test_softcap_and_long_rows_in_tf32() -> None:
+    """Split rows are put together in float32."""
+    pattern = P.longformer(40, 8)
+    q, k, v = draw(3000, 3000, 64, 64, "tf32", heads=1, kv_heads=1)
+    o, lse = splatc.attention(q, k, v, pattern, softcap=5.0, return_lse=True)
+    a, b, c = (x.double().cpu().numpy() for x in (q, k, v))
+    want, want_lse = oracle.attention(a, b, c, pattern.dense(3000), softcap=5.0)
+    assert oracle.relative_error(o.double().cpu().numpy(), want) < 2e-3
+    assert np.abs(lse.cpu().numpy() - want_lse).max() < 2e-3
+
+
+def test_float32_can_be_exact() -> None:
+    """Without tf32 the result is a float32 one; with it, it is not, but not truncated either."""
+    (q, k, v), mask = draw(500, 500, 64, 64, "float32", kv_heads=4), np.ones((500, 500), bool)
+    error = {}
+    for dtype in ("float32", "tf32"):
+        o = splatc.attention(q, k, v, P.full(), **options(dtype))
+        error[dtype] = oracle.relative_error(o.double().cpu().numpy(), reference(q, k, v, mask)[0])
+    assert error["float32"] < 1e-5 < 1e-4 < error["tf32"] < 8e-4  # truncated inputs give 1.7e-3
 
 
 def test_per_head_patterns() -> None:
     heads = [P.causal(), P.window(9, 9), P.strided(4), P.causal()]
-    check(heads, np.stack([p.dense(200) for p in heads]), 200, 200, 64, "float32")
+    for dtype in ("float32", "tf32"):
+        check(heads, np.stack([p.dense(200) for p in heads]), 200, 200, 64, dtype)
 
 
 def test_side_stream_and_new_length() -> None:
-    attend = splatc.compile(P.causal(), seq_len=256, head_dim=64, dtype="float32")
+    attend = splatc.compile(P.causal(), seq_len=256, head_dim=64, dtype="float32", allow_tf32=False)
     for length in (256, 77):
         q, k, v = draw(length, length, 64, 64, "float32", kv_heads=4)
         stream = torch.cuda.Stream()
@@ -90,8 +133,7 @@ def test_fifty_runs_are_bitwise_equal() -> None:
 
 # -- streams, graphs, strides, devices ---------------------------------------------------------------------------------
 
-STRIDED = P.causal() & (P.window(31, 0) | P.strided(32))  # two passes at longer lengths
-KINDS = [("float32", 64), ("bfloat16", 64), ("float16", 128), ("bfloat16", 40)]
+KINDS = [("float32", 64), ("tf32", 64), ("tf32", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 40)]
 
 
 def close(o: Any, qkv: Any, mask: np.ndarray, dtype: str) -> bool:
@@ -104,7 +146,7 @@ def close(o: Any, qkv: Any, mask: np.ndarray, dtype: str) -> bool:
 def test_a_captured_graph_reads_new_values(dtype: str, dim: int) -> None:
     """A replay computes what the inputs hold by then, also after the mask has seen many other lengths."""
     dense = STRIDED.dense(500)
-    attend = splatc.compile(STRIDED, seq_len=500, head_dim=dim, dtype=dtype)
+    attend = splatc.compile(STRIDED, seq_len=500, head_dim=dim, dtype=kind(dtype), **options(dtype))
     qkv = draw(500, 500, dim, dim, dtype, kv_heads=4)
     attend(*qkv)
     graph = torch.cuda.CUDAGraph()
@@ -134,7 +176,7 @@ def test_a_capture_needs_a_call_before() -> None:
 @pytest.mark.parametrize(("dtype", "dim"), KINDS)
 def test_many_streams_at_once(dtype: str, dim: int) -> None:
     dense = STRIDED.dense(300)
-    attend = splatc.compile(STRIDED, seq_len=300, head_dim=dim, dtype=dtype)
+    attend = splatc.compile(STRIDED, seq_len=300, head_dim=dim, dtype=kind(dtype), **options(dtype))
     qkv = draw(300, 300, dim, dim, dtype, kv_heads=4)
     wanted = attend(*qkv)
     streams, results = [torch.cuda.Stream() for _ in range(4)], []
@@ -166,7 +208,7 @@ def test_threads_with_streams_of_their_own() -> None:
 @pytest.mark.parametrize(("dtype", "dim"), KINDS)
 def test_strides(dtype: str, dim: int) -> None:
     length, dense = 300, STRIDED.dense(300)
-    attend = splatc.compile(STRIDED, seq_len=length, head_dim=dim, dtype=dtype)
+    attend = splatc.compile(STRIDED, seq_len=length, head_dim=dim, dtype=kind(dtype), **options(dtype))
     qkv = [x.contiguous() for x in draw(length, length, dim, dim, dtype, kv_heads=4)]
     wanted = attend(*qkv)
     assert close(wanted, qkv, dense, dtype)
@@ -181,7 +223,8 @@ def test_strides(dtype: str, dim: int) -> None:
     for tensors in ([x.transpose(1, 2) for x in moved], [packed[:, :, i] for i in range(3)], wide, longer, every_other,
                     odd, shifted, backwards):  # fmt: skip
         assert torch.equal(attend(*tensors), wanted)
-    bshd = splatc.compile(STRIDED, seq_len=length, head_dim=dim, dtype=dtype, layout="bshd")
+    bshd = splatc.compile(STRIDED, seq_len=length, head_dim=dim, dtype=kind(dtype), layout="bshd",
+                          **options(dtype))  # fmt: skip
     o = bshd(*moved)
     assert o.is_contiguous() and torch.equal(o.transpose(1, 2), wanted)
     q, k, v = qkv
@@ -194,17 +237,19 @@ def test_strides(dtype: str, dim: int) -> None:
 @pytest.mark.parametrize("scale", [0.3, 0, -0.5])
 def test_scale(dtype: str, dim: int, scale: float) -> None:
     q, k, v = draw(200, 200, dim, dim, dtype, kv_heads=4)
-    o, lse = splatc.attention(q, k, v, P.causal(), scale=scale, return_lse=True)
+    o, lse = splatc.attention(q, k, v, P.causal(), scale=scale, return_lse=True, **options(dtype))
     a, b, c = (x.double().cpu().numpy() for x in (q, k, v))
     want, want_lse = oracle.attention(a, b, c, np.tri(200, dtype=bool), scale)
-    assert oracle.relative_error(o.double().cpu().numpy(), want) < TOLERANCE[dtype]
-    assert np.abs(lse.cpu().numpy() - want_lse).max() < 1e-3
+    larger = max(abs(scale) * dim**0.5, 1) if dtype == "tf32" else 1  # scores, and their errors, than by default
+    assert oracle.relative_error(o.double().cpu().numpy(), want) < TOLERANCE[dtype] * larger
+    assert np.abs(lse.cpu().numpy() - want_lse).max() < LSE_TOLERANCE[dtype] * larger
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(("dtype", "dim"), KINDS)
 def test_two_gpus(dtype: str, dim: int) -> None:
-    attend, dense = splatc.compile(STRIDED, seq_len=300, head_dim=dim, dtype=dtype), STRIDED.dense(300)
+    attend = splatc.compile(STRIDED, seq_len=300, head_dim=dim, dtype=kind(dtype), **options(dtype))
+    dense = STRIDED.dense(300)
     here = draw(300, 300, dim, dim, dtype, kv_heads=4)
     there = [x.to("cuda:1") for x in here]
     for qkv in (there, here, there):

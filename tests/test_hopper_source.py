@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from splatc import patterns as P
 from splatc.codegen.build import build
 from splatc.codegen.hopper.shape import SMEM_BYTES, Shape, shape_of
-from splatc.codegen.kernel import ALL_TILES, KernelSpec, kernel_spec
+from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, kernel_spec, not_hopper
 from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
-from splatc.errors import CompileError, Unsupported
+from splatc.compile import best_plan
+from splatc.errors import CompileError, InvalidInput, Unsupported
 
 HOPPER = Target("cuda", "sm_90a")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
@@ -22,8 +25,6 @@ needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA com
 
 def spec_of(d: int, dv: int | None = None, dtype: str = "bfloat16", tile: tuple[int, int] | None = None,
             softcap: bool = False, gather: bool = False) -> KernelSpec:  # fmt: skip
-    from dataclasses import replace
-
     return replace(kernel_spec(d, dv, dtype, HOPPER, softcap, tile), gather=gather)
 
 
@@ -32,6 +33,9 @@ SPECS = [
     spec_of(64), spec_of(64, softcap=True), spec_of(64, tile=(128, 128), dtype="float16"), spec_of(128),
     spec_of(128, dtype="float16", softcap=True, gather=True), spec_of(256, softcap=True),
     spec_of(64, tile=(128, 128), gather=True),
+    spec_of(64, dtype="float32"), spec_of(64, dtype="float32", tile=(192, 64), softcap=True),
+    spec_of(64, dtype="float32", tile=(128, 128)), spec_of(128, dtype="float32", softcap=True),
+    spec_of(256, dtype="float32"), spec_of(192, 128, "float32"), spec_of(72, 40, "float32"),
     spec_of(192, 128), spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),
 ]  # fmt: skip
 
@@ -66,7 +70,22 @@ def test_what_does_not_fit_is_refused() -> None:
         shape_of(spec_of(256, tile=(192, 128)))
     with pytest.raises(Unsupported, match="listed keys"):
         shape_of(spec_of(64, tile=(192, 128), gather=True))
-    assert {tile for tile in ALL_TILES["hopper"] if _fits(tile)} == {(64, 64), (128, 64)}
+    with pytest.raises(Unsupported, match="listed keys"):
+        shape_of(spec_of(64, dtype="float32", gather=True))
+    with pytest.raises(Unsupported, match="no tile"):
+        shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
+    assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64)}
+
+
+def test_float32_is_tf32_unless_told_otherwise() -> None:
+    assert kernel_spec(64, None, "float32", HOPPER).kernel == "hopper"
+    assert kernel_spec(64, None, "float32", HOPPER, allow_tf32=False).kernel == "portable"
+    assert kernel_spec(64, None, "bfloat16", HOPPER, allow_tf32=False).kernel == "hopper"
+    assert "allow_tf32 is False" in str(not_hopper(64, 64, "float32", HOPPER, allow_tf32=False))
+    plan = best_plan(P.causal(), 500, 500, kernel_spec(64, None, "float32", HOPPER))
+    assert "tf32" in str(plan.explanation) and not plan.spec.gather
+    with pytest.raises(InvalidInput, match="tile"):
+        kernel_spec(64, None, "float32", HOPPER, tile=(128, 112))
 
 
 def _fits(tile: tuple[int, int]) -> bool:

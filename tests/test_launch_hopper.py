@@ -34,12 +34,12 @@ class Machine:
     """A launcher of the NumPy twin for patterns, one a head or one for all."""
 
     def __init__(self, folder: Path, *patterns: Any, m: int = 64, n: int = 64, layout: str = "bhsd",
-                 dim: int = D, gather: bool = False, sms: int = 3) -> None:  # fmt: skip
+                 dim: int = D, gather: bool = False, sms: int = 3, dtype: str = "float16") -> None:  # fmt: skip
         self.patterns = patterns
         self.schedule = Schedule(m, n, max_row_views=MAX_VIEWS[0], max_col_views=MAX_VIEWS[1], gather=gather,
                                  fill_empty=True)  # fmt: skip
         self.torch = FakeTorch()
-        kernels = dict(zip(NAMES, (attend_kernel(m, n, dim), combine_kernel(m, dim))))
+        kernels = dict(zip(NAMES, (attend_kernel(m, n, dim), combine_kernel(m, dim, dtype))))
         self.driver = FakeDriver(kernels, dict(zip(NAMES, (ATTEND, COMBINE))), sms=sms)
         self.gpu = fake_gpu(self.driver, self.torch)
         folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ class Machine:
             {"name": name, "threads": 128, "smem_bytes": 1024, "parameters": parameters}
             for name, parameters in self.driver.parameters.items()
         ])  # fmt: skip
-        spec = KernelSpec("hopper", dim, dim, "float16", m, n, Target("cuda", "sm_90a"))
+        spec = KernelSpec("hopper", dim, dim, dtype, m, n, Target("cuda", "sm_90a"))
         self.launcher = Launcher(
             Kernel(spec, folder), layout, lambda shape: None, self.plan, find_gpu=lambda _: self.gpu
         )
@@ -64,8 +64,13 @@ def draw(*lengths: int, **sizes: int) -> list[Any]:
     return [x.half() for x in fake_gpu_module.draw(*lengths, **{"dim": D} | sizes)]
 
 
+def draw32(*lengths: int, **sizes: int) -> list[Any]:
+    return fake_gpu_module.draw(*lengths, **{"dim": D} | sizes)
+
+
 def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None = None) -> None:
-    fake_gpu_module.check(got, qkv, dense, scale, (2e-3, 1e-3))
+    lse_error = 2e-3 if got[0].dtype == torch.float32 else 1e-3  # of products in tf32
+    fake_gpu_module.check(got, qkv, dense, scale, (2e-3, lse_error))
 
 
 STRIDED = P.causal() & (P.window(15, 0) | P.strided(16))
@@ -88,6 +93,18 @@ def test_what_the_kernel_sees(pattern: Any, q_len: int, m: int, n: int, tmp_path
     check(attend(*qkv), qkv, pattern.dense(q_len))
 
 
+@pytest.mark.parametrize(("m", "n", "dim"), [(64, 64, 16), (128, 64, 72), (192, 32, 40), (128, 128, 8)])
+@pytest.mark.parametrize("pattern", [P.causal(), P.strided(7), STRIDED, P.longformer(20, 8)], ids=str)
+def test_float32_in_tf32(pattern: Any, m: int, n: int, dim: int, tmp_path: Path) -> None:
+    """Maps of 32 columns a box, rounded inputs, outputs that are not rounded."""
+    attend, qkv = Machine(tmp_path, pattern, m=m, n=n, dim=dim, dtype="float32"), draw32(500, dim=dim)
+    o, lse = attend(*qkv)
+    assert o.dtype == torch.float32 and (o.view(torch.int32) & 0x1FFF).any()
+    check((o, lse), qkv, pattern.dense(500))
+    types = {name[0]: one.dtype for name, one in attend.driver.launched[-1][2].items() if isinstance(one, TensorMap)}
+    assert types in ({"q": "tfloat32", "k": "tfloat32", "v": "tfloat32", "o": "float32", "p": "float32"}, {})
+
+
 @pytest.fixture
 def cheap_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only column tiles cost anything: rows are cut as soon as that ends earlier."""
@@ -101,9 +118,11 @@ def cheap_parts(monkeypatch: pytest.MonkeyPatch) -> None:
      (P.causal() & (P.window(15, 0) | P.strided(8)), 4200, [0, 1, 1])],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.usefixtures("cheap_parts")
-def test_rows_in_parts(pattern: Any, length: int, merges: list[int], tmp_path: Path) -> None:
-    attend, qkv = Machine(tmp_path, pattern, sms=200), draw(length, heads=1, batch=2)
+def test_rows_in_parts(pattern: Any, length: int, merges: list[int], dtype: str, tmp_path: Path) -> None:
+    attend = Machine(tmp_path, pattern, sms=200, dtype=dtype)
+    qkv = (draw if dtype == "float16" else draw32)(length, heads=1, batch=2)
     check(attend(*qkv), qkv, pattern.dense(length))
     launched = [(name, values["merge"]) for name, _, values in attend.driver.launched]
     assert [merge for _, merge in launched] == merges and launched[-1][0] == NAMES[1]
@@ -196,11 +215,12 @@ def test_blocks_fill_the_gpu_and_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options, tile", [
     ({}, (64, 64)), ({}, (128, 128)), ({}, (192, 128)), ({"softcap": True}, (64, 128)), ({"gather": True}, (64, 64)),
-    ({"softcap": True, "gather": True}, (128, 128)),
+    ({"softcap": True, "gather": True}, (128, 128)), ({"dtype": "float32"}, (128, 64)),
 ])  # fmt: skip
 def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tuple[int, int]) -> None:
     pytest.importorskip("tvm")
-    spec = KernelSpec("hopper", 64, 64, "bfloat16", *tile, Target("cuda", "sm_90a"), **options)
+    options = {"dtype": "bfloat16"} | options
+    spec = KernelSpec("hopper", 64, 64, tile_m=tile[0], tile_n=tile[1], target=Target("cuda", "sm_90a"), **options)
     emitted = emit(spec)
     declared = {one.name: one for one in parse_signatures(device_source(emitted, "sm_90a"))}
     for function, known in itertools.zip_longest(emitted.functions, (ATTEND, COMBINE)[: len(emitted.functions)]):

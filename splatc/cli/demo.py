@@ -53,7 +53,8 @@ def demo(
     import splatc
     from splatc.oracle import attention, relative_error
 
-    spec = kernel_spec(HEAD_DIM, None, "float32", resolve_target(target or ("cuda" if gpu_arch() else "cpu")))
+    spec = kernel_spec(HEAD_DIM, None, "float32", resolve_target(target or ("cuda" if gpu_arch() else "cpu")),
+                       allow_tf32=False)  # fmt: skip
     where = _processor(spec.target)
     console().print(f"float32 attention, {HEADS} heads of {HEAD_DIM}, {seq_len} queries and keys, on {where}")
     rng = np.random.default_rng()
@@ -70,6 +71,7 @@ def demo(
                 head_dim=HEAD_DIM,
                 dtype="float32",
                 target=str(spec.target.arch) if spec.target.kind == "cuda" else "cpu",
+                allow_tf32=False,
             )
             error = relative_error(_numpy(attend(*given)), attention(q, k, v, pattern.dense(seq_len))[0])
             seconds = _median(lambda attend=attend: _finish(attend(*given)))  # type: ignore[misc]

@@ -17,7 +17,7 @@ from splatc.bench.gpu import tune as tuning
 from splatc.bench.gpu.tune import Sizes, Tried
 from splatc.cli.masks import Dtype, HeadDim, KvLen, SeqLen, VHeadDim, sized_mask
 from splatc.cli.output import console, print_json, progress, table, write_or_print
-from splatc.codegen.kernel import ALL_TILES, KernelSpec, kernel_spec, not_hopper, tile_shapes
+from splatc.codegen.kernel import KernelSpec, all_tiles, kernel_spec, not_hopper, tile_shapes
 from splatc.codegen.target import Target, gpu_arch
 from splatc.codegen.toolchain import INSTALL, find_compiler
 from splatc.compile import best_plan
@@ -28,7 +28,6 @@ from splatc.patterns.heads import heads_of
 from splatc.runtime.tuned import Found, Tile, remember_tile, tuned_file
 
 HOPPER = Target("cuda", "sm_90a")
-TILES = ALL_TILES["hopper"]
 
 EXAMPLES = """\b
 Examples:
@@ -127,9 +126,9 @@ def _checked(request: Request) -> Request:
 
 
 def _tune(request: Request, rounds: int, remember: bool, json: bool) -> None:
-    device = _hopper_gpu()
-    with _shown(tuning.steps(TILES, rounds)) as tell:
-        tried = tuning.tune(request.pattern, request.sizes, TILES, rounds, tell)
+    device, tiles = _hopper_gpu(), all_tiles("hopper", request.spec.dtype)
+    with _shown(tuning.steps(tiles, rounds)) as tell:
+        tried = tuning.tune(request.pattern, request.sizes, tiles, rounds, tell)
     best = tried[0]
     model = request.model_tile()
     if not json:

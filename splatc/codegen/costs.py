@@ -38,13 +38,15 @@ class Costs:
 # portable CUDA: an H200.
 CPU_CORE_FLOPS = 90e9
 PORTABLE_FLOPS = 18e12
+TF32_COST = 2.3  # of a tile in tf32, in tiles of 16-bit types: half the products a cycle, twice the bytes
 STARTING_TILES = 0.4  # what starting a row tile costs these two kernels, in tiles
 
 
 def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     """The costs of a kernel; ``workers`` defaults to the calibrated device's (one, for a CPU).
 
-    A Hopper kernel that was not measured is scaled, by its multiply-adds, from the one of the nearest head_dim.
+    A Hopper kernel that was not measured is scaled, by its multiply-adds, from the one of the nearest head_dim; those
+    in tf32, which are not, by TF32_COST too.
     """
     table = _table()
     if spec.kernel != "hopper":
@@ -61,7 +63,8 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     near = min(table["kernels"], key=distance)
     scale = _operations(spec.tile_m, spec.tile_n, head_dim, head_dim) / _operations(
         near["tile_m"], near["tile_n"], near["head_dim"], near["head_dim"])  # fmt: skip
-    return Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
+    width = TF32_COST if spec.dtype == "float32" else 1.0
+    return Costs(near["tile_us"] * scale * width, near["bits_us"] * scale, near["item_us"] * width, table["launch_us"],
                  table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
                  f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip
 

@@ -19,7 +19,8 @@ class KernelSpec:
     """The identity of one compiled kernel. Lengths, batch, heads and the mask are *not* part of it.
 
     kernel: "cpu", "portable" (CUDA, fp32 multiply-adds) or "hopper" (sm_90a: TMA and tensor cores).
-    dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32).
+    dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32). The hopper kernel
+    rounds the factors of float32 products to tf32.
     tile_m, tile_n: query rows and key columns of a tile. softcap: scores are cap * tanh(score / cap).
     gather: some column tiles are lists of keys (hopper only).
     """
@@ -43,8 +44,11 @@ class KernelSpec:
 
 
 def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target, softcap: bool = False,
-                tile: tuple[int, int] | None = None) -> KernelSpec:  # fmt: skip
-    """The spec that a user's options name; dtype may be torch's, tile defaults to a good one. Raises InvalidInput."""
+                tile: tuple[int, int] | None = None, allow_tf32: bool = True) -> KernelSpec:  # fmt: skip
+    """The spec that a user's options name; dtype may be torch's, tile defaults to a good one. Raises InvalidInput.
+
+    allow_tf32: whether float32 may be computed by tensor cores.
+    """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(DTYPES)}")
@@ -52,24 +56,24 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
             raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
     v_head_dim = v_head_dim or head_dim
-    portable = not_hopper(head_dim, v_head_dim, name, target) is not None
+    portable = not_hopper(head_dim, v_head_dim, name, target, allow_tf32) is not None
     kernel = "cpu" if target.kind == "cpu" else "portable" if portable else "hopper"
-    if tile is not None and tile not in ALL_TILES[kernel]:
-        known = ", ".join(f"({m}, {n})" for m, n in ALL_TILES[kernel])
+    if tile is not None and tile not in all_tiles(kernel, name):
+        known = ", ".join(f"({m}, {n})" for m, n in all_tiles(kernel, name))
         raise InvalidInput(f"tile is {tile!r}: for these options it can be {known}, or None")
     spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, softcap)
     tile_m, tile_n = tile or tile_shapes(spec)[0]
     return replace(spec, tile_m=tile_m, tile_n=tile_n)
 
 
-def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target) -> str | None:
+def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target, allow_tf32: bool = True) -> str | None:
     """Why the Hopper kernel does not serve a request on a GPU, None if it does."""
     if target.arch != "sm_90a":
         return f"the target must be sm_90a, not {target.arch}"
-    if dtype == "float32":
-        return "the dtype must be float16 or bfloat16, not float32"
     if head_dim % HOPPER_STEP or v_head_dim % HOPPER_STEP:
         return f"head dims must be multiples of {HOPPER_STEP}, not {head_dim} (v: {v_head_dim})"
+    if dtype == "float32" and not allow_tf32:
+        return "float32 must be allowed to be rounded to tf32: allow_tf32 is False"
     return None
 
 
@@ -78,6 +82,8 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
+    if spec.dtype == "float32":
+        return ((128, 64),) if widest <= 128 else ((128, 32),)
     if widest <= 64 and not spec.softcap:  # with it, 192 rows take too many registers
         return ((192, 128), (128, 128))
     return ((128, 128),) if widest <= 128 else ((128, 64),)
@@ -86,9 +92,15 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods: 28 x 4 keys around 16 x 8 queries, where they fit."""
     wide = max(spec.head_dim, spec.v_head_dim) > 128
-    return () if spec.kernel != "hopper" or wide else (PATCH_TILE,)
+    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not wide else ()
 
 
-# Every tile that a kernel can be asked for; what does not fit head dims is refused when the kernel is emitted.
-ALL_TILES = {"cpu": (TILE,), "portable": (TILE,),
-             "hopper": (*((m, n) for m in (64, 128, 192) for n in (64, 128)), PATCH_TILE)}  # fmt: skip
+def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:
+    """Every tile that a kernel can be asked for; what does not fit head dims is refused when the kernel is emitted."""
+    if kernel != "hopper":
+        return (TILE,)
+    return TF32_TILES if dtype == "float32" else HOPPER_TILES
+
+
+HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), PATCH_TILE)
+TF32_TILES = tuple((m, n) for m in (64, 128, 192) for n in (32, 64, 128))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splatc.codegen.costs import Costs, costs_of
-from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.hopper.shape import ITEM_BYTES, MAX_VIEWS
 from splatc.codegen.kernel import DTYPES, KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput
@@ -68,7 +68,8 @@ class Plan:
         costs = costs or costs_of(self.spec)
         busy = sum(work_of(launch, batch, costs).microseconds for launch in self.launches(heads, *MAX_VIEWS))
         dims = (self.spec.head_dim + self.spec.v_head_dim) * (self.q_len * heads + self.kv_len * kv_heads)
-        return max(busy, costs.launch + 2 * batch * dims / costs.bandwidth) * 1e-6  # 2 bytes an element
+        moved = ITEM_BYTES[self.spec.dtype] * batch * dims
+        return max(busy, costs.launch + moved / costs.bandwidth) * 1e-6
 
 
 Planner = Callable[[int, int], Plan]

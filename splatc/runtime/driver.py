@@ -14,7 +14,7 @@ from typing import Any
 from splatc.errors import CompileError, CudaError, Unsupported
 
 MAP_BYTES = 128  # of a CUtensorMap, which lies at a multiple of as many
-MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
+MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "tfloat32": 11}  # CUtensorMapDataType
 _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76  # CUdevice_attribute
 _MAX_DYNAMIC_SMEM = 8  # CUfunction_attribute
 _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_128B, _ZERO_FILL = 0, 3, 2, 0

@@ -66,7 +66,8 @@ class Explanation:
             f"tables       {self.table_bytes / 1024:.0f} KiB",
         ]
         lines += [f"pass {i}       {view}" for i, view in enumerate(self.views)]
-        lines.append(f"kernel       {KERNELS[self.kernel]}, tiles of {self.tile[0]} x {self.tile[1]}")
+        rounded = ", products in tf32" if self.kernel == "hopper" and self.dtype == "float32" else ""
+        lines.append(f"kernel       {KERNELS[self.kernel]}{rounded}, tiles of {self.tile[0]} x {self.tile[1]}")
         ms = f"{self.seconds * 1e3:.{3 if self.seconds >= 1e-4 else 5}f} ms"
         lines.append(f"predicted    {ms} a head (d={self.head_dim}, {self.dtype}, {self.target})")
         return "\n".join(lines)

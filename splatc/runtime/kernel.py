@@ -52,7 +52,8 @@ def find_kernel(spec: KernelSpec) -> Kernel:
     """The kernel of a spec, from memory, from the cache on disk or built now."""
     config = Config.from_env()
     if spec.kernel == "portable":
-        _say_portable(not_hopper(spec.head_dim, spec.v_head_dim, spec.dtype, spec.target) or "it was asked for")
+        why = not_hopper(spec.head_dim, spec.v_head_dim, spec.dtype, spec.target, allow_tf32=False)
+        _say_portable(why or "it was asked for")
     return _find(spec, config)
 
 

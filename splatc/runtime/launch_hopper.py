@@ -91,8 +91,8 @@ def _maps(request: Request, function: Function, launch: Launch, work: Work) -> d
 
     def add(name: str, tensor: str, view: Any, box: Any, layout: Layout) -> None:
         if name in wanted:
-            shape = geometry(view, box, layout)
-            maps[name] = encode(request.gpu.driver, tensor, request.spec.dtype, shape, request.address)
+            kind, shape = map_type(tensor, request.spec.dtype), geometry(view, box, layout)
+            maps[name] = encode(request.gpu.driver, tensor, kind, shape, request.address)
 
     def add_views(tensor: str, views: NDArray[Any], boxes: list[Any], limit: int) -> None:
         for n, (view, box) in enumerate(zip(views, boxes, strict=True)):
@@ -110,6 +110,12 @@ def _maps(request: Request, function: Function, launch: Launch, work: Work) -> d
     part = Layout(1, 1, rows, dim, 0, 0, dim, request.layouts["o"].itemsize)
     add("part_map0", "part_o", _contiguous(rows), (WARPGROUP_ROWS, 1, 1), part)
     return maps
+
+
+def map_type(tensor: str, dtype: str) -> str:
+    """What a tensor's maps say of its values. Loads through maps of tfloat32 round, which products of tf32 would not:
+    tensor cores ignore the last bits. Outputs, and what is merged with them, stay float32."""
+    return "tfloat32" if dtype == "float32" and tensor in ("q", "k", "v") else dtype
 
 
 def _contiguous(length: int) -> tuple[int, ...]:

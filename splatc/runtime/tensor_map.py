@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-CHUNK = 64  # columns of a box: a 128-byte swizzled row of a 16-bit type
+ROW_BYTES = 128  # columns of a box: a swizzled row of shared memory
 ALIGNMENT = 16  # of addresses and strides, in bytes
 _MAX_STRIDE = 1 << 40  # bytes
 _MAX_EXTENT = 1 << 31  # coordinates are int32
@@ -82,7 +82,7 @@ def geometry(view: Sequence[int], box: Sequence[int], layout: Layout) -> Geometr
     s1, s2, s3, s4 = (  # of a dimension of one: any valid stride
         (step if n > 1 else layout.dim) * layout.itemsize for n, step in zip((n1, n2, n3, last), steps, strict=True)
     )
-    return Geometry((layout.dim, n1, n2, n3, last), (s1, s2, s3, s4), (CHUNK, b1, b2, b3, 1))
+    return Geometry((layout.dim, n1, n2, n3, last), (s1, s2, s3, s4), (ROW_BYTES // layout.itemsize, b1, b2, b3, 1))
 
 
 def sub_box(box: Sequence[int], parts: int) -> tuple[Triple, Triple]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from splatc.codegen.hopper.shape import shape_of
-from splatc.codegen.kernel import ALL_TILES, KernelSpec
+from splatc.codegen.kernel import KernelSpec, all_tiles
 from splatc.config import Config
 from splatc.errors import InvalidInput, Unsupported
 from splatc.patterns.base import Pattern
@@ -114,7 +114,7 @@ def _usable(entry: Any, spec: KernelSpec) -> Tile | None:
     """The tile of an entry, if this version of the kernel has it."""
     match entry:
         case {"tile": [int(m), int(n)], "splatc": str(version)}:
-            if (m, n) in ALL_TILES["hopper"] and version == _splatc_version():
+            if (m, n) in all_tiles("hopper", spec.dtype) and version == _splatc_version():
                 with suppress(Unsupported):
                     shape_of(replace(spec, tile_m=m, tile_n=n))
                     return m, n

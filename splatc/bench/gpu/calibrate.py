@@ -23,7 +23,7 @@ from splatc.bench.gpu.tune import PREPARATIONS, Sizes, Tell, contestant, multipr
 from splatc.bench.timing import interleave
 from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.hopper.shape import MAX_VIEWS
-from splatc.codegen.kernel import ALL_TILES, KernelSpec, kernel_spec, tile_shapes
+from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, kernel_spec, tile_shapes
 from splatc.codegen.target import Target
 from splatc.patterns.base import Pattern
 from splatc.runtime.attention import Plan
@@ -146,7 +146,7 @@ def cases(spec: KernelSpec, workers: int) -> list[Case]:
 
 def whole_waves(workers: int) -> int:
     """The fewest heads for which row tiles of every height come in multiples of the multiprocessors."""
-    rows = {LENGTH // m for m, _ in ALL_TILES["hopper"]}
+    rows = {LENGTH // m for m, _ in HOPPER_TILES}
     return math.lcm(*(workers // math.gcd(workers, n) for n in rows))
 
 

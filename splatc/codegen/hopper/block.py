@@ -9,7 +9,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.hopper.copies import Maps, Rows
 from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, named, when
 from splatc.codegen.hopper.ring import Ring
-from splatc.codegen.hopper.shape import MAX_VIEWS, Shape
+from splatc.codegen.hopper.shape import MAX_VIEWS, TURNERS, Shape
 
 # A row tile in the work table, and what of it the producer tells consumers beside its Q stage: int32 words.
 BATCH, HEAD, ITEM, PART, X1, X2, X3, FIRST, ENTRIES, VIEW, TILES, MASKED = range(12)
@@ -37,7 +37,7 @@ class Arguments:
         self.bits = table("bits", "uint32", s.bits_bytes // 4)
         if s.gather:
             self.gather = table("gather", "int32", s.n)
-            self.k_rows, self.v_rows = Rows("k", s.half, s.d, self.k), Rows("v", s.half, s.dv, self.v)
+            self.k_rows, self.v_rows = Rows("k", s.dtype, s.d, self.k), Rows("v", s.dtype, s.dv, self.v)
         self.counter = table("queue", "int32", 1)
         for maps in (self.q, self.o, self.k, self.v, self.part):
             maps.declare()
@@ -65,17 +65,24 @@ class Block:
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
         pool = T.SMEMPool()
-        self.q = pool.alloc((s.q_stages * s.q_slot // 2,), s.half, align=1024)
-        self.k = pool.alloc((s.stages * s.k_bytes // 2,), s.half, align=1024)
-        self.v = pool.alloc((s.stages * s.v_bytes // 2,), s.half, align=1024)
+        self.q = pool.alloc((s.q_stages * s.q_slot // s.item_bytes,), s.dtype, align=1024)
+        self.k = pool.alloc((s.stages * s.k_bytes // s.item_bytes,), s.dtype, align=1024)
+        self.v = pool.alloc((s.stages * s.v_bytes // s.item_bytes,), s.dtype, align=1024)
+        if s.turned:
+            self.staged = pool.alloc((s.staged * s.staged_bytes // s.item_bytes,), s.dtype, align=1024)
         self.bits = pool.alloc((s.stages * s.bits_bytes // 4,), "uint32", align=128)
         self.next_row = pool.alloc((1,), "int32", align=16)  # between the producer's threads
         self.messages = pool.alloc((s.q_stages * MESSAGE,), "int32", align=16)
         warps = 4 * s.warpgroups
         self.q_ring = Ring(pool, s.q_stages, readers=s.warpgroups)
         self.k_ring = Ring(pool, s.stages, readers=warps, writers=s.writers)
-        self.v_ring = Ring(pool, s.stages, readers=warps, writers=s.writers)
+        self.v_ring = Ring(pool, s.stages, readers=warps, writers=s.v_writers)
         self.old_ring = Ring(pool, s.warpgroups, readers=1)  # the earlier pass's output, one stage a warpgroup
+        self.rings = [self.q_ring, self.k_ring, self.v_ring, self.old_ring]
+        if s.turned:
+            self.staged_ring = Ring(pool, s.staged, readers=TURNERS)
+            self.staged_values = pool.alloc((s.staged,), "int32", align=4)  # whether a stage has any, or is the end
+            self.rings.append(self.staged_ring)
         pool.commit()
         self.smem_bytes = pool.max_offset
 
@@ -84,7 +91,7 @@ class Block:
         with when(T.EQ(self.thread, 0)):
             for maps in (self.a.q, self.a.k, self.a.v, self.a.o):
                 maps.prefetch()
-            for ring in (self.q_ring, self.k_ring, self.v_ring, self.old_ring):
+            for ring in self.rings:
                 ring.init()
             do(T.ptx.fence.mbarrier_init.release.cluster())
         do(T.cuda.cta_sync())

@@ -42,8 +42,8 @@ def combine_parts(s: Shape):
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(NAME)
-            out, lse = array("o", s.half), array("lse", "float32")
-            part_out, part_lse = array("part_o", s.half), array("part_lse", "float32")
+            out, lse = array("o", s.dtype), array("lse", "float32")
+            part_out, part_lse = array("part_o", s.dtype), array("part_lse", "float32")
             table, positions = array("combine", "int32", 8), array("positions", "int32", s.m)
             o_batch, o_head, o_seq = (I.arg(f"o_{axis}", I.int64()) for axis in ("batch", "head", "seq"))
             blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
@@ -135,7 +135,7 @@ class Sums:
         """target[at:] = the sums, rounded."""
         for c, column, inside in self._columns():
             with when(inside):
-                store(target, at + column, T.cast(self._acc[c], self._s.half))
+                store(target, at + column, T.cast(self._acc[c], self._s.dtype))
 
     def _columns(self) -> Iterator[tuple[int, Expr, Expr]]:
         for c in range(ceil_div(self._s.dv, 32)):

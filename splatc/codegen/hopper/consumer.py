@@ -11,9 +11,9 @@ from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, MESSAGE, PART
 from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
 from splatc.codegen.hopper.emit import Cell, Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import merge_weights, stage_output
-from splatc.codegen.hopper.products import Output, Scores, at_stage, descriptor, wait_products
+from splatc.codegen.hopper.products import Scores, at_stage, descriptor, output_of, wait_products
 from splatc.codegen.hopper.ring import Cursor, Ring
-from splatc.codegen.hopper.shape import CHUNK, WARPGROUP_ROWS
+from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_scores
 
 # Named barriers: 1.. for turns of the warpgroups, 8.. for each warpgroup's own.
@@ -31,15 +31,15 @@ class Consumer:
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.me = let("consumer", b.warpgroup - 1)
         self.leader = T.And(T.EQ(b.warp, 0), T.EQ(b.lane, 0))
-        self.scores = Scores(s.half, s.d, s.n, s.m)
-        self.out = Output(s.half, s.dv, s.n)
+        self.scores = Scores(s.dtype, s.d, s.n, s.m)
+        self.out = output_of(s)
         self.words = registers("mask", s.bit_words, "uint32")
         self.softmax = Softmax(self.scores.count, a.cap if s.softcap else a.scale)
         self.inverse, self.lse, self.old_lse, self.old_weight = (
             registers(name, 2) for name in ("inverse", "row_lse", "old_lse", "old_weight"))  # fmt: skip
-        self.q_base = descriptor("q_desc", b.q, self.me * (WARPGROUP_ROWS * CHUNK), 1)
+        self.q_base = descriptor("q_desc", b.q, self.me * (WARPGROUP_ROWS * s.chunk), 1)
         self.k_base = descriptor("k_desc", b.k, 0, 1)
-        self.v_base = descriptor("v_desc", b.v, 0, s.n * CHUNK * 2 // 16)
+        self.v_base = descriptor("v_desc", b.v, 0, self.out.leading)
         self.q_at, self.k_at, self.v_at = (
             ring.consumer(name) for ring, name in ((b.q_ring, "q"), (b.k_ring, "k"), (b.v_ring, "v")))  # fmt: skip
         self.old_phase = Cell("old_phase", 0)
@@ -196,7 +196,7 @@ class Consumer:
 
     def slot_base(self) -> Expr:
         """Where the warpgroup's rows of the Q slot begin, in elements."""
-        return self.q_at.stage() * (self.s.q_slot // 2) + self.me * (WARPGROUP_ROWS * CHUNK)
+        return self.q_at.stage() * (self.s.q_slot // self.s.item_bytes) + self.me * (WARPGROUP_ROWS * self.s.chunk)
 
     def own_barrier(self) -> None:
         """All threads of this warpgroup."""
@@ -223,7 +223,7 @@ class Consumer:
         """O and LSE of this warpgroup's rows to where they belong."""
         b, s = self.block, self.s
         self.softmax.finish(self.inverse, self.lse)
-        stage = (self.out, s.half, s.dv, self.inverse, b.q, self.slot_base(), s.m, b.warp, b.lane)
+        stage = (self.out, s.dtype, s.dv, self.inverse, b.q, self.slot_base(), s.m, b.warp, b.lane)
         with I.If(self.merging()):
             with I.Then():
                 merge_weights(self.inverse, self.lse, self.old_lse, self.old_weight)

@@ -1,8 +1,8 @@
 """Copies by the tensor memory accelerator: tiles through tensor maps, mask bits as plain bytes.
 
 A tensor map has five dimensions (head_dim, x1, x2, x3, last): the view's three sequence coordinates, and batch and
-head as one. One instruction moves 64 columns of a box of rows into 128-byte rows of shared memory, swizzled as wgmma
-reads them.
+head as one. One instruction moves 128 bytes of each row of a box, a "chunk" of its columns, into rows of shared memory
+that are swizzled as wgmma reads them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, named, when
 from splatc.codegen.hopper.ring import Ring
-from splatc.codegen.hopper.shape import CHUNK, TEAM
+from splatc.codegen.hopper.shape import TEAM, chunk
 
 LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 STORE = "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
@@ -72,14 +72,16 @@ def tensor_map(name: str) -> Expr:
 
 
 def load_tile(maps: Maps, view: Expr, at: Point, target: Expr, offset: Expr, chunks: int, rows: int,
-              barrier: Expr) -> None:  # fmt: skip
-    """Load a box of ``rows`` rows to the 64-wide columns chunks at target[offset:], reporting at ``barrier``."""
+              barrier: Expr, first: Expr | int = 0) -> None:  # fmt: skip
+    """Load so many chunks of a box of ``rows`` rows, from column ``first`` on, to target[offset:], one after the other,
+    reporting at ``barrier``."""
+    width = chunk(target.dtype)
     place = [let(f"c{i}", c) for i, c in enumerate(maps.place(at))]
     for condition, one in maps.each(view):
         with when(condition):
             for c in range(chunks):
-                to = target.ptr_to([offset + c * rows * CHUNK])
-                do(T.ptx[LOAD](to, T.address_of(one), c * CHUNK, *place, barrier))
+                to = target.ptr_to([offset + c * rows * width])
+                do(T.ptx[LOAD](to, T.address_of(one), first + c * width, *place, barrier))
 
 
 class Rows:
@@ -89,12 +91,12 @@ class Rows:
     ``{name}_row`` (of the position).
     """
 
-    def __init__(self, name: str, half: str, dim: int, maps: Maps) -> None:
+    def __init__(self, name: str, dtype: str, dim: int, maps: Maps) -> None:
         """maps: those of the same tensor."""
-        self.dim, self.chunks = dim, ceil_div(dim, CHUNK)
+        self.dim, self.chunks = dim, ceil_div(dim, chunk(dtype))
         self._step = maps.step
         self._last, self._row = (I.arg(f"{name}_{what}", I.int64()) for what in ("last", "row"))
-        self.data = named(name, I.match_buffer(I.arg(f"{name}_arg", I.handle()), (I.int64(),), half, align=16))
+        self.data = named(name, I.match_buffer(I.arg(f"{name}_arg", I.handle()), (I.int64(),), dtype, align=16))
 
     def base(self, at: Point) -> Expr:
         """Where the rows of a batch entry and head begin."""
@@ -111,18 +113,19 @@ def gather_rows(rows: Rows, keys: Expr, at: Point, target: Expr, offset: Expr, c
     """
     base = let("row_base", rows.base(at))
     column = let("column16", thread % 8)
+    width = chunk(target.dtype)
     step = Cell("row_step", 0)
     with I.While(step() < count * 8 // TEAM):  # a for loop would be unrolled: the producer has few registers
         row = let("list_row", step() * (TEAM // 8) + thread // 8)
         key = let("key", keys[at.x1, row])
         source = let("source", rows.offset(base, T.max(key, 0)))
-        swizzled = let("swizzled", offset + row * CHUNK + T.bitwise_xor(column, row % 8) * 8)
+        swizzled = let("swizzled", offset + row * width + T.bitwise_xor(column, row % 8) * 8)
         for c in range(rows.chunks):
-            first = c * CHUNK + column * 8
+            first = c * width + column * 8
             inside = T.And(key >= 0, first < rows.dim)
             at_source = rows.data.ptr_to([source + T.cast(T.if_then_else(inside, first, 0), "int64")])
             size = T.if_then_else(inside, T.uint32(16), T.uint32(0))  # what is not read is filled with zeros
-            do(T.ptx["cp.async.cg.shared.global"](target.ptr_to([swizzled + c * count * CHUNK]), at_source, 16, size))
+            do(T.ptx["cp.async.cg.shared.global"](target.ptr_to([swizzled + c * count * width]), at_source, 16, size))
         step.set(step() + 1)
 
 
@@ -143,13 +146,14 @@ def arrive_copies(ring: Ring, stage: Expr) -> None:
 
 
 def store_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, chunks: int, rows: int) -> None:
-    """Store a box of 64 rows from source[offset:], whose 64-wide column chunks lie ``rows`` rows apart."""
+    """Store a box of 64 rows from source[offset:], whose chunks of columns lie ``rows`` rows apart."""
+    width = chunk(source.dtype)
     place = [let(f"c{i}", c) for i, c in enumerate(maps.place(at))]
     for condition, one in maps.each(view):
         with when(condition):
             for c in range(chunks):
-                at_chunk = source.ptr_to([offset + c * rows * CHUNK])
-                do(T.ptx[STORE](T.address_of(one), c * CHUNK, *place, at_chunk))
+                at_chunk = source.ptr_to([offset + c * rows * width])
+                do(T.ptx[STORE](T.address_of(one), c * width, *place, at_chunk))
 
 
 def load_bytes(target: Expr, source: Expr, size: int, barrier: Expr) -> None:

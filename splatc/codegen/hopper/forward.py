@@ -22,9 +22,17 @@ from splatc.codegen.hopper.emit import do
 from splatc.codegen.hopper.gathering import GatheringProducer
 from splatc.codegen.hopper.producer import Producer
 from splatc.codegen.hopper.shape import shape_of
+from splatc.codegen.hopper.turning import TurningProducer
 from splatc.codegen.kernel import KernelSpec
 
 NAME = "splatc_attention"
+
+
+def producer_of(block: Block) -> Producer:
+    """The producer for the block's sizes."""
+    if block.s.turned:
+        return TurningProducer(block)
+    return (GatheringProducer if block.s.gather else Producer)(block)
 
 
 def attention_hopper(spec: KernelSpec) -> Emitted:
@@ -41,7 +49,7 @@ def attention_hopper(spec: KernelSpec) -> Emitted:
                 with I.If(T.EQ(block.warpgroup, 0)):
                     with I.Then():
                         do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](s.registers[0]))
-                        (GatheringProducer if s.gather else Producer)(block).run()
+                        producer_of(block).run()
                     with I.Else():
                         Consumer(block).run()
     function = builder.get().with_attr("global_symbol", NAME)

@@ -59,7 +59,7 @@ class GatheringProducer(Producer):
         with when(self.leads()):
             self.k_box(view, at, bits, T.if_then_else(boxed, T.int32(s.k_bytes), T.int32(0)))
         with when(view < 0):
-            gather_rows(a.k_rows, a.gather, at, b.k, stage * (s.k_bytes // 2), s.n, self.thread)
+            gather_rows(a.k_rows, a.gather, at, b.k, stage * (s.k_bytes // s.item_bytes), s.n, self.thread)
         commit_copies()
         wait_copies(1)
         self.report_late()
@@ -67,7 +67,7 @@ class GatheringProducer(Producer):
         with when(self.leads()):
             self.v_box(view, at, T.if_then_else(boxed, T.int32(s.v_bytes), T.int32(0)))
         with when(view < 0):
-            gather_rows(a.v_rows, a.gather, at, b.v, stage * (s.v_bytes // 2), s.n, self.thread)
+            gather_rows(a.v_rows, a.gather, at, b.v, stage * (s.v_bytes // s.item_bytes), s.n, self.thread)
         commit_copies()
         wait_copies(1)
         arrive_copies(b.k_ring, stage)

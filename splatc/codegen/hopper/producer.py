@@ -58,7 +58,7 @@ class Producer:
                 store(b.messages, self.told() + i, value)
             b.q_ring.expect(stage, T.uint32(s.q_bytes))
             at = Point(row[word.X1], row[word.X2], row[word.X3], row[word.BATCH], row[word.HEAD])
-            load_tile(self.a.q, row[word.VIEW], at, b.q, stage * (s.q_slot // 2), s.d_chunks, s.m, full)
+            load_tile(self.a.q, row[word.VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, full)
         self.q_at.advance()
 
     def announce_next(self) -> None:
@@ -109,13 +109,13 @@ class Producer:
                 load_bytes(b.bits.ptr_to([stage * words]), self.a.bits.ptr_to([bits - 1, 0]), s.bits_bytes, full)
             with I.Else():
                 b.k_ring.expect(stage, T.cast(size, "uint32"))
-        load_tile(self.a.k, view, at, b.k, stage * (s.k_bytes // 2), s.d_chunks, s.n, full)
+        load_tile(self.a.k, view, at, b.k, stage * (s.k_bytes // s.item_bytes), s.d_chunks, s.n, full)
 
     def v_box(self, view: Expr, at: Point, size: Expr | int) -> None:
         """A box of V, of so many bytes."""
         b, s, stage = self.block, self.s, self.kv_at.stage()
         b.v_ring.expect(stage, T.cast(size, "uint32"))
-        load_tile(self.a.v, view, at, b.v, stage * (s.v_bytes // 2), s.dv_chunks, s.n, b.v_ring.full(stage))
+        load_tile(self.a.v, view, at, b.v, stage * (s.v_bytes // s.item_bytes), s.dv_chunks, s.n, b.v_ring.full(stage))
 
     def tell_end(self) -> None:
         """A row tile of no tiles: consumers stop."""

@@ -10,18 +10,22 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.emit import Expr, do, let, named, registers
-from splatc.codegen.hopper.shape import ROW_BYTES
+from splatc.codegen.hopper.emit import Expr, do, let, named, registers, store
+from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, Shape, chunk
 from splatc.codegen.hopper.wgmma import issue_product
 
 SWIZZLE_128B = 3
 UNIT = 16  # matrix descriptors count in 16 bytes
-K16 = 2  # 16 columns of a row, in units
+MANY = 16  # places in the rows of Q: so many descriptors are too many to keep
+K_UNITS = 2  # the 32 bytes of a row that one wgmma reads: 16 columns of a 16-bit type, 8 of tf32
 ROW_GROUP = 8 * ROW_BYTES // UNIT  # 8 rows, the height of a swizzle atom
-# Reading a register between issue and wait would be a race: these keep the compiler from moving accesses across.
-FENCE = ("splatc_fence", '__forceinline__ __device__ void splatc_fence(float& r) '
-         '{ asm volatile("" : "+f"(r) :: "memory"); }')  # fmt: skip
-PTX_TYPE = {"float16": "f16", "bfloat16": "bf16"}
+# Reading a register between issue and wait would be a race: this keeps the compiler from moving accesses across.
+FENCES = {
+    dtype: (f"splatc_fence_{dtype}", f'__forceinline__ __device__ void splatc_fence_{dtype}({c}& r) '
+            f'{{ asm volatile("" : "+{letter}"(r) :: "memory"); }}')
+    for dtype, c, letter in (("float32", "float", "f"), ("uint32", "uint32_t", "r"), ("uint64", "uint64_t", "l"))
+}  # fmt: skip
+PTX_TYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}
 
 
 def descriptor(name: str, tile: Expr, offset: Expr, leading: int) -> Expr:
@@ -38,8 +42,8 @@ def at_stage(name: str, base: Expr, stage: Expr, size: int) -> Expr:
 
 
 def fence(buffer: Expr, count: int) -> None:
-    """Keep accesses to these fp32 registers on their side of this point."""
-    name, source = FENCE
+    """Keep accesses to these registers on their side of this point."""
+    name, source = FENCES[str(buffer.dtype)]
     for i in range(count):
         do(T.cuda.func_call(name, buffer[i], source_code=source))
 
@@ -49,42 +53,69 @@ def wait_products(pending: int) -> None:
     do(T.ptx.wgmma.wait_group.sync.aligned(pending))
 
 
+def depth(dtype: str) -> int:
+    """Columns of A (rows of B) of one wgmma."""
+    return K_UNITS * UNIT // ITEM_BYTES[dtype]
+
+
+def instruction(n: int, dtype: str) -> str:
+    """The shape and types of the wgmma of 64 rows and n columns."""
+    return f"m64n{n}k{depth(dtype)}.f32.{PTX_TYPE[dtype]}.{PTX_TYPE[dtype]}"
+
+
+def along_row(kk: int, rows: int) -> int:
+    """Where the kk-th 32 bytes of the rows of a tile of so many rows begin, in units."""
+    return kk % 4 * K_UNITS + kk // 4 * rows * ROW_BYTES // UNIT
+
+
+def hidden(descriptor: Expr) -> Expr:
+    """A descriptor without its origin: sums with it cannot be computed ahead and kept in registers through a loop."""
+    word = registers("hidden", 1, "uint64")
+    store(word, 0, descriptor)
+    fence(word, 1)
+    return word[0]
+
+
 class Scores:
     """S = Q K^T of one tile: 64 x n a warpgroup, both operands in shared memory."""
 
-    def __init__(self, half: str, d: int, n: int, q_rows: int) -> None:
+    def __init__(self, dtype: str, d: int, n: int, q_rows: int) -> None:
         self.count = n // 2
         self.s = registers("scores", self.count)
-        kind = PTX_TYPE[half]
-        self._shape = f"m64n{n}k16.f32.{kind}.{kind}"
-        self._offsets = [  # of each 16 columns of Q and K
-            tuple(kk % 4 * K16 + kk // 4 * rows * ROW_BYTES // UNIT for rows in (q_rows, n))
-            for kk in range(-(-d // 16))
-        ]
+        self._instruction = instruction(n, dtype)
+        steps = range(-(-d // depth(dtype)))
+        self._at_q, self._at_k = ([T.uint64(along_row(kk, rows)) for kk in steps] for rows in (q_rows, n))
 
     def issue(self, q: Expr, k: Expr) -> None:
         """Start the product of the tiles at descriptors q and k."""
+        if len(self._at_q) > MANY:
+            q, k = hidden(q), hidden(k)
         s = [self.s[i] for i in range(self.count)]
-        at_q, at_k = ([T.uint64(at[i]) for at in self._offsets] for i in range(2))
-        issue_product(self._shape, s, [q + at for at in at_q], [k + at for at in at_k], fresh=True, b_transposed=False)
+        a, b = [q + at for at in self._at_q], [k + at for at in self._at_k]
+        issue_product(self._instruction, s, a, b, fresh=True, b_transposed=False)
 
     def fence(self) -> None:
         fence(self.s, self.count)
 
 
 class Output:
-    """O += P V: 64 x dv a warpgroup; P (n columns) in registers as packed halves, V in shared memory."""
+    """O += P V: 64 x dv a warpgroup; P (n columns) in registers, rounded to the type of V, and V in shared memory.
 
-    def __init__(self, half: str, dv: int, n: int) -> None:
+    leading: of V's matrix descriptor.
+    """
+
+    transposed = True  # V lies along the head dim
+
+    def __init__(self, dtype: str, dv: int, n: int) -> None:
         width = -(-dv // 16) * 16
         self.count = width // 2
         self.o = registers("out", self.count)
-        self.p = registers("probs", n // 4, "uint32")
-        kind = PTX_TYPE[half]
-        self._pack = T.ptx[f"cvt.rn.{kind}x2.f32"]
-        self._shape = f"m64n{width}k16.f32.{kind}.{kind}"
-        self._steps = n // 16
-        self._packed = n // 4
+        self.leading = n * ROW_BYTES // UNIT
+        self._packed = n * ITEM_BYTES[dtype] // 8
+        self.p = registers("probs", self._packed, "uint32")
+        self._kind = PTX_TYPE[dtype]
+        self._instruction = instruction(width, dtype)
+        self._offsets = [kk * 2 * ROW_GROUP for kk in range(n // depth(dtype))]
 
     def clear(self) -> None:
         for i in range(self.count):
@@ -98,13 +129,41 @@ class Output:
     def take(self, s: Expr) -> None:
         """P = the scores' registers, rounded and packed."""
         for j in range(self._packed):
-            do(self._pack(self.p[j], s[2 * j + 1], s[2 * j]))
+            do(T.ptx[f"cvt.rn.{self._kind}x2.f32"](self.p[j], s[2 * j + 1], s[2 * j]))
 
     def issue(self, v: Expr) -> None:
         """Start adding P times the tile at descriptor v."""
         o, p = [self.o[i] for i in range(self.count)], [self.p[i] for i in range(self._packed)]
-        steps = [v + T.uint64(kk * 2 * ROW_GROUP) for kk in range(self._steps)]
-        issue_product(self._shape, o, p, steps, fresh=False, b_transposed=True)
+        steps = [v + T.uint64(at) for at in self._offsets]
+        issue_product(self._instruction, o, p, steps, fresh=False, b_transposed=self.transposed)
 
     def fence(self) -> None:
         fence(self.o, self.count)
+
+
+def score_of(register: int) -> int:
+    """The score register for a register of the A operand in tf32: of its eights, register 2c + r is row g + 8r, column
+    q + 4c, which stands for key 2q + c."""
+    return register // 4 * 4 + register % 2 * 2 + register % 4 // 2
+
+
+class TurnedOutput(Output):
+    """O += P V in tf32, with V turned over: along the keys, whose order within each eight is that of turning.py."""
+
+    transposed = False
+
+    def __init__(self, dv: int, n: int) -> None:
+        super().__init__("float32", dv, n)
+        self.leading = 1  # rows of V are whole 128 bytes: not used
+        rows = -(-dv // chunk("float32")) * chunk("float32")
+        self._offsets = [along_row(kk, rows) for kk in range(n // depth("float32"))]
+
+    def take(self, s: Expr) -> None:
+        """P = the scores' registers, rounded."""
+        for j in range(self._packed):
+            do(T.ptx["cvt.rn.tf32.f32"](self.p[j], s[score_of(j)]))
+
+
+def output_of(s: Shape) -> Output:
+    """The output for a kernel's sizes."""
+    return TurnedOutput(s.dv, s.n) if s.turned else Output(s.dtype, s.dv, s.n)

@@ -9,10 +9,11 @@ from splatc.codegen.kernel import KernelSpec
 from splatc.errors import Unsupported
 
 SMEM_BYTES = 227 * 1024  # dynamic shared memory of one block on sm_90
-CHUNK = 64  # columns of a 16-bit type in a 128-byte swizzled row
 WARPGROUP_ROWS = 64  # rows of one wgmma
-ROW_BYTES = 128
+ROW_BYTES = 128  # of a swizzled row
 TEAM = 128  # threads of the producer's warpgroup
+TURNERS = 3  # its warps that turn tiles of V over, where V needs it
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MAX_VIEWS = (2, 4)  # row views and column views that one launch can hold: each is a tensor map
 
 
@@ -24,11 +25,27 @@ class Shape:
     dv: int
     m: int
     n: int
-    half: str  # "float16" or "bfloat16"
+    dtype: str  # "float16", "bfloat16", or "float32" for products of tf32
     softcap: bool
     gather: bool
     stages: int  # of the K and V rings
     q_stages: int
+    staged: int = 0  # stages of the ring in which chunks of V wait to be turned over
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a value of q, k, v and o."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a 128-byte swizzled row."""
+        return chunk(self.dtype)
+
+    @property
+    def turned(self) -> bool:
+        """Whether V is turned over before the products: tf32 operands are read along the keys."""
+        return self.dtype == "float32"
 
     @property
     def warpgroups(self) -> int:
@@ -41,16 +58,21 @@ class Shape:
 
     @property
     def d_chunks(self) -> int:
-        return ceil_div(self.d, CHUNK)
+        return ceil_div(self.d, self.chunk)
 
     @property
     def dv_chunks(self) -> int:
-        return ceil_div(self.dv, CHUNK)
+        return ceil_div(self.dv, self.chunk)
 
     @property
     def writers(self) -> int:
         """Arrivals that fill a stage of K or V: the bulk copies', and with lists of keys every producer thread's."""
         return 1 + (TEAM if self.gather else 0)
+
+    @property
+    def v_writers(self) -> int:
+        """Arrivals that fill a stage of V."""
+        return TURNERS if self.turned else self.writers
 
     @property
     def turns(self) -> bool:
@@ -82,13 +104,19 @@ class Shape:
 
     @property
     def v_bytes(self) -> int:
+        """A tile of V; the same turned over: a row for each column of V's chunks."""
         return self.n * ROW_BYTES * self.dv_chunks
+
+    @property
+    def staged_bytes(self) -> int:
+        """A chunk of V as it arrives."""
+        return self.n * ROW_BYTES
 
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory: tiles, mask bits, and a page for barriers and messages."""
         rings = self.stages * (self.k_bytes + self.v_bytes + self.bits_bytes)
-        return self.q_stages * self.q_slot + rings + 1024
+        return self.q_stages * self.q_slot + rings + self.staged * self.staged_bytes + 1024
 
     @property
     def most_registers(self) -> int:
@@ -97,8 +125,8 @@ class Shape:
 
     @property
     def wide(self) -> bool:
-        """Whether a consumer's registers are scarce: with head dims beyond 192."""
-        return self.live_registers > 160
+        """Whether a consumer's registers are scarce: with head dims beyond 192, in tf32 beyond 128."""
+        return self.live_registers > 160 or (self.turned and max(self.d, self.dv) > 128)
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -109,6 +137,8 @@ class Shape:
         """
         if self.gather:
             return {1: (72, 240), 2: (56, 224)}[self.warpgroups]
+        if self.turned:
+            return {1: (72, 240), 2: (56, 224), 3: (56, 152)}[self.warpgroups]
         return {1: (40, 240), 2: (24, 240) if self.wide else (40, 232), 3: (32, 160)}[self.warpgroups]
 
     @property
@@ -120,26 +150,41 @@ class Shape:
 
     @property
     def live_registers(self) -> int:
-        """fp32 and packed registers that a consumer thread holds through the loop: scores, P and O."""
-        return self.n // 2 + self.n // 4 + ceil_div(self.dv, 16) * 8
+        """Registers that a consumer thread holds through the loop: fp32 scores and O, and P in the type of V."""
+        return self.n // 2 + self.n * self.item_bytes // 8 + ceil_div(self.dv, 16) * 8
+
+
+def chunk(dtype: str) -> int:
+    """Columns of a type in a 128-byte swizzled row."""
+    return ROW_BYTES // ITEM_BYTES[dtype]
 
 
 def can_gather(spec: KernelSpec) -> bool:
-    """Whether there is a kernel with lists of keys for these sizes: copying them takes registers."""
-    return spec.kernel == "hopper" and spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128
+    """Whether there is a kernel with lists of keys for these sizes: copying them takes registers, and threads that
+    tf32 needs for turning V over."""
+    if spec.kernel != "hopper" or spec.dtype == "float32":
+        return False
+    return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128
+
+
+def ring_stages(turned: bool) -> tuple[tuple[int, int, int], ...]:
+    """(stages, q_stages, staged), the best first."""
+    depths = (2, 2), (2, 1), (1, 1)
+    return tuple((*two, staged) for two in depths for staged in ((8, 4, 3, 2) if turned else (0,)))
 
 
 def shape_of(spec: KernelSpec) -> Shape:
     """The sizes that a spec asks for, with the deepest rings that fit; raises Unsupported if none does."""
-    if spec.dtype not in ("float16", "bfloat16") or spec.head_dim % 8 or spec.v_head_dim % 8:
-        raise Unsupported(f"the Hopper kernel takes float16 and bfloat16 and head dims that are multiples of 8: {spec}")
-    if spec.tile_m not in (64, 128, 192) or spec.tile_n % 16 or not 16 <= spec.tile_n <= 256:
+    if spec.dtype not in ITEM_BYTES or spec.head_dim % 8 or spec.v_head_dim % 8:
+        raise Unsupported(f"the Hopper kernel takes head dims that are multiples of 8: {spec}")
+    turned = spec.dtype == "float32"
+    if spec.tile_m not in (64, 128, 192) or spec.tile_n % (32 if turned else 16) or not 16 <= spec.tile_n <= 256:
         raise Unsupported(f"the Hopper kernel has no tile of {spec.tile_m} x {spec.tile_n}")
     if spec.gather and not can_gather(spec):
         raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
-    for stages, q_stages in ((2, 2), (2, 1), (1, 1)):
+    for stages, q_stages, staged in ring_stages(turned):
         shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.softcap, spec.gather,
-                      stages, q_stages)  # fmt: skip
+                      stages, q_stages, staged)  # fmt: skip
         if shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers:
             return shape
     raise Unsupported(

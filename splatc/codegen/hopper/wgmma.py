@@ -81,9 +81,9 @@ class Statement:
         words = ", ".join(f"%{n + A_WORDS * step + i}" for i in range(A_WORDS))
         a, b = f"{{{words}}}" if self.a_registers else f"%{n + step}", f"%{n + self.a_size + step}"
         keep = "fresh" if self.fresh and step == 0 else "add"
-        majors = "" if self.a_registers else "0, "  # of A: its columns are contiguous
-        return (f"wgmma.mma_async.sync.aligned.{self.shape} {{{result}}}, {a}, {b}, {keep}, 1, 1, "
-                f"{majors}{int(self.b_transposed)};")  # fmt: skip
+        majors = [0] * (not self.a_registers) + [int(self.b_transposed)]  # of A, if in memory, and B
+        options = ", ".join(map(str, [1, 1] if "tf32" in self.shape else [1, 1, *majors]))  # tf32 has but one order
+        return f"wgmma.mma_async.sync.aligned.{self.shape} {{{result}}}, {a}, {b}, {keep}, {options};"
 
 
 def issue_product(shape: str, accumulators: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr], *, fresh: bool,
