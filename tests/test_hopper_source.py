@@ -33,11 +33,12 @@ SPECS = [
     spec_of(64), spec_of(64, softcap=True), spec_of(64, tile=(128, 128), dtype="float16"), spec_of(128),
     spec_of(128, dtype="float16", softcap=True, gather=True), spec_of(256, softcap=True),
     spec_of(64, tile=(128, 128), gather=True),
-    spec_of(64, dtype="float32"), spec_of(64, dtype="float32", tile=(192, 64), softcap=True),
-    spec_of(64, dtype="float32", tile=(128, 128)), spec_of(128, dtype="float32", softcap=True),
-    spec_of(256, dtype="float32"), spec_of(192, 128, "float32"), spec_of(72, 40, "float32"),
     spec_of(192, 128), spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),
 ]  # fmt: skip
+TF32_DIMS = (16, 16), (64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)
+SPECS += [spec_of(d, dv, "float32", softcap=softcap) for d, dv in TF32_DIMS for softcap in (False, True)]
+SPECS += [spec_of(64, dtype="float32", tile=(192, 64), softcap=True), spec_of(64, dtype="float32", tile=(128, 64)),
+          spec_of(72, 40, "float32")]  # fmt: skip
 
 
 @needs_compiler
@@ -75,6 +76,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
     assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64)}
+
+
+def test_tiles_of_float32() -> None:
+    """Wider head dims leave less shared memory: fewer keys."""
+    default = {d: (spec.tile_m, spec.tile_n) for d in (8, 64, 72, 192, 200, 256) for spec in [spec_of(d, 8, "float32")]}
+    assert default == {8: (128, 128), 64: (128, 128), 72: (128, 64), 192: (128, 64), 200: (128, 32), 256: (128, 32)}
+    assert spec_of(64, dtype="float32", softcap=True).tile_n == 128
 
 
 def test_float32_is_tf32_unless_told_otherwise() -> None:

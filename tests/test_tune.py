@@ -17,7 +17,7 @@ from splatc import patterns as P
 from splatc.bench.gpu import calibrate as calibration
 from splatc.bench.gpu import check
 from splatc.bench.gpu import tune as tuning
-from splatc.bench.gpu.calibrate import Fit, Observed, fit, least_squares
+from splatc.bench.gpu.calibrate import Fit, Kernel, Observed, fit, least_squares
 from splatc.bench.gpu.clock import Timed
 from splatc.bench.gpu.tune import Sizes, Tried
 from splatc.cli import tune as command
@@ -303,8 +303,12 @@ def test_sampled_rows_are_those_of_each_head():
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 WORKERS = 132
-TRUE = Fit(4.2, {(64, 192, 128): (1.6, 0.05, 1.5), (64, 128, 128): (1.2, 0.04, 1.4), (128, 128, 128): (1.65, 0.06, 1.8),
-                 (256, 128, 64): (1.7, 0.03, 2.6)})  # fmt: skip
+TRUE = Fit(4.2, {
+    Kernel("bfloat16", 64, 192, 128): (1.6, 0.05, 1.5), Kernel("bfloat16", 64, 128, 128): (1.2, 0.04, 1.4),
+    Kernel("bfloat16", 128, 128, 128): (1.65, 0.06, 1.8), Kernel("bfloat16", 256, 128, 64): (1.7, 0.03, 2.6),
+    Kernel("float32", 64, 128, 128): (1.7, 0.1, 2.4), Kernel("float32", 128, 128, 64): (1.9, 0.07, 4.1),
+    Kernel("float32", 256, 128, 32): (2.8, 0.05, 7.5),
+})  # fmt: skip
 COMBINE = 3.7
 ABOUT = {"gpu": {"name": "NVIDIA H200"}, "date": "2026-11-20T12:00:00+00:00",
          "versions": {"splatc": "0.1.0", "torch": "2.9", "cuda": "13.0", "driver": "580", "numpy": "2"}}  # fmt: skip
@@ -316,7 +320,7 @@ def plans():
     out = []
     for spec in calibration.kernels():
         for case in calibration.cases(spec, WORKERS):
-            out.append((case, best_plan(case.pattern, case.sizes.q_len, case.sizes.kv_len, spec, (case.kernel[1:],))))
+            out.append((case, best_plan(case.pattern, case.sizes.q_len, case.sizes.kv_len, spec, (case.kernel.tile,))))
     return out
 
 
@@ -363,7 +367,7 @@ def test_the_constants_are_recovered(plans, noise):
     tight = near if not noise else (lambda x: pytest.approx(x, rel=0.015))
     assert result.costs["launch_us"] == near(TRUE.launch)
     assert result.costs["combine_us"] == (pytest.approx(COMBINE, abs=0.02 if not noise else 1.0))
-    got = {(k["head_dim"], k["tile_m"], k["tile_n"]): k for k in result.costs["kernels"]}
+    got = {Kernel(*(k[x] for x in ("dtype", "head_dim", "tile_m", "tile_n"))): k for k in result.costs["kernels"]}
     assert got.keys() == TRUE.kernels.keys()
     for kernel, (tile, bits, item) in TRUE.kernels.items():
         assert got[kernel]["tile_us"] == tight(tile) and got[kernel]["item_us"] == near(item)
@@ -382,16 +386,18 @@ def test_the_file_is_one_that_the_cost_model_reads(plans, tmp_path, monkeypatch)
     monkeypatch.setattr(costs, "FILE", path)
     costs._table.cache_clear()
     try:
-        got = costs.costs_of(kernel_spec(128, None, "bfloat16", HOPPER, tile=(128, 128)))
+        got, half, single = (costs.costs_of(kernel_spec(128, None, dtype, HOPPER))
+                             for dtype in ("bfloat16", "float16", "float32"))  # fmt: skip
     finally:
         monkeypatch.undo()
         costs._table.cache_clear()
     assert (got.tile, got.launch, got.combine) == pytest.approx((1.65, TRUE.launch, COMBINE), rel=0.01)
+    assert half == got and (single.tile, single.item) == pytest.approx((1.9, 4.1), rel=0.01)
     assert got.bandwidth == 4100e3 and got.workers == WORKERS and "H200" in got.source
 
 
 def test_no_constant_is_negative():
-    kernel = (64, 128, 128)
+    kernel = Kernel("bfloat16", 64, 128, 128)
     seen = [Observed("", kernel, 1, 132, 132 * n, 132 * n * bits, 132, 5 + 1.5 + n * 1.2 - 0.01 * bits * n)
             for n in (3, 6, 12) for bits in (0, 1)]  # fmt: skip
     seen.append(Observed("", kernel, 1, 1320, 13200, 0, 132, 5 + 10 * (1.5 + 10 * 1.2)))
@@ -418,7 +424,7 @@ def pretended(monkeypatch, plans):
 
     def fake(pattern, **options):
         compiled.append(options)
-        which = options["head_dim"], *options["tile"]
+        which = Kernel(options["dtype"], options["head_dim"], *options["tile"])
         for case, plan in plans:
             lengths = case.sizes.q_len, case.sizes.kv_len
             if (case.kernel, case.pattern, lengths) == (which, pattern, (options["seq_len"], options["kv_len"])):
@@ -442,8 +448,8 @@ def pretended(monkeypatch, plans):
 def test_calibrate_times_every_kernel_with_its_own_tile(pretended):
     steps: list[str] = []
     result = calibration.calibrate(["splatc", "tune"], 3, steps.append)
-    assert {(o["head_dim"], *o["tile"]) for o in pretended} == TRUE.kernels.keys()
-    assert {(o["dtype"], o["target"]) for o in pretended} == {("bfloat16", "cuda")}
+    assert {Kernel(o["dtype"], o["head_dim"], *o["tile"]) for o in pretended} == TRUE.kernels.keys()
+    assert {o["target"] for o in pretended} == {"cuda"}
     assert len(steps) == calibration.steps(WORKERS, 3)
     assert result.costs["launch_us"] == pytest.approx(TRUE.launch, abs=0.01)
     assert result.costs["bandwidth_gb_s"] == 4100 and result.costs["multiprocessors"] == WORKERS
@@ -527,7 +533,7 @@ def test_calibrate_writes_the_costs(gpu, pretended, capsys, tmp_path, monkeypatc
     path = tmp_path / "costs.json"
     assert run(["tune", "--calibrate", "--rounds", "3", "-o", str(path)]) == 0
     err = capsys.readouterr().err
-    assert "blocks of 768, bits" in err and "(64, 192, 128)" in err and f"wrote {path}" in err
+    assert "blocks of 768, bits" in err and "bfloat16, D=64, 192 x 128" in err and f"wrote {path}" in err
     assert json.loads(path.read_text())["launch_us"] == pytest.approx(TRUE.launch, abs=0.01)
     assert run(["tune", "--calibrate", "--rounds", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["device"] == "NVIDIA H200"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from splatc import patterns as P
 from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.kernel import kernel_spec, tile_shapes
 from splatc.codegen.target import Target
@@ -113,7 +115,21 @@ def test_costs_scale_with_work() -> None:
     spec = kernel_spec(128, None, "bfloat16", HOPPER)
     half = kernel_spec(96, None, "bfloat16", HOPPER)
     assert costs_of(half).tile == pytest.approx(costs_of(spec).tile * 96 / 128)
-    for head_dim in (16, 64, 128, 192, 256):
-        one = kernel_spec(head_dim, None, "bfloat16", HOPPER)
+    for head_dim, dtype in itertools.product((16, 64, 128, 192, 256), ("bfloat16", "float32")):
+        one = kernel_spec(head_dim, None, dtype, HOPPER)
         assert (one.tile_m, one.tile_n) in tile_shapes(one)
         assert 0 < costs_of(one).tile < 10
+
+
+def test_costs_of_dtypes() -> None:
+    """16-bit types cost the same; float32 has costs of its own, by which full attention takes what was measured."""
+    half, other = (costs_of(kernel_spec(128, None, dtype, HOPPER)) for dtype in ("bfloat16", "float16"))
+    assert half == other
+    for head_dim, microseconds in ((64, 866.3), (128, 2014.8), (192, 3858.9), (256, 5756.7)):
+        spec = kernel_spec(head_dim, None, "float32", HOPPER)
+        plan = best_plan(P.full(), 8192, 8192, spec)
+        assert plan.predict(1, 16, 16) * 1e6 == pytest.approx(microseconds, rel=1e-3)
+    far = costs_of(kernel_spec(96, None, "float32", HOPPER))
+    near = costs_of(kernel_spec(128, None, "float32", HOPPER))
+    assert far.tile == pytest.approx(near.tile * 96 / 128)
+    assert far.tile / (128 * 64) > 2 * costs_of(kernel_spec(96, None, "bfloat16", HOPPER)).tile / (128 * 128)

@@ -149,7 +149,7 @@ def _calibrate(rounds: int, output: Path | None) -> None:
         found = calibration.calibrate(["splatc", *sys.argv[1:]], rounds, tell)
     rows = [(str(r.kernel), r.name, "" if r.fitted else "no", f"{r.measured_us:.1f}", f"{r.predicted_us:.1f}",
              f"{r.gap:+.1%}") for r in found.residuals]  # fmt: skip
-    columns = ("head_dim, tile", "mask", "fitted", "measured us", "predicted us", "gap")
+    columns = ("kernel", "mask", "fitted", "measured us", "predicted us", "gap")
     console(stderr=True).print(table(columns, rows, f"Cost model on {device}", left=3))
     write_or_print(json_module.dumps(found.costs, indent=2) + "\n", output)
 

@@ -38,15 +38,14 @@ class Costs:
 # portable CUDA: an H200.
 CPU_CORE_FLOPS = 90e9
 PORTABLE_FLOPS = 18e12
-TF32_COST = 2.3  # of a tile in tf32, in tiles of 16-bit types: half the products a cycle, twice the bytes
 STARTING_TILES = 0.4  # what starting a row tile costs these two kernels, in tiles
 
 
 def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     """The costs of a kernel; ``workers`` defaults to the calibrated device's (one, for a CPU).
 
-    A Hopper kernel that was not measured is scaled, by its multiply-adds, from the one of the nearest head_dim; those
-    in tf32, which are not, by TF32_COST too.
+    A Hopper kernel that was not measured is scaled, by its multiply-adds, from one of its kind of dtype (16 bits, or
+    float32 by tf32), if there is any, of the nearest head_dim.
     """
     table = _table()
     if spec.kernel != "hopper":
@@ -57,14 +56,14 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     head_dim = (spec.head_dim + spec.v_head_dim) / 2
 
     def distance(kernel: dict[str, Any]) -> tuple[float, ...]:
+        other = (kernel["dtype"] == "float32") != (spec.dtype == "float32")
         rows, columns = abs(kernel["tile_m"] - spec.tile_m), abs(kernel["tile_n"] - spec.tile_n)
-        return abs(kernel["head_dim"] - head_dim), -kernel["head_dim"], rows > 0, columns
+        return other, abs(kernel["head_dim"] - head_dim), -kernel["head_dim"], rows > 0, columns
 
     near = min(table["kernels"], key=distance)
     scale = _operations(spec.tile_m, spec.tile_n, head_dim, head_dim) / _operations(
         near["tile_m"], near["tile_n"], near["head_dim"], near["head_dim"])  # fmt: skip
-    width = TF32_COST if spec.dtype == "float32" else 1.0
-    return Costs(near["tile_us"] * scale * width, near["bits_us"] * scale, near["item_us"] * width, table["launch_us"],
+    return Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                  table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
                  f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip
 

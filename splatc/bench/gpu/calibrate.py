@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,18 +29,46 @@ from splatc.patterns.base import Pattern
 from splatc.runtime.attention import Plan
 from splatc.runtime.work import finish, work_of
 
+DTYPES = ("bfloat16", "float32")  # bfloat16 stands for float16: the same products, bytes and registers
 HEAD_DIMS = (64, 128, 256)
-DTYPE = "bfloat16"
 HOPPER = Target("cuda", "sm_90a")
 LENGTH = 6144  # a multiple of all tiles and blocks
 BLOCKS = (384, 768, 1536)  # multiples of all tiles
 HOLES = 96  # every so many diagonals one is missing, so that every tile has bits
 LONG_ROW = 512  # column tiles of the row that is put together from parts
-SECONDS = 10.0  # of timing a head_dim, unless 3 rounds take longer
+SECONDS = 10.0  # of timing a head_dim of a dtype, unless 3 rounds take longer
 
-Kernel = tuple[int, int, int]  # head_dim, tile_m, tile_n
 Timed = tuple["Case", Plan, float]  # microseconds
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What tells measured kernels apart; dtype: one of DTYPES."""
+
+    dtype: str
+    head_dim: int
+    tile_m: int
+    tile_n: int
+
+    @staticmethod
+    def of(spec: KernelSpec) -> Kernel:
+        """The kernel of a spec."""
+        return Kernel(spec.dtype, spec.head_dim, spec.tile_m, spec.tile_n)
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The kernel with no features."""
+        return kernel_spec(self.head_dim, None, self.dtype, HOPPER, tile=self.tile)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(query rows, key columns)."""
+        return self.tile_m, self.tile_n
+
+    def __str__(self) -> str:
+        """Such as "bfloat16, D=64, 192 x 128"."""
+        return f"{self.dtype}, D={self.head_dim}, {self.tile_m} x {self.tile_n}"
 
 
 @dataclass(frozen=True)
@@ -115,21 +143,17 @@ class Calibration:
 
 def kernels() -> list[KernelSpec]:
     """One spec of each kernel that the cost model has to tell apart."""
-    return [_spec(d, *tile) for d in HEAD_DIMS for tile in tile_shapes(kernel_spec(d, None, DTYPE, HOPPER))]
-
-
-def _spec(head_dim: int, tile_m: int, tile_n: int) -> KernelSpec:
-    return kernel_spec(head_dim, None, DTYPE, HOPPER, tile=(tile_m, tile_n))
+    default = [kernel_spec(d, None, dtype, HOPPER) for dtype in DTYPES for d in HEAD_DIMS]
+    return [replace(spec, tile_m=m, tile_n=n) for spec in default for m, n in tile_shapes(spec)]
 
 
 def cases(spec: KernelSpec, workers: int) -> list[Case]:
     """What to time with a kernel on a GPU of so many multiprocessors."""
-    kernel = spec.head_dim, spec.tile_m, spec.tile_n
-    heads = whole_waves(workers)
+    kernel, heads = Kernel.of(spec), whole_waves(workers)
 
     def case(name: str, pattern: Pattern, q_len: int = LENGTH, kv_len: int = LENGTH, heads: int = heads,
              role: str = "fit") -> Case:  # fmt: skip
-        sizes = Sizes(q_len, kv_len, spec.head_dim, spec.head_dim, heads=heads, kv_heads=heads, dtype=DTYPE)
+        sizes = Sizes(q_len, kv_len, spec.head_dim, spec.head_dim, heads=heads, kv_heads=heads, dtype=spec.dtype)
         return Case(name, kernel, pattern, sizes, role)
 
     holes = ~P.strided(HOLES)
@@ -165,8 +189,8 @@ def calibrate(command: Sequence[str], rounds: int, tell: Tell) -> Calibration:
     workers = multiprocessors("cuda")
     every = [case for spec in kernels() for case in cases(spec, workers)]
     timed: list[Timed] = []
-    for head_dim in HEAD_DIMS:
-        timed += _time([case for case in every if case.kernel[0] == head_dim], rounds, tell)
+    for shape in dict.fromkeys((case.kernel.dtype, case.kernel.head_dim) for case in every):
+        timed += _time([case for case in every if (case.kernel.dtype, case.kernel.head_dim) == shape], rounds, tell)
         torch.cuda.empty_cache()
     bandwidth = ceilings("cuda")["copy_tb_s"] * 1e3
     return conclude(timed, workers, bandwidth, describe(command, "cuda"))
@@ -181,10 +205,10 @@ def _time(mine: Sequence[Case], rounds: int, tell: Tell) -> list[Timed]:
     plans, samplers = {}, {}
     with torch.no_grad():
         for case in mine:
-            label, sizes = f"{case.name}, {case.kernel}", case.sizes
+            label, sizes = f"{case.kernel}: {case.name}", case.sizes
             tell(f"compile {label}")
             compiled = splatc.compile(case.pattern, seq_len=sizes.q_len, kv_len=sizes.kv_len, head_dim=sizes.head_dim,
-                                      dtype=sizes.dtype, target="cuda", tile=case.kernel[1:])  # fmt: skip
+                                      dtype=sizes.dtype, target="cuda", tile=case.kernel.tile)  # fmt: skip
             if sizes not in inputs:
                 inputs[sizes] = sizes.input_sets("cuda")
             tell(f"prepare {label}")
@@ -280,8 +304,8 @@ def to_json(found: Fit, combine: float, workers: int, bandwidth: float, about: M
         "launch_us": round(found.launch, 2),
         "combine_us": round(combine, 2),
         "kernels": [
-            {"head_dim": d, "tile_m": m, "tile_n": n, "tile_us": round(tile, 4), "bits_us": round(bits, 4),
-             "gather_us": round(costs_of(_spec(d, m, n), workers).gather, 4), "item_us": round(item, 3)}
-            for (d, m, n), (tile, bits, item) in found.kernels.items()
+            {**asdict(kernel), "tile_us": round(tile, 4), "bits_us": round(bits, 4),
+             "gather_us": round(costs_of(kernel.spec, workers).gather, 4), "item_us": round(item, 3)}
+            for kernel, (tile, bits, item) in found.kernels.items()
         ],
     }  # fmt: skip
