@@ -84,9 +84,10 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     widest = max(spec.head_dim, spec.v_head_dim)
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
-    if widest <= 64 and not spec.softcap:  # with it, 192 rows take too many registers
-        return ((192, 128), (128, 128))
-    return ((128, 128),) if widest <= 128 else ((128, 64),)
+    if widest > 128:
+        return ((128, 64),)
+    tall = ((192, 128),) if widest <= 64 and not spec.softcap else ()  # with it, 192 rows take too many registers
+    return (*tall, (128, 128), (128, 64))
 
 
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:

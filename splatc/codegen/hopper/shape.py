@@ -167,9 +167,11 @@ def can_gather(spec: KernelSpec) -> bool:
     return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128
 
 
-def ring_stages(turned: bool) -> tuple[tuple[int, int, int], ...]:
-    """(stages, q_stages, staged), the best first."""
-    depths = (2, 2), (2, 1), (1, 1)
+def ring_stages(tile_n: int, turned: bool) -> tuple[tuple[int, int, int], ...]:
+    """(stages, q_stages, staged), the best first: 256 keys under way, more are no faster."""
+    depths = [(2, 2), (2, 1), (1, 1)]
+    if tile_n <= 64 and not turned:
+        depths = [(4, 2), (3, 2), *depths]
     return tuple((*two, staged) for two in depths for staged in ((8, 4, 3, 2) if turned else (0,)))
 
 
@@ -182,7 +184,7 @@ def shape_of(spec: KernelSpec) -> Shape:
         raise Unsupported(f"the Hopper kernel has no tile of {spec.tile_m} x {spec.tile_n}")
     if spec.gather and not can_gather(spec):
         raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
-    for stages, q_stages, staged in ring_stages(turned):
+    for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
         shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.softcap, spec.gather,
                       stages, q_stages, staged)  # fmt: skip
         if shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers:
