@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-ROW_BYTES = 128  # columns of a box: a swizzled row of shared memory
+from splatc.codegen.hopper.shape import ROW_BYTES
+
 ALIGNMENT = 16  # of addresses and strides, in bytes
 _MAX_STRIDE = 1 << 40  # bytes
 _MAX_EXTENT = 1 << 31  # coordinates are int32

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+from splatc.codegen.hopper.shape import ITEM_BYTES
+
 SETS, LARGE_SETS, LARGE = 6, 2, 1 << 30  # input sets to rotate over, and how many of those above LARGE bytes
 
 

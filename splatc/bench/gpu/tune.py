@@ -11,9 +11,10 @@ from splatc.bench.gpu import check
 from splatc.bench.gpu.clock import GraphClock, HostClock, Timed
 from splatc.bench.gpu.measure import WRONG
 from splatc.bench.gpu.peers import Contestant, kind_of
-from splatc.bench.gpu.shapes import ITEM_BYTES, LARGE, LARGE_SETS, SETS
+from splatc.bench.gpu.shapes import LARGE, LARGE_SETS, SETS
 from splatc.bench.timing import Timing, interleave
 from splatc.codegen.costs import Costs, costs_of
+from splatc.codegen.hopper.shape import ITEM_BYTES
 from splatc.errors import CompileError, CudaError, Unsupported
 from splatc.patterns.base import Pattern
 from splatc.runtime.attention import Plan

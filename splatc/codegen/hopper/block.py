@@ -11,7 +11,7 @@ from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, named, w
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS, TURNERS, Shape
 
-# A row tile in the work table, and what of it the producer tells consumers beside its Q stage: int32 words.
+# A row tile in the work table, and in the message that the producer leaves beside its Q stage: int32 words.
 BATCH, HEAD, ITEM, PART, X1, X2, X3, FIRST, ENTRIES, VIEW, TILES, MASKED = range(12)
 MESSAGE = 12
 

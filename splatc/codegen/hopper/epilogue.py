@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from splatc.codegen.constants import LOG2E
+from splatc.codegen.constants import LOG2E, ceil_div
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.products import PTX_TYPE, Output, fence
 from splatc.codegen.hopper.shape import chunk
@@ -26,25 +26,24 @@ def merge_weights(inverse: Expr, lse: Expr, old_lse: Expr, old_weight: Expr) -> 
         store(old_weight, r, w[1] * share)
 
 
-def stage_output(out: Output, dtype: str, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
+def stage_output(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                  lane: Expr, old_weight: Expr | None = None) -> None:  # fmt: skip
     """Write out.o * inverse to slot[base:], 64 rows of swizzled chunks that lie ``rows`` rows apart.
 
     With old_weight the slot holds an earlier part's output, which is added with that weight.
     """
-    stage = _stage_words if dtype == "float32" else _stage_halves
-    stage(out, dtype, dv, inverse, slot, base, rows, warp, lane, old_weight)
+    stage = _stage_words if slot.dtype == "float32" else _stage_halves
+    stage(out, dv, inverse, slot, base, rows, warp, lane, old_weight)
 
 
-def _stage_halves(out: Output, dtype: str, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
+def _stage_halves(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                   lane: Expr, old_weight: Expr | None) -> None:  # fmt: skip
     """16 columns at a time, by the matrix loads and stores of 16-bit values."""
-    kind = PTX_TYPE[dtype]
-    width = chunk(dtype)
+    kind, width = PTX_TYPE[slot.dtype], chunk(slot.dtype)
     words = registers("words", 4, "uint32")
     old = registers("old", 4, "uint32")
     row = let("row", warp * 16 + lane % 16)
-    for i in range(-(-dv // 16)):
+    for i in range(ceil_div(dv, 16)):
         column16 = T.bitwise_xor(i % 4 * 2 + lane // 16, row % 8)  # the swizzle, in 16 bytes
         at = slot.ptr_to([base + row * width + i // 4 * (rows * width) + column16 * 8])
         if old_weight is not None:
@@ -54,23 +53,23 @@ def _stage_halves(out: Output, dtype: str, dv: int, inverse: Expr, slot: Expr, b
                 o = i * 8 + pair * 4 + 2 * r
                 low, high = out.o[o] * inverse[r], out.o[o + 1] * inverse[r]
                 if old_weight is not None:
-                    before = unpack(old[pair * 2 + r], dtype)
+                    before = unpack(old[pair * 2 + r], slot.dtype)
                     low, high = low + old_weight[r] * before[0], high + old_weight[r] * before[1]
                 do(T.ptx[f"cvt.rn.{kind}x2.f32"](words[pair * 2 + r], high, low))
         do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](at, *(words[j] for j in range(4))))
 
 
-def _stage_words(out: Output, dtype: str, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
+def _stage_words(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                  lane: Expr, old_weight: Expr | None) -> None:  # fmt: skip
     """Two columns of two rows at a time, as the accumulators lie."""
-    width = chunk(dtype)
+    width = chunk(slot.dtype)
     pair, old = registers("pair", 2), registers("old", 2)
     place = registers("place", 1, "uint32")
     store(place, 0, T.cast(warp * 32 + lane, "uint32"))
     fence(place, 1)  # or the compiler would compute all addresses early, and keep them through the loop
     thread = T.cast(place[0], "int32")
     row = let("row", thread // 32 * 16 + thread % 32 // 4)  # its neighbour 8 rows on is swizzled alike
-    for i in range(-(-dv // 8)):
+    for i in range(ceil_div(dv, 8)):
         column16 = T.bitwise_xor(i % 4 * 2 + thread % 4 // 2, row % 8)
         for r in range(2):
             at_row = base + (row + 8 * r) * width + i // 4 * (rows * width)

@@ -1,9 +1,9 @@
 """The kernel: o, lse = softmax(scale * Q K^T over the tiles of a table) V, for any mask.
 
-A block holds one producer warp and m/64 consumer warpgroups of 64 query rows each. The producer takes row tiles from
-the queue and loads Q, then K, mask bits and V of every column tile, through the rings. A consumer keeps its O in
-registers; while its warpgroup does the softmax of one tile, the tensor cores do the next S = Q K^T and the last PV
-(and the other warpgroups' products: they take turns, "ping-pong"). Tables and parameters: docs/architecture.md.
+A block holds the producer's warpgroup and m/64 consumer warpgroups of 64 query rows each. The producer takes row tiles
+from the queue and loads Q, then K, mask bits and V of every column tile, through the rings. A consumer keeps its O in
+registers; while its warpgroup does the softmax of one tile, the tensor cores do the next S = Q K^T and the last PV, and
+the other warpgroups' products. Tables and parameters: docs/architecture.md.
 """
 
 # mypy: disable-error-code="no-untyped-def"

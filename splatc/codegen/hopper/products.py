@@ -10,6 +10,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.emit import Expr, do, let, named, registers, store
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, Shape, chunk
 from splatc.codegen.hopper.wgmma import issue_product
@@ -83,7 +84,7 @@ class Scores:
         self.count = n // 2
         self.s = registers("scores", self.count)
         self._instruction = instruction(n, dtype)
-        steps = range(-(-d // depth(dtype)))
+        steps = range(ceil_div(d, depth(dtype)))
         self._at_q, self._at_k = ([T.uint64(along_row(kk, rows)) for kk in steps] for rows in (q_rows, n))
 
     def issue(self, q: Expr, k: Expr) -> None:
@@ -107,7 +108,7 @@ class Output:
     transposed = True  # V lies along the head dim
 
     def __init__(self, dtype: str, dv: int, n: int) -> None:
-        width = -(-dv // 16) * 16
+        width = ceil_div(dv, 16) * 16
         self.count = width // 2
         self.o = registers("out", self.count)
         self.leading = n * ROW_BYTES // UNIT
@@ -155,7 +156,7 @@ class TurnedOutput(Output):
     def __init__(self, dv: int, n: int) -> None:
         super().__init__("float32", dv, n)
         self.leading = 1  # rows of V are whole 128 bytes: not used
-        rows = -(-dv // chunk("float32")) * chunk("float32")
+        rows = ceil_div(dv, chunk("float32")) * chunk("float32")
         self._offsets = [along_row(kk, rows) for kk in range(n // depth("float32"))]
 
     def take(self, s: Expr) -> None:

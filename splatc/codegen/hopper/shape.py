@@ -30,7 +30,7 @@ class Shape:
     gather: bool
     stages: int  # of the K and V rings
     q_stages: int
-    staged: int = 0  # stages of the ring in which chunks of V wait to be turned over
+    staged: int  # stages of the ring in which chunks of V wait to be turned over
 
     @property
     def item_bytes(self) -> int:
@@ -135,9 +135,7 @@ class Shape:
         A block starts with equal shares of 64 K registers; what consumers gain must be what the producer's warpgroup
         gives up, or they wait for ever: ``register_pool`` says what is left.
         """
-        if self.gather:
-            return {1: (72, 240), 2: (56, 224)}[self.warpgroups]
-        if self.turned:
+        if self.gather or self.turned:  # all of the producer's warpgroup is at work
             return {1: (72, 240), 2: (56, 224), 3: (56, 152)}[self.warpgroups]
         return {1: (40, 240), 2: (24, 240) if self.wide else (40, 232), 3: (32, 160)}[self.warpgroups]
 
@@ -177,8 +175,8 @@ def ring_stages(tile_n: int, turned: bool) -> tuple[tuple[int, int, int], ...]:
 
 def shape_of(spec: KernelSpec) -> Shape:
     """The sizes that a spec asks for, with the deepest rings that fit; raises Unsupported if none does."""
-    if spec.dtype not in ITEM_BYTES or spec.head_dim % 8 or spec.v_head_dim % 8:
-        raise Unsupported(f"the Hopper kernel takes head dims that are multiples of 8: {spec}")
+    if spec.head_dim % 8 or spec.v_head_dim % 8:
+        raise Unsupported(f"the Hopper kernel takes head dims that are multiples of 8: {spec.name}")
     turned = spec.dtype == "float32"
     if spec.tile_m not in (64, 128, 192) or spec.tile_n % (32 if turned else 16) or not 16 <= spec.tile_n <= 256:
         raise Unsupported(f"the Hopper kernel has no tile of {spec.tile_m} x {spec.tile_n}")

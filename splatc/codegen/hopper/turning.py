@@ -21,9 +21,9 @@ from splatc.codegen.hopper.block import Block
 from splatc.codegen.hopper.copies import Point, load_tile
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
 from splatc.codegen.hopper.producer import Producer
-from splatc.codegen.hopper.shape import TURNERS
+from splatc.codegen.hopper.shape import TURNERS, chunk
 
-CHUNK = 32  # columns of a staged chunk, and keys of a row of V^T
+CHUNK = chunk("float32")  # columns of a staged chunk, and keys of a row of V^T
 UNIT = 4  # values in 16 bytes: columns or slots
 SQUARES = CHUNK // UNIT * (CHUNK // UNIT) // 32  # rounds in which a warp moves 32 keys of a chunk
 
