@@ -25,7 +25,7 @@ class GatheringProducer(Producer):
         self.thread = let("team_thread", self.block.warp * 32 + self.block.lane)
         self.start()
         self.late_stage = Cell("late_stage", -1)  # of V: asked for and not reported
-        self.announce()
+        self.announce_next()
         with I.While(self.queue.number() < self.a.total):
             self.sync_team()  # everybody reads what thread 0 has told
             self.row_tile()
@@ -40,12 +40,16 @@ class GatheringProducer(Producer):
         with when(self.leads()):
             super().take()
 
+    def fetch_next(self) -> None:
+        """Not before it is needed: these threads have no registers to spare."""
+
     def announce_next(self) -> None:
         number, shared = self.queue.number, self.block.next_row
         with when(self.leads()):
             store(shared, 0, number())
         self.sync_team()
         number.set(shared[0])
+        super().fetch_next()
         super().announce_next()
 
     def sync_team(self) -> None:

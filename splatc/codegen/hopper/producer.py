@@ -9,7 +9,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.hopper import block as word
 from splatc.codegen.hopper.block import MESSAGE, Block
 from splatc.codegen.hopper.copies import Point, load_bytes, load_tile
-from splatc.codegen.hopper.emit import Cell, Expr, let, loop, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, let, loop, registers, store, when
 from splatc.codegen.hopper.queue import Queue
 
 AHEAD = 2  # column tiles of a row tile that are asked for before Q of the next one is
@@ -25,7 +25,8 @@ class Producer:
         """To be emitted for the producer's warpgroup."""
         with when(T.EQ(self.block.warp, 0)), when(T.cuda.elect_sync()):
             self.start()
-            self.announce()
+            self.fetch_next()
+            self.announce_next()
             with I.While(self.queue.number() < self.a.total):
                 self.row_tile()
             self.tell_end()
@@ -35,7 +36,8 @@ class Producer:
         self.kv_at = self.block.k_ring.producer("kv")  # K and V of a tile have the same place in their rings
         self.queue = Queue(self.a.counter, self.block.index, self.a.blocks)
         self.told = Cell("told", 0)  # where the words about the announced row tile begin
-        self.wait = Cell("wait", 0)  # column tiles until the next row tile is announced
+        self.row = registers("row_words", MESSAGE, "int32")  # of the row tile to announce
+        self.done = Cell("done", 0)  # column tiles of the announced row tile that were asked for
 
     def leads(self) -> Expr:
         """Whether this thread talks to the queue and to consumers."""
@@ -45,26 +47,27 @@ class Producer:
         """Ask for the number of the next row tile."""
         self.queue.take()
 
-    def announce(self) -> None:
-        """The row tile with the queue's number: tell consumers of it, and load its Q."""
-        b, s = self.block, self.s
-        row = [let(f"word{i}", self.a.work[self.queue.number(), i]) for i in range(MESSAGE)]
-        b.q_ring.wait_empty(self.q_at)
-        stage = let("stage", self.q_at.stage())
-        full = b.q_ring.full(stage)
-        self.told.set(stage * MESSAGE)
-        with when(self.leads()):
-            for i, value in enumerate(row):
-                store(b.messages, self.told() + i, value)
-            b.q_ring.expect(stage, T.uint32(s.q_bytes))
-            at = Point(row[word.X1], row[word.X2], row[word.X3], row[word.BATCH], row[word.HEAD])
-            load_tile(self.a.q, row[word.VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, full)
-        self.q_at.advance()
+    def fetch_next(self) -> None:
+        """Ask for the words of the row tile with the queue's number, if there is one."""
+        with when(self.queue.number() < self.a.total):
+            for i in range(MESSAGE):
+                store(self.row, i, self.a.work[self.queue.number(), i])
 
     def announce_next(self) -> None:
-        """Announce the row tile that was asked for, if there is one."""
+        """Tell consumers of that row tile, and load its Q."""
+        b, s, row = self.block, self.s, self.row
         with when(self.queue.number() < self.a.total):
-            self.announce()
+            b.q_ring.wait_empty(self.q_at)
+            stage = let("stage", self.q_at.stage())
+            full = b.q_ring.full(stage)
+            self.told.set(stage * MESSAGE)
+            with when(self.leads()):
+                for i in range(MESSAGE):
+                    store(b.messages, self.told() + i, row[i])
+                b.q_ring.expect(stage, T.uint32(s.q_bytes))
+                at = Point(row[word.X1], row[word.X2], row[word.X3], row[word.BATCH], row[word.HEAD])
+                load_tile(self.a.q, row[word.VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, full)
+            self.q_at.advance()
 
     def row_tile(self) -> None:
         """All column tiles of the announced row tile, entry by entry; on the way the next is announced."""
@@ -75,7 +78,8 @@ class Producer:
         kv_head = let("kv_head", T.truncdiv(head, self.a.group))
         early = self.s.q_stages > 1  # with one stage the next Q has to wait until this one has served all tiles
         if early:
-            self.wait.set(T.min(tiles, AHEAD))
+            self.done.set(0)
+            last = let("last_before_next", T.min(tiles, AHEAD))
         with loop(entries) as e:
             x1, x2, x3, repeat, bits, view, d1, d2 = (
                 let(name, self.a.entries[first + e, i])
@@ -83,10 +87,13 @@ class Producer:
             with loop(repeat) as r:
                 self.column_tile(view, Point(x1 + r * d1, x2 + r * d2, x3, batch, kv_head), bits)
                 if early:
-                    self.wait.set(self.wait() - 1)
-                    with when(T.EQ(self.wait(), 0)):
+                    self.done.set(self.done() + 1)
+                    with when(T.EQ(self.done(), 1)):
+                        self.fetch_next()
+                    with when(T.EQ(self.done(), last)):
                         self.announce_next()
         if not early:
+            self.fetch_next()
             self.announce_next()
 
     def column_tile(self, view: Expr, at: Point, bits: Expr) -> None:
