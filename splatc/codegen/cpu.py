@@ -19,7 +19,7 @@ from tvm.target.codegen import target_has_features
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import NEG_INF
-from splatc.codegen.cpu_tile import Scratch, Shape, emit_tile
+from splatc.codegen.cpu_tile import Bits, Scratch, Shape, emit_tile
 from splatc.codegen.cpu_vector import (
     LN2,
     LOG2E,
@@ -35,6 +35,7 @@ from splatc.codegen.cpu_vector import (
 from splatc.codegen.kernel import KernelSpec
 
 NAME = "splatc_attention"
+ALIGN = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of an element
 
 
 def attention_cpu(spec: KernelSpec) -> tvm.IRModule:
@@ -47,11 +48,11 @@ def attention_cpu(spec: KernelSpec) -> tvm.IRModule:
         with I.prim_func(s_tir=True):  # tirx functions have layouts, and those disregard strides
             I.func_name(NAME)
             t = match_tensors(s)
-            scale = I.arg("scale", I.float32())
-            cap = I.arg("cap", I.float32())
+            scale = I.arg("scale", s.scalar(None))
+            cap = I.arg("cap", s.scalar(None))
             merge = I.arg("merge", I.int32())
             with I.parallel(0, t.chunks.shape[0] - 1) as worker:
-                emit_worker(t, s, worker, scale * T.float32(LOG2E), cap * T.float32(LOG2E), merge)
+                emit_worker(t, s, worker, scale * s.scalar(LOG2E), cap * s.scalar(LOG2E), merge)
     return tvm.IRModule({NAME: builder.get().with_attr("global_symbol", NAME)})
 
 
@@ -71,6 +72,8 @@ def shape_of(spec: KernelSpec) -> Shape:
         lanes, vecs, rows = 4, 4, 4
     else:
         lanes, vecs, rows = 4, 2, 4
+    if spec.dtype == "float64":
+        lanes //= 2
     while spec.tile_m % (lanes * vecs):
         vecs //= 2
     return Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.softcap, lanes, vecs, rows)
@@ -100,18 +103,17 @@ def match_tensors(s: Shape) -> Tensors:
 
     def strided(name: str, *shape: Expr) -> Expr:
         strides = [*(I.int64() for _ in shape[1:]), T.int64(1)]
-        align = 4 if s.dtype == "float32" else 2
-        return I.match_buffer(I.arg(name, I.handle()), shape, s.dtype, strides=strides, align=align)
+        return I.match_buffer(I.arg(name, I.handle()), shape, s.dtype, strides=strides, align=ALIGN[s.dtype])
 
     def table(name: str, *shape: Expr, dtype: str = "int32") -> Expr:
-        return I.match_buffer(I.arg(name, I.handle()), shape, dtype, align=4)
+        return I.match_buffer(I.arg(name, I.handle()), shape, dtype, align=ALIGN.get(dtype, 4))
 
     return Tensors(
         q=strided("q", batch, heads, q_len, d),
         k=strided("k", batch, kv_heads, kv_len, d),
         v=strided("v", batch, kv_heads, kv_len, dv),
         o=strided("o", batch, heads, q_len, dv),
-        lse=table("lse", batch, heads, q_len, dtype="float32"),
+        lse=table("lse", batch, heads, q_len, dtype=s.acc),
         work=table("work", I.int32(), 2),
         items=table("items", I.int32(), 8),
         entries=table("entries", I.int32(), 8),
@@ -149,13 +151,13 @@ def emit_entry(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], e: Expr)
     with I.serial(0, t.entries[e, 3]) as r:
         origin = [I.Bind(t.entries[e, i] + r * t.views[view, 9 + i]) for i in range(3)]
         emit_positions(b.col_pos, t.views, view, origin, t.k.shape[2])
-        emit_pack_rows(b.k, s.d, t.k, at, b.col_pos, s.n, s.d, s.lanes)
-        emit_pack_rows(b.v, s.dv, t.v, at, b.col_pos, s.n, s.dv, s.lanes)
+        emit_pack_rows(b.k, s.d, t.k, at, b.col_pos, s.n, s.d, s)
+        emit_pack_rows(b.v, s.dv, t.v, at, b.col_pos, s.n, s.dv, s)
         with I.If(T.EQ(bits, 0)):
             with I.Then():
-                emit_tile(t.bits, b, s, None)
+                emit_tile(b, s, None)
             with I.Else():
-                emit_tile(t.bits, b, s, bits - 1)
+                emit_tile(b, s, Bits(t.bits, bits - 1))
 
 
 def emit_positions(pos: Expr, views: Expr, view: Expr, origin: list[Expr], length: Expr) -> None:
@@ -175,24 +177,24 @@ def emit_positions(pos: Expr, views: Expr, view: Expr, origin: list[Expr], lengt
 
 
 def emit_pack_rows(
-    dst: Expr, pitch: int, src: Expr, at: tuple[Expr, Expr], pos: Expr, count: int, dim: int, lanes: int
+    dst: Expr, pitch: int, src: Expr, at: tuple[Expr, Expr], pos: Expr, count: int, dim: int, s: Shape
 ) -> None:
-    """dst[j * pitch + d] = float32(src[*at, pos[j], d]) for j < count and d < dim; 0 where pos[j] < 0."""
+    """dst[j * pitch + d] = src[*at, pos[j], d] for j < count and d < dim; 0 where pos[j] < 0."""
     with I.serial(0, count) as j:
         p = I.Bind(pos[j])
         with I.If(p >= 0):
             with I.Then():
-                for d, width in pieces(dim, lanes):
-                    value = src[at[0], at[1], p, lane_range(d, width)].astype(vector_type(width))
+                for d, width in pieces(dim, s.lanes):
+                    value = src[at[0], at[1], p, lane_range(d, width)].astype(vector_type(width, s.acc))
                     store(dst, j * pitch + d, value, width)
             with I.Else():
-                for d, width in pieces(dim, lanes):
-                    store(dst, j * pitch + d, constant(0.0, width), width)
+                for d, width in pieces(dim, s.lanes):
+                    store(dst, j * pitch + d, constant(0.0, width, s.acc), width)
 
 
 def emit_pack_q(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], factor: Expr) -> None:
     """qt = the item's rows of Q, transposed, times factor (0 for invalid rows)."""
-    emit_pack_rows(b.rows, s.d_pitch, t.q, at, b.row_pos, s.m, s.d, s.lanes)
+    emit_pack_rows(b.rows, s.d_pitch, t.q, at, b.row_pos, s.m, s.d, s)
     emit_transpose_in(b.qt, b.rows, s, s.d_pitch, factor)
 
 
@@ -210,22 +212,22 @@ def emit_transpose_in(dst: Expr, rows: Expr, s: Shape, pitch: int, factor: Expr)
 def emit_start(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr], merge: Expr) -> None:
     """The empty state; with merge the state in the outputs: m = LSE * log2(e), l = 1, acc = O."""
     with I.serial(0, s.m // s.lanes) as x:
-        store(b.m, x * s.lanes, constant(NEG_INF, s.lanes), s.lanes)
-        store(b.l, x * s.lanes, constant(0.0, s.lanes), s.lanes)
+        store(b.m, x * s.lanes, s.constant(NEG_INF), s.lanes)
+        store(b.l, x * s.lanes, s.constant(0.0), s.lanes)
     with I.If(T.EQ(merge, 0)):
         with I.Then(), I.serial(0, s.m * s.dv_pitch // s.lanes) as x:
-            store(b.ot, x * s.lanes, constant(0.0, s.lanes), s.lanes)
+            store(b.ot, x * s.lanes, s.constant(0.0), s.lanes)
         with I.Else():
             with I.serial(0, s.m) as i:
                 I.buffer_store(b.live_pos, T.int32(-1), [i])
                 with I.If(b.row_pos[i] >= 0), I.Then():
                     lse = I.Bind(t.lse[at[0], at[1], b.row_pos[i]])
-                    with I.If(lse > T.float32(NEG_INF)), I.Then():
+                    with I.If(lse > s.scalar(NEG_INF)), I.Then():
                         I.buffer_store(b.live_pos, b.row_pos[i], [i])
-                        I.buffer_store(b.m, lse * T.float32(LOG2E), [i])
-                        I.buffer_store(b.l, T.float32(1), [i])
-            emit_pack_rows(b.rows, s.dv_pitch, t.o, at, b.live_pos, s.m, s.dv, s.lanes)
-            emit_transpose_in(b.ot, b.rows, s, s.dv_pitch, T.float32(1))
+                        I.buffer_store(b.m, lse * s.scalar(LOG2E), [i])
+                        I.buffer_store(b.l, s.scalar(1.0), [i])
+            emit_pack_rows(b.rows, s.dv_pitch, t.o, at, b.live_pos, s.m, s.dv, s)
+            emit_transpose_in(b.ot, b.rows, s, s.dv_pitch, s.scalar(1.0))
 
 
 def emit_finish(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr]) -> None:
@@ -237,7 +239,7 @@ def emit_finish(t: Tensors, b: Scratch, s: Shape, at: tuple[Expr, Expr]) -> None
             for d, width in pieces(s.dv, s.lanes):
                 value = load(b.rows, i * s.dv_pitch + d, width).astype(vector_type(width, s.dtype))
                 I.buffer_store(t.o, value, [at[0], at[1], p, lane_range(d, width)])
-            I.buffer_store(t.lse, (b.m[i] + T.log2(b.l[i])) * T.float32(LN2), [at[0], at[1], p])
+            I.buffer_store(t.lse, (b.m[i] + T.log2(b.l[i])) * s.scalar(LN2), [at[0], at[1], p])
 
 
 def emit_transpose_out(b: Scratch, s: Shape) -> None:
@@ -246,7 +248,7 @@ def emit_transpose_out(b: Scratch, s: Shape) -> None:
     with I.serial(0, s.blocks) as block, I.serial(0, s.vecs) as v:
         row = block * s.width + v * n
         l = I.Bind(load(b.l, row, n))
-        inverse = I.Bind(T.Select(T.EQ(l, constant(0.0, n)), constant(0.0, n), constant(1.0, n) / l))
+        inverse = I.Bind(T.Select(T.EQ(l, s.constant(0.0)), s.constant(0.0), s.constant(1.0) / l))
         with I.serial(0, s.dv_pitch // n) as c:
             first = block * s.dv_pitch + c * n
             square = [load(b.ot, (first + d) * s.width + v * n, n) * inverse for d in range(n)]

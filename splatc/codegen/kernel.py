@@ -9,6 +9,7 @@ from splatc.codegen.target import Target
 from splatc.errors import InvalidInput
 
 DTYPES = ("float32", "float16", "bfloat16")
+CPU_DTYPES = (*DTYPES, "float64")
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
 HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
@@ -19,8 +20,8 @@ class KernelSpec:
     """The identity of one compiled kernel. Lengths, batch, heads and the mask are *not* part of it.
 
     kernel: "cpu", "portable" (CUDA, fp32 multiply-adds) or "hopper" (sm_90a: TMA and tensor cores).
-    dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32). The hopper kernel
-    rounds the factors of float32 products to tf32.
+    dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32), on a CPU also
+    "float64" (all in float64). The hopper kernel rounds the factors of float32 products to tf32.
     tile_m, tile_n: query rows and key columns of a tile. softcap: scores are cap * tanh(score / cap).
     gather: some column tiles are lists of keys (hopper only).
     """
@@ -50,8 +51,8 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     allow_tf32: whether float32 may be computed by tensor cores.
     """
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(DTYPES)}")
+    if name not in (known := dtypes_of(target)):
+        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(known)}")
     for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
             raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
@@ -64,6 +65,11 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, softcap)
     tile_m, tile_n = tile or tile_shapes(spec)[0]
     return replace(spec, tile_m=tile_m, tile_n=tile_n)
+
+
+def dtypes_of(target: Target) -> tuple[str, ...]:
+    """The types of q, k and v that kernels for a target take."""
+    return CPU_DTYPES if target.kind == "cpu" else DTYPES
 
 
 def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target, allow_tf32: bool = True) -> str | None:

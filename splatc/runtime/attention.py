@@ -10,7 +10,7 @@ from typing import Any
 
 from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.hopper.shape import ITEM_BYTES, MAX_VIEWS
-from splatc.codegen.kernel import DTYPES, KernelSpec
+from splatc.codegen.kernel import KernelSpec, dtypes_of
 from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput
 from splatc.ir.program import Cover, Program
@@ -165,7 +165,8 @@ class CompiledAttention:
     def _check(self, shape: Shape) -> None:
         spec = self.kernel.spec
         if shape.dtype != spec.dtype:
-            known = f"one of {', '.join(DTYPES)}" if shape.dtype not in DTYPES else "compile again for it"
+            dtypes = dtypes_of(spec.target)
+            known = f"one of {', '.join(dtypes)}" if shape.dtype not in dtypes else "compile again for it"
             raise InvalidInput(
                 f"q, k and v are {shape.dtype} but this kernel is compiled for {spec.dtype}: convert them, {known}"
             )

@@ -132,16 +132,21 @@ def last_axis_contiguous(x: Any) -> Any:
     return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
 
 
+def computed_in(dtype: str) -> str:
+    """The type of accumulation, and so of LSE, for tensors of ``dtype``."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def outputs(q: Any, shape: Shape, layout: str) -> tuple[Any, Any]:
-    """(o as bhsd view of memory in ``layout``, lse (batch, heads, q_len) float32), not initialised."""
+    """(o as bhsd view of memory in ``layout``, lse (batch, heads, q_len) of ``computed_in``), not initialised."""
     order = (shape.batch, shape.heads, shape.q_len) if layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
     rows = (shape.batch, shape.heads, shape.q_len)
     if is_torch(q):
         import torch
 
         o = torch.empty((*order, shape.v_head_dim), dtype=q.dtype, device=q.device)
-        return to_bhsd(o, layout), torch.empty(rows, dtype=torch.float32, device=q.device)
-    return to_bhsd(np.empty((*order, shape.v_head_dim), q.dtype), layout), np.empty(rows, np.float32)
+        return to_bhsd(o, layout), torch.empty(rows, dtype=getattr(torch, computed_in(shape.dtype)), device=q.device)
+    return to_bhsd(np.empty((*order, shape.v_head_dim), q.dtype), layout), np.empty(rows, computed_in(shape.dtype))
 
 
 def _words(layout: str) -> str:
