@@ -115,7 +115,7 @@ class Bits:
 
 def emit_tile(b: Scratch, s: Shape, bits: Bits | None) -> None:
     """Online softmax over one packed tile; bits: None for a full tile."""
-    guard = bits and emit_guard(bits, b.v, s.n * s.dv, s)
+    guard = None if bits is None else emit_guard(bits, b.v, s.n * s.dv, s)
     with I.serial(0, s.blocks) as block:
         top = [s.register(s.constant(NEG_INF)) for _ in range(s.vecs)]
         alpha = [s.register() for _ in range(s.vecs)]
@@ -181,7 +181,7 @@ def emit_scores(b: Scratch, s: Shape, block: Expr, top: list[Register], bits: Bi
 
     def one(j: Expr, v: int, score: Expr) -> None:
         if s.softcap:
-            score = cap_score(score, b.cap, s)
+            score, _ = cap_score(score, b.cap, s)
         if bits is not None:
             score = T.Select(bits.on(s, j, block * s.width + v * s.lanes), score, s.constant(NEG_INF))
         score = I.Bind(score)
@@ -191,13 +191,15 @@ def emit_scores(b: Scratch, s: Shape, block: Expr, top: list[Register], bits: Bi
     emit_dots(s, b.k, b.qt, s.d, s.d_pitch, block, one)
 
 
-def cap_score(score: Expr, cap: Expr, s: Shape) -> Expr:
-    """cap * tanh(score / cap), by tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|) and the sign of x."""
+def cap_score(score: Expr, cap: Expr, s: Shape) -> tuple[Expr, Expr]:
+    """(cap * tanh(score / cap), its derivative), by tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|) and the sign of x;
+    1 - tanh(x)^2 = 4 e / (1 + e)^2 loses nothing where tanh is nearly 1.
+    """
     x = I.Bind(score / cap)
     e = I.Bind(exp2(T.max(x, -x) * s.constant(-2 * LOG2E), s.lanes, s.acc))
     one, zero = s.constant(1.0), s.constant(0.0)
     size = I.Bind((one - e) / (one + e) * cap)
-    return T.Select(x < zero, zero - size, size)
+    return T.Select(x < zero, zero - size, size), s.constant(4.0) * e / ((one + e) * (one + e))
 
 
 def emit_softmax(b: Scratch, s: Shape, block: Expr, top: list[Register], alpha: list[Register]) -> None:
@@ -254,7 +256,7 @@ def emit_weighted_sum(
     sum_t: Expr, pitch: int, y: Expr, dim: int, weights: Expr, s: Shape, block: Expr, guard: Guard | None,
     alpha: list[Register] | None = None,
 ) -> None:  # fmt: skip
-    """sum_t[d, i] = sum_t[d, i] * alpha[i] + sum over j of y[j, d] * weights[j, i]; where bits are off weights are 0."""
+    """sum_t[d, i] = sum_t[d, i] * alpha[i] + sum over j of y[j, d] * weights[j, i]; no weight where a bit is off."""
 
     def sums(where: Callable[[Expr, int], Expr] | None) -> None:
         def group(d0: Expr, rows: int) -> None:

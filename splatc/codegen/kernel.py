@@ -10,6 +10,7 @@ from splatc.errors import InvalidInput
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
+FORWARD, BACKWARD = "forward", "backward"
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
 HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
@@ -23,7 +24,8 @@ class KernelSpec:
     dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32), on a CPU also
     "float64" (all in float64). The hopper kernel rounds the factors of float32 products to tf32.
     tile_m, tile_n: query rows and key columns of a tile. softcap: scores are cap * tanh(score / cap).
-    gather: some column tiles are lists of keys (hopper only).
+    gather: some column tiles are lists of keys (hopper only). role: "forward", or "backward" for the functions that
+    compute gradients (cpu only).
     """
 
     kernel: str
@@ -35,13 +37,15 @@ class KernelSpec:
     target: Target
     softcap: bool = False
     gather: bool = False
+    role: str = FORWARD
 
     @property
     def name(self) -> str:
-        """A readable name: attention_hopper_d64_bfloat16_m192n128."""
+        """A readable name: attention_hopper_d64_bfloat16_m192n128, attention_backward_cpu_d64_float32_m64n64."""
+        what = "attention" if self.role == FORWARD else f"attention_{self.role}"
         dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
         features = "".join(f"_{name}" for name in ("softcap", "gather") if getattr(self, name))
-        return f"attention_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
+        return f"{what}_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
 
 
 def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target, softcap: bool = False,
@@ -51,8 +55,8 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     allow_tf32: whether float32 may be computed by tensor cores.
     """
     name = str(dtype).removeprefix("torch.")
-    if name not in (known := dtypes_of(target)):
-        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(known)}")
+    if name not in dtypes_of(target):
+        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(dtypes_of(target))}")
     for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
             raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
