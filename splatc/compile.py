@@ -25,7 +25,7 @@ from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
 from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.kernel import find_kernel
-from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap
+from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, is_torch
 from splatc.runtime.tuned import tuned_tiles
 
 After = Callable[[str, Program], None]
@@ -142,6 +142,8 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
     """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention."""
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+    if is_torch(q) and is_torch(k) and is_torch(v):
+        q, k, v = for_autocast(q, k, v)
     s = check_call(q, k, v, layout, enable_gqa)
     if not isinstance(mask, Pattern):
         mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)

@@ -127,6 +127,9 @@ def test_autocast_takes_tensors_in_the_dtype_that_was_compiled():
     rounded = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     wanted = torch.autograd.grad(attend(*rounded).float().sum(), rounded)
     assert same(grads, [x.float() for x in wanted])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(splatc.attention(q.bfloat16(), k, v, PATTERN), o)
+        assert splatc.attention(q.detach().numpy(), k.detach().numpy(), v.detach().numpy(), PATTERN).dtype == np.float32
 
 
 def test_transforms_are_refused_in_words():

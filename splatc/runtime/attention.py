@@ -28,6 +28,7 @@ from splatc.runtime.tensors import (
     check_call,
     check_gradients,
     check_scale,
+    for_autocast,
     last_axis_contiguous,
     outputs,
     to_bhsd,
@@ -152,11 +153,12 @@ class CompiledAttention:
         layout="bshd".
 
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
-        v_head_dim, and with return_lse also lse float32 (batch, heads, q_len), natural log. A row that attends to
-        nothing gives 0 and -inf. Raises InvalidInput for tensors that do not fit.
+        v_head_dim, and with return_lse also lse (batch, heads, q_len), natural log, float32 (for float64: float64). A
+        row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. On a
+        CPU both are differentiable. Raises InvalidInput for tensors that do not fit.
         """
         if hasattr(q, "requires_grad"):  # a torch tensor
-            q, k, v = self._for_autocast(q, k, v)
+            q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
             if self._needs_operator(q, k, v):
                 return self._by_operator(q, k, v, scale, return_lse, enable_gqa)
         o, lse = self.run(q, k, v, scale, enable_gqa)
@@ -178,15 +180,6 @@ class CompiledAttention:
         if self._make_gradients is None:
             raise Unsupported(NO_GRADIENTS)
         return self._make_gradients(self._planned)
-
-    def _for_autocast(self, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-        """Under autocast, floating-point tensors in the dtype that was compiled."""
-        import torch
-
-        if torch.is_autocast_enabled(q.device.type):
-            dtype = getattr(torch, self.kernel.spec.dtype)
-            q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
-        return q, k, v
 
     def _needs_operator(self, q: Any, k: Any, v: Any) -> bool:
         """Whether PyTorch must see an operator: for gradients, and where it traces."""

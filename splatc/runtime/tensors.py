@@ -94,6 +94,17 @@ def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
     return Shape(batch, heads, kv_heads, q_len, int(k.shape[2]), head_dim, int(v.shape[3]), dtypes["q"], devices["q"])
 
 
+def for_autocast(q: Any, k: Any, v: Any, dtype: str | None = None) -> tuple[Any, Any, Any]:
+    """Torch tensors as they are; under autocast of their device in ``dtype``, default: the one that it asks for."""
+    import torch
+
+    kind = q.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        wanted = torch.get_autocast_dtype(kind) if dtype is None else getattr(torch, dtype)
+        q, k, v = (x.to(wanted) if x.is_floating_point() else x for x in (q, k, v))
+    return q, k, v
+
+
 def check_scale(scale: Any, head_dim: int) -> float:
     """The scale of scores: 1/sqrt(head_dim) for None, else a finite number."""
     if scale is None:
