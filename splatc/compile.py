@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
-from splatc.codegen.kernel import KernelSpec, kernel_spec, patch_tiles, tile_shapes
+from splatc.codegen.kernel import BACKWARD, KernelSpec, kernel_spec, patch_tiles, tile_shapes
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
@@ -19,11 +19,13 @@ from splatc.ir.program import Cover, Program
 from splatc.patterns import as_pattern
 from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
-from splatc.runtime.attention import CompiledAttention, Plan, workers
+from splatc.runtime.attention import CompiledAttention, Plan
+from splatc.runtime.cpu_call import workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
+from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.kernel import find_kernel
-from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap
+from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, is_torch
 from splatc.runtime.tuned import tuned_tiles
 
 After = Callable[[str, Program], None]
@@ -48,7 +50,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
 
     mask: a pattern, its text, a boolean matrix, a scipy.sparse matrix, a networkx graph, a FlexAttention mask_mod or
     BlockMask, or a list with one of these for each head. seq_len, kv_len: as in ``analyze``; other lengths reuse the
-    binary. dtype: "float32", "float16", "bfloat16" or torch's. softcap: scores s become softcap * tanh(s / softcap).
+    binary. dtype: "float32", "float16", "bfloat16" (on a CPU also "float64") or torch's. softcap: scores s become
+    softcap * tanh(s / softcap).
     target: "cpu", "cuda" or an arch such as "sm_90a" (default: the GPU here, else the CPU). layout: "bhsd" or "bshd".
     tile: (query rows, key columns) of a tile, default: the fastest for this mask by ``splatc tune`` or the cost model.
     allow_tf32: on a Hopper GPU, compute float32 by tensor cores, which round the factors of products to tf32 (11 bits;
@@ -69,9 +72,18 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     def plan(q_len: int, kv_len: int) -> Plan:
         return make_plan(pattern, q_len, kv_len, first.spec, after)
 
+    def transposed_plan(kv_len: int, q_len: int) -> Plan:
+        return make_plan(pattern.transposed(), kv_len, q_len, replace(first.spec, role=BACKWARD), after)
+
+    def gradients(plan: Planner) -> Gradients:
+        kernel = find_kernel(replace(first.spec, role=BACKWARD))
+        dump_sources(kernel)
+        return Gradients(kernel, plan, transposed_plan, layout, cap)
+
     kernel = find_kernel(first.spec)
     dump_sources(kernel)
-    return CompiledAttention(kernel, first, plan, layout, cap)
+    differentiable = first.spec.kernel == "cpu"
+    return CompiledAttention(kernel, first, plan, layout, cap, gradients if differentiable else None)
 
 
 def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
@@ -130,6 +142,8 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
     """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention."""
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+    if is_torch(q) and is_torch(k) and is_torch(v):
+        q, k, v = for_autocast(q, k, v)
     s = check_call(q, k, v, layout, enable_gqa)
     if not isinstance(mask, Pattern):
         mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)

@@ -35,6 +35,31 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_],
     return weights / np.where(total == 0, 1.0, total) @ v, lse
 
 
+def gradients(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_], do: ArrayLike,
+              dlse: ArrayLike | None = None, scale: float | None = None,
+              softcap: float | None = None) -> tuple[NDArray[np.float64], ...]:  # fmt: skip
+    """(dq, dk, dv) of ``attention`` in float64, shaped like q, k and v.
+
+    do (batch, heads, q_len, dv) and dlse (batch, heads, q_len; None: zeros) are the gradients of o and lse.
+    """
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    o, lse = attention(q, k, v, mask, scale, softcap)
+    batch, kv_heads, kv_len, _ = k.shape
+    group = q.shape[1] // kv_heads
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores, slope = q @ k.swapaxes(-1, -2) * scale, 1.0
+    if softcap is not None:
+        tanh = np.tanh(scores / softcap)
+        scores, slope = softcap * tanh, 1 - tanh**2
+    p = np.exp(np.where(mask, scores, -np.inf) - np.where(np.isinf(lse), 0.0, lse)[..., None])
+    delta = (do * o).sum(-1) - (0.0 if dlse is None else np.asarray(dlse, np.float64))
+    ds = p * (do @ v.swapaxes(-1, -2) - delta[..., None]) * slope * scale
+    dk, dv = ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ do
+    dk, dv = (x.reshape(batch, kv_heads, group, kv_len, -1).sum(2) for x in (dk, dv))
+    return ds @ k, dk, dv
+
+
 def relative_error(got: ArrayLike, wanted: ArrayLike) -> float:
     """||got - wanted|| / ||wanted|| over all elements (||got|| where wanted is all zero)."""
     a, b = np.asarray(got, np.float64), np.asarray(wanted, np.float64)

@@ -15,7 +15,7 @@ from tests import library
 
 torch = pytest.importorskip("torch")
 
-BOUND = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+BOUND = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2, "float64": 1e-13}
 D = 16  # most tests share one kernel
 
 
@@ -61,7 +61,7 @@ def check(got, qkv, mask, dtype="float32", scale=None, softcap=None):
 def run(qkv, mask, dense, dtype="float32", **options):
     """Attention on these tensors, checked."""
     got = attention(qkv, mask, return_lse=True, **options)
-    assert got[0].dtype == qkv[0].dtype and got[1].dtype == torch.float32
+    assert got[0].dtype == qkv[0].dtype and got[1].dtype == (torch.float64 if dtype == "float64" else torch.float32)
     check(got, qkv, dense, dtype, options.get("scale"), options.get("softcap"))
     return got
 
@@ -257,6 +257,16 @@ def test_runs_are_equal_whatever_the_threads():
             assert torch.equal(attend(*qkv), one)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_nan_in_v_reaches_just_the_rows_that_see_it():
+    q, k, v = tensors(300, 300)
+    v[0, 0, 150, 3], v[0, 1, 7, 0] = float("inf"), float("nan")
+    o = attention((q, k, v), P.window(40, 20))
+    seen = torch.from_numpy(P.window(40, 20).dense(300))
+    for h, j, d in ((0, 150, 3), (1, 7, 0)):
+        assert torch.equal(~torch.isfinite(o[0, h, :, d]), seen[:, j])
+        assert torch.isfinite(o[0, h, :, [x for x in range(D) if x != d]]).all()
 
 
 def test_gradients_may_be_off():

@@ -176,8 +176,9 @@ def test_products_are_fused_and_stay_in_registers(arch: str, register: str) -> N
     module = attention_cpu(KernelSpec("cpu", 64, 64, "bfloat16", 64, 64, Target("cpu", arch)))
     assembly = tvm.compile(module, target=llvm_target(arch)).mod.inspect_source("asm")
     fused = [line for line in assembly.splitlines() if "vfmadd231ps" in line]
-    assert len(fused) >= 3 * 4 * 2  # full scores, scores with bits, accumulation: rows x vecs each
-    assert all(line.count(register) == 3 for line in fused)  # no operand was spilled to the stack
+    in_registers = [line for line in fused if line.count(register) == 3]
+    assert len(in_registers) >= 3 * 4 * 2  # full scores, scores with bits, accumulation: rows x vecs each
+    assert not any("%rsp" in line or "%rbp" in line for line in fused)  # no operand was spilled to the stack
 
 
 def window(q_len: int, kv_len: int, left: int, right: int) -> np.ndarray:

@@ -34,7 +34,7 @@ LAZY = {
     "splatc.codegen.cpu*": {"tvm", "tvm_ffi"},  # the emitters
     "splatc.codegen.cuda*": {"tvm", "tvm_ffi"},
     "splatc.codegen.hopper.*": {"tvm", "tvm_ffi"},
-    "splatc.autograd": {"torch"},
+    "splatc.runtime.torch_ops": {"torch"},
 }
 LIGHT = {"splatc.codegen.hopper.shape"}  # all the same
 

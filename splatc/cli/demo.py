@@ -138,7 +138,7 @@ def _name(pattern: Pattern) -> str:
 
 def _processor(target: Target) -> str:
     if target.kind == "cpu":
-        from splatc.runtime.attention import workers
+        from splatc.runtime.cpu_call import workers
 
         return f"the CPU, {workers()} threads"
     import torch

@@ -34,7 +34,9 @@ VHeadDim = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", show_default="float32, for a GPU bfloat16", help="float32, float16 or bfloat16."
+        "--dtype",
+        show_default="float32, for a GPU bfloat16",
+        help="float32, float16 or bfloat16; on a CPU also float64.",
     ),
 ]
 

@@ -13,13 +13,14 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import BACKWARD, KernelSpec
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.errors import CompileError, Unsupported
 
-FUNCTION = "splatc_attention"
+FUNCTION = "splatc_attention"  # of a CPU kernel
+GRADIENTS = "splatc_attention_dq", "splatc_attention_dkv"  # of one for gradients
 LIBRARY = "kernel.so"  # of a CPU kernel
 CUBIN = "kernel.cubin"
 PTX = "kernel.ptx"
@@ -43,12 +44,12 @@ def build(spec: KernelSpec, folder: Path) -> None:
 
 
 @lru_cache(maxsize=1024)
-def load(folder: Path) -> Callable[..., None]:
-    """The CPU kernel of a built folder as a callable, in the argument order of the kernel ABI."""
+def load(folder: Path, name: str = FUNCTION) -> Callable[..., None]:
+    """A function of a CPU kernel's built folder as a callable, in the argument order of the kernel ABI."""
     import tvm_ffi
 
     _load_thread_pool()
-    function: Callable[..., None] = tvm_ffi.load_module(str(folder / LIBRARY))[FUNCTION]
+    function: Callable[..., None] = tvm_ffi.load_module(str(folder / LIBRARY))[name]
     return function
 
 
@@ -59,6 +60,7 @@ def _load_thread_pool() -> None:
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # its own guess halves the cores
     os.environ.setdefault("TVM_BIND_THREADS", "0")  # a bound pool pins the caller's thread too
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")  # 300000 would keep torch's next operation waiting
     for library in (path for folder in folders for path in sorted(folder.rglob("libtvm_runtime.so"))):
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         return
@@ -70,12 +72,13 @@ def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
     from tvm.target.codegen import llvm_get_system_cpu
 
     from splatc.codegen.cpu import attention_cpu, llvm_target
+    from splatc.codegen.cpu_backward import attention_backward_cpu
 
     if shutil.which("cc") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
         raise Unsupported("no C compiler found to link the kernel: install one (cc, gcc or clang)")
     if spec.target.arch == NATIVE:
         spec = replace(spec, target=Target("cpu", str(llvm_get_system_cpu())))
-    module = attention_cpu(spec)
+    module = attention_backward_cpu(spec) if spec.role == BACKWARD else attention_cpu(spec)
     (folder / "kernel.tir.py").write_text(module.script())
     built = tvm.compile(module, target=llvm_target(spec.target.arch))
     (folder / source_name(spec)).write_text(built.mod.inspect_source("ll"))

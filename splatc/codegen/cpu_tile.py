@@ -1,4 +1,7 @@
-"""One packed tile of the CPU kernel: scores, online softmax and accumulation, in vectors of queries."""
+"""One packed tile of a CPU kernel: products, scores, online softmax and accumulation, in vectors of lanes.
+
+Lanes are the rows of a tile: queries, or keys where a kernel walks over the transposed mask.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from splatc.codegen.cpu_vector import LOG2E, Expr, Register, constant, exp2, loa
 class Shape:
     """What is known at compile time: the tile (m x n, head dims d and dv) and the register tile.
 
-    A register tile has rows x vecs accumulators of `lanes` queries; a block is the queries that it
+    A register tile has rows x vecs accumulators of `lanes` rows of the tile; a block is the rows that it
     covers, `width` = vecs * lanes of them. *_pitch: head dims rounded up to whole vectors.
     """
 
@@ -30,6 +33,11 @@ class Shape:
     lanes: int
     vecs: int
     rows: int
+
+    @property
+    def acc(self) -> str:
+        """The type that everything is computed in."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     @property
     def width(self) -> int:
@@ -47,9 +55,29 @@ class Shape:
     def dv_pitch(self) -> int:
         return -(-self.dv // self.lanes) * self.lanes
 
+    def scalar(self, value: float | Expr) -> Expr:
+        """A number in the type of computations."""
+        return getattr(T, self.acc)(value)
+
+    def constant(self, value: float) -> Expr:
+        """A vector of equal numbers."""
+        return constant(value, self.lanes, self.acc)
+
+    def register(self, value: Expr | None = None) -> Register:
+        return Register(self.lanes, value, self.acc)
+
+    def registers(self, rows: int, value: float | None = None) -> list[list[Register]]:
+        """A register tile of so many rows."""
+        fill = None if value is None else self.constant(value)
+        return [[self.register(fill) for _ in range(self.vecs)] for _ in range(rows)]
+
+    def scratch(self, size: int) -> Expr:
+        """Memory of the worker, in the type of computations."""
+        return scratch(size, self.acc)
+
 
 class Scratch:
-    """A worker's own buffers.
+    """A worker's own buffers of the forward kernel.
 
     Those named *t are transposed: element (x, query) of a block at (block * pitch + x) * width + query.
     """
@@ -57,27 +85,43 @@ class Scratch:
     def __init__(self, s: Shape, cap: Expr) -> None:
         """cap: of scores times log2(e)."""
         self.cap = I.Bind(T.Broadcast(cap, s.lanes))
-        self.qt = scratch(s.m * s.d_pitch)  # times scale * log2(e)
-        self.k = scratch(s.n * s.d)
-        self.v = scratch(s.n * s.dv)
-        self.st = scratch(s.n * s.width)  # of one block: scores, then probabilities
-        self.ot = scratch(s.m * s.dv_pitch)  # not yet divided by l
-        self.m = scratch(s.m)  # running maximum of the scores, log2 domain
-        self.l = scratch(s.m)  # running sum of exp2(score - m)
-        self.rows = scratch(s.m * max(s.d_pitch, s.dv_pitch))  # of Q or O, before or after a transpose
+        self.qt = s.scratch(s.m * s.d_pitch)  # times scale * log2(e)
+        self.k = s.scratch(s.n * s.d)
+        self.v = s.scratch(s.n * s.dv)
+        self.st = s.scratch(s.n * s.width)  # of one block: scores, then probabilities
+        self.ot = s.scratch(s.m * s.dv_pitch)  # not yet divided by l
+        self.m = s.scratch(s.m)  # running maximum of the scores, log2 domain
+        self.l = s.scratch(s.m)  # running sum of exp2(score - m)
+        self.rows = s.scratch(s.m * max(s.d_pitch, s.dv_pitch))  # of Q or O, before or after a transpose
         self.row_pos = scratch(s.m, "int32")  # positions of the lanes of a tile side, -1 if invalid
         self.live_pos = scratch(s.m, "int32")  # row_pos, -1 also where LSE is -inf
         self.col_pos = scratch(s.n, "int32")
 
 
-def emit_tile(bits: Expr, b: Scratch, s: Shape, bitmap: Expr | None) -> None:
-    """Online softmax over one packed tile; bitmap: index in bits, None for a full tile."""
+@dataclass(frozen=True)
+class Bits:
+    """The bits of one tile: where its elements attend."""
+
+    table: Expr
+    tile: Expr
+
+    def on(self, s: Shape, j: Expr, i: Expr) -> Expr:
+        """Lane mask: do row lanes i, i + 1, ... and column lane j attend? (They share a word.)"""
+        word = self.table[self.tile, j, T.truncdiv(i, 32)]
+        first = T.uint32(1) << T.cast(T.truncmod(i, 32), "uint32")
+        test = T.Broadcast(first, s.lanes) << T.Ramp(T.uint32(0), T.uint32(1), s.lanes)
+        return T.NE(T.bitwise_and(T.Broadcast(word, s.lanes), test), constant(0, s.lanes, "uint32"))
+
+
+def emit_tile(b: Scratch, s: Shape, bits: Bits | None) -> None:
+    """Online softmax over one packed tile; bits: None for a full tile."""
+    guard = None if bits is None else emit_guard(bits, b.v, s.n * s.dv, s)
     with I.serial(0, s.blocks) as block:
-        top = [Register(s.lanes, constant(NEG_INF, s.lanes)) for _ in range(s.vecs)]
-        alpha = [Register(s.lanes) for _ in range(s.vecs)]
-        emit_scores(bits, b, s, block, top, bitmap)
+        top = [s.register(s.constant(NEG_INF)) for _ in range(s.vecs)]
+        alpha = [s.register() for _ in range(s.vecs)]
+        emit_scores(b, s, block, top, bits)
         emit_softmax(b, s, block, top, alpha)
-        emit_accumulate(b, s, block, alpha)
+        emit_weighted_sum(b.ot, s.dv_pitch, b.v, s.dv, b.st, s, block, guard, alpha)
 
 
 def emit_product(
@@ -86,14 +130,20 @@ def emit_product(
     depth: int,
     scalar: Callable[[Expr, int], Expr],
     vector: Callable[[Expr, int], Expr],
+    where: Callable[[Expr, int], Expr] | None = None,
 ) -> None:
-    """acc[r][v] += sum over x < depth of scalar(x, r) * vector(x, v): the register tile."""
+    """acc[r][v] += sum over x < depth of scalar(x, r) * vector(x, v): the register tile.
+
+    where(x, v): the lanes that have a summand x.
+    """
     with I.serial(0, depth) as x:
         vectors = [I.Bind(vector(x, v)) for v in range(s.vecs)]
+        masks = [where(x, v) for v in range(s.vecs)] if where else []  # (TVM binds no vector of booleans)
         for r, row in enumerate(acc):
             a = I.Bind(T.Broadcast(scalar(x, r), s.lanes))
-            for cell, b in zip(row, vectors, strict=True):
-                cell.set(cell.get() + a * b)
+            for v, (cell, b) in enumerate(zip(row, vectors, strict=True)):
+                total = cell.get() + a * b
+                cell.set(T.Select(masks[v], total, cell.get()) if where else total)
 
 
 def row_groups(count: int, rows: int, emit: Callable[[Expr, int], None]) -> None:
@@ -105,84 +155,135 @@ def row_groups(count: int, rows: int, emit: Callable[[Expr, int], None]) -> None
         emit(count - count % rows, count % rows)
 
 
-def emit_scores(bits: Expr, b: Scratch, s: Shape, block: Expr, top: list[Register], bitmap: Expr | None) -> None:
-    """st[j, i] = <k_j, q_i>, -inf where a bit is off; top[i] = max(top[i], their maximum over j)."""
+def emit_dots(
+    s: Shape, y: Expr, xt: Expr, dim: int, pitch: int, block: Expr, emit: Callable[[Expr, int, Expr], None]
+) -> None:
+    """emit(j, v, <y_j, x_i>) for the n columns j and the vectors v of the rows i of a block.
+
+    y: rows of `dim`; xt: transposed, with `pitch`.
+    """
 
     def group(j0: Expr, rows: int) -> None:
-        acc = [[Register(s.lanes, constant(0.0, s.lanes)) for _ in range(s.vecs)] for _ in range(rows)]
+        acc = s.registers(rows, 0.0)
         emit_product(
-            acc, s, s.d,
-            lambda d, r: b.k[(j0 + r) * s.d + d],
-            lambda d, v: load(b.qt, (block * s.d_pitch + d) * s.width + v * s.lanes, s.lanes),
+            acc, s, dim,
+            lambda d, r: y[(j0 + r) * dim + d],
+            lambda d, v: load(xt, (block * pitch + d) * s.width + v * s.lanes, s.lanes),
         )  # fmt: skip
         for r, v in product(range(rows), range(s.vecs)):
-            score = cap_score(acc[r][v].get(), b, s) if s.softcap else acc[r][v].get()
-            if bitmap is not None:
-                on = bits_on(bits, s, bitmap, j0 + r, block * s.width + v * s.lanes)
-                score = T.Select(on, score, constant(NEG_INF, s.lanes))
-            score = I.Bind(score)
-            top[v].set(T.max(top[v].get(), score))
-            store(b.st, (j0 + r) * s.width + v * s.lanes, score, s.lanes)
+            emit(j0 + r, v, acc[r][v].get())
 
     row_groups(s.n, s.rows, group)
 
 
-def cap_score(score: Expr, b: Scratch, s: Shape) -> Expr:
-    """cap * tanh(score / cap), by tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|) and the sign of x."""
-    x = I.Bind(score / b.cap)
-    e = I.Bind(exp2(T.max(x, -x) * constant(-2 * LOG2E, s.lanes), s.lanes))
-    one, zero = constant(1.0, s.lanes), constant(0.0, s.lanes)
-    size = I.Bind((one - e) / (one + e) * b.cap)
-    return T.Select(x < zero, zero - size, size)
+def emit_scores(b: Scratch, s: Shape, block: Expr, top: list[Register], bits: Bits | None) -> None:
+    """st[j, i] = <k_j, q_i>, -inf where a bit is off; top[i] = max(top[i], their maximum over j)."""
+
+    def one(j: Expr, v: int, score: Expr) -> None:
+        if s.softcap:
+            score, _ = cap_score(score, b.cap, s)
+        if bits is not None:
+            score = T.Select(bits.on(s, j, block * s.width + v * s.lanes), score, s.constant(NEG_INF))
+        score = I.Bind(score)
+        top[v].set(T.max(top[v].get(), score))
+        store(b.st, j * s.width + v * s.lanes, score, s.lanes)
+
+    emit_dots(s, b.k, b.qt, s.d, s.d_pitch, block, one)
 
 
-def bits_on(bits: Expr, s: Shape, bitmap: Expr, j: Expr, i: Expr) -> Expr:
-    """Lane mask: do query lanes i, i + 1, ... attend to column lane j? (They share a word.)"""
-    word = bits[bitmap, j, T.truncdiv(i, 32)]
-    first = T.uint32(1) << T.cast(T.truncmod(i, 32), "uint32")
-    test = T.Broadcast(first, s.lanes) << T.Ramp(T.uint32(0), T.uint32(1), s.lanes)
-    return T.NE(T.bitwise_and(T.Broadcast(word, s.lanes), test), constant(0, s.lanes, "uint32"))
+def cap_score(score: Expr, cap: Expr, s: Shape) -> tuple[Expr, Expr]:
+    """(cap * tanh(score / cap), its derivative), by tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|) and the sign of x;
+    1 - tanh(x)^2 = 4 e / (1 + e)^2 loses nothing where tanh is nearly 1.
+    """
+    x = I.Bind(score / cap)
+    e = I.Bind(exp2(T.max(x, -x) * s.constant(-2 * LOG2E), s.lanes, s.acc))
+    one, zero = s.constant(1.0), s.constant(0.0)
+    size = I.Bind((one - e) / (one + e) * cap)
+    return T.Select(x < zero, zero - size, size), s.constant(4.0) * e / ((one + e) * (one + e))
 
 
 def emit_softmax(b: Scratch, s: Shape, block: Expr, top: list[Register], alpha: list[Register]) -> None:
     """m' = max(m, top); st = exp2(st - m'); alpha = exp2(m - m'); l = l * alpha + sum of st over j."""
     lanes = s.lanes
-    base = [Register(lanes) for _ in range(s.vecs)]
-    total = [Register(lanes) for _ in range(s.vecs)]
+    base = [s.register() for _ in range(s.vecs)]
+    total = [s.register() for _ in range(s.vecs)]
     for v in range(s.vecs):
         row = block * s.width + v * lanes
         new = I.Bind(T.max(load(b.m, row, lanes), top[v].get()))
         # A row with nothing yet has m' = -inf: subtract 0 instead, exp2(-inf) is 0.
-        base[v].set(T.Select(T.EQ(new, constant(NEG_INF, lanes)), constant(0.0, lanes), new))
-        alpha[v].set(exp2(load(b.m, row, lanes) - base[v].get(), lanes))
+        base[v].set(T.Select(T.EQ(new, s.constant(NEG_INF)), s.constant(0.0), new))
+        alpha[v].set(exp2(load(b.m, row, lanes) - base[v].get(), lanes, s.acc))
         total[v].set(load(b.l, row, lanes) * alpha[v].get())
         store(b.m, row, new, lanes)
     with I.serial(0, s.n) as j:
         for v in range(s.vecs):
             at = j * s.width + v * lanes
-            p = I.Bind(exp2(load(b.st, at, lanes) - base[v].get(), lanes))
+            p = I.Bind(exp2(load(b.st, at, lanes) - base[v].get(), lanes, s.acc))
             total[v].set(total[v].get() + p)
             store(b.st, at, p, lanes)
     for v in range(s.vecs):
         store(b.l, block * s.width + v * lanes, total[v].get(), lanes)
 
 
-def emit_accumulate(b: Scratch, s: Shape, block: Expr, alpha: list[Register]) -> None:
-    """ot[d, i] = ot[d, i] * alpha[i] + sum over j of v[j, d] * st[j, i]."""
+@dataclass(frozen=True)
+class Guard:
+    """0 times infinity is not 0: in a tile with bits where some factor is not finite, summands whose bit is off must be
+    left out. doubt: 0 where all are finite, else NaN.
+    """
 
-    def group(d0: Expr, rows: int) -> None:
-        def at(r: int, v: int) -> Expr:
-            return (block * s.dv_pitch + d0 + r) * s.width + v * s.lanes
+    bits: Bits
+    doubt: Expr
 
-        acc = [[Register(s.lanes) for _ in range(s.vecs)] for _ in range(rows)]
-        for r, v in product(range(rows), range(s.vecs)):
-            acc[r][v].set(load(b.ot, at(r, v), s.lanes) * alpha[v].get())
-        emit_product(
-            acc, s, s.n,
-            lambda j, r: b.v[j * s.dv + d0 + r],
-            lambda j, v: load(b.st, j * s.width + v * s.lanes, s.lanes),
-        )  # fmt: skip
-        for r, v in product(range(rows), range(s.vecs)):
-            store(b.ot, at(r, v), acc[r][v].get(), s.lanes)
 
-    row_groups(s.dv, s.rows, group)
+def emit_guard(bits: Bits, values: Expr, count: int, s: Shape) -> Guard:
+    """The guard of sums over a tile with these factors."""
+    zero = s.register(s.constant(0.0))  # hidden: TVM takes x * 0 for 0
+    chains, doubt = [s.register(s.constant(0.0)) for _ in range(s.rows)], s.scratch(1)
+    together = s.rows * s.lanes
+    whole = count - count % together
+    with I.serial(0, whole // together) as x:
+        for i, chain in enumerate(chains):
+            chain.set(chain.get() + load(values, x * together + i * s.lanes, s.lanes) * zero.get())
+    I.buffer_store(doubt, s.scalar(0.0), [0])
+    for chain, i in product(chains, range(s.lanes)):
+        I.buffer_store(doubt, doubt[0] + chain.slot[i], [0])
+    for i in range(whole, count):
+        I.buffer_store(doubt, doubt[0] + values[i] * zero.slot[0], [0])
+    return Guard(bits, doubt)
+
+
+def emit_weighted_sum(
+    sum_t: Expr, pitch: int, y: Expr, dim: int, weights: Expr, s: Shape, block: Expr, guard: Guard | None,
+    alpha: list[Register] | None = None,
+) -> None:  # fmt: skip
+    """sum_t[d, i] = sum_t[d, i] * alpha[i] + sum over j of y[j, d] * weights[j, i]; no weight where a bit is off."""
+
+    def sums(where: Callable[[Expr, int], Expr] | None) -> None:
+        def group(d0: Expr, rows: int) -> None:
+            def at(r: int, v: int) -> Expr:
+                return (block * pitch + d0 + r) * s.width + v * s.lanes
+
+            acc = s.registers(rows)
+            for r, v in product(range(rows), range(s.vecs)):
+                before = load(sum_t, at(r, v), s.lanes)
+                acc[r][v].set(before if alpha is None else before * alpha[v].get())
+            emit_product(
+                acc, s, s.n,
+                lambda j, r: y[j * dim + d0 + r],
+                lambda j, v: load(weights, j * s.width + v * s.lanes, s.lanes),
+                where,
+            )  # fmt: skip
+            for r, v in product(range(rows), range(s.vecs)):
+                store(sum_t, at(r, v), acc[r][v].get(), s.lanes)
+
+        row_groups(dim, s.rows, group)
+
+    if guard is None:
+        sums(None)
+        return
+    bits = guard.bits
+    with I.If(T.EQ(guard.doubt[0], s.scalar(0.0))):
+        with I.Then():
+            sums(None)
+        with I.Else():
+            sums(lambda j, v: bits.on(s, j, block * s.width + v * s.lanes))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,9 @@ class Register:
     TVM's simplifier does not look through it, so it also hides a value from algebra that floats do not obey.
     """
 
-    def __init__(self, lanes: int, value: Expr | None = None) -> None:
+    def __init__(self, lanes: int, value: Expr | None = None, dtype: str = "float32") -> None:
         self.lanes = lanes
-        self.slot = scratch(lanes)
+        self.slot = scratch(lanes, dtype)
         if value is not None:
             self.set(value)
 
@@ -98,21 +99,40 @@ def exp2_polynomial(degree: int) -> list[float]:
     return [float(c) for c in np.polynomial.polynomial.polyfit(nodes, 2.0**nodes, degree)]
 
 
-EXP2 = exp2_polynomial(5)  # relative error 1.0e-7
-ROUND = 1.5 * 2.0**23 + 127.0  # x + ROUND has n + 127 in its low bits, n the integer nearest to x
+@dataclass(frozen=True)
+class Exp2:
+    """How 2^x is put together in a float type: a polynomial, and where the exponent lies."""
+
+    polynomial: tuple[float, ...]
+    fraction: int  # bits
+    bias: int  # of the exponent
+    bits: str  # the unsigned integer of that size
+
+    @property
+    def round(self) -> float:
+        """x + round has n + bias in its low bits, n the integer nearest to x."""
+        return 1.5 * 2.0**self.fraction + self.bias
 
 
-def exp2(x: Expr, lanes: int) -> Expr:
-    """2^x for x <= 0 (fp32 lanes): relative error 2e-7, 0 below -126.5 and for -inf, NaN for NaN.
+EXP2 = {
+    "float32": Exp2(tuple(exp2_polynomial(5)), 23, 127, "uint32"),  # relative error 1.0e-7
+    "float64": Exp2(tuple(exp2_polynomial(11)), 52, 1023, "uint64"),
+}
 
-    libm's exp2 would be called lane by lane. 2^x = p(x - n) * 2^n, and 2^n has n + 127 as its exponent field:
-    0 at n = -127, where the float is 0 too.
+
+def exp2(x: Expr, lanes: int, dtype: str = "float32") -> Expr:
+    """2^x for x <= 0, or not far above: relative error 2e-7 (float64: 1e-15), 0 below -bias and for -inf, NaN for NaN.
+
+    libm's exp2 would be called lane by lane. 2^x = p(x - n) * 2^n, and 2^n has n + bias as its exponent field:
+    0 at n = -bias, where the float is 0 too.
     """
-    x = I.Bind(T.max(constant(-127.0, lanes), x))  # (a > b ? a : b): keeps a NaN in x
-    shifted = Register(lanes, x + constant(ROUND, lanes))  # hidden: TVM takes (x + c) - c for x
-    field = T.reinterpret(vector_type(lanes, "uint32"), shifted.get()) << constant(23, lanes, "uint32")
-    f = I.Bind(x - (shifted.get() - constant(ROUND, lanes)))
-    p = constant(EXP2[-1], lanes)
-    for c in reversed(EXP2[:-1]):
-        p = p * f + constant(c, lanes)
-    return p * T.reinterpret(vector_type(lanes), field)
+    form = EXP2[dtype]
+    x = I.Bind(T.max(constant(-float(form.bias), lanes, dtype), x))  # (a > b ? a : b): keeps a NaN in x
+    # hidden: TVM takes (x + c) - c for x
+    shifted = Register(lanes, x + constant(form.round, lanes, dtype), dtype)
+    whole = T.reinterpret(vector_type(lanes, form.bits), shifted.get()) << constant(form.fraction, lanes, form.bits)
+    f = I.Bind(x - (shifted.get() - constant(form.round, lanes, dtype)))
+    p = constant(form.polynomial[-1], lanes, dtype)
+    for c in reversed(form.polynomial[:-1]):
+        p = p * f + constant(c, lanes, dtype)
+    return p * T.reinterpret(vector_type(lanes, dtype), whole)

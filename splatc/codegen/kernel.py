@@ -9,6 +9,8 @@ from splatc.codegen.target import Target
 from splatc.errors import InvalidInput
 
 DTYPES = ("float32", "float16", "bfloat16")
+CPU_DTYPES = (*DTYPES, "float64")
+FORWARD, BACKWARD = "forward", "backward"
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
 HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
@@ -19,10 +21,11 @@ class KernelSpec:
     """The identity of one compiled kernel. Lengths, batch, heads and the mask are *not* part of it.
 
     kernel: "cpu", "portable" (CUDA, fp32 multiply-adds) or "hopper" (sm_90a: TMA and tensor cores).
-    dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32). The hopper kernel
-    rounds the factors of float32 products to tf32.
+    dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32), on a CPU also
+    "float64" (all in float64). The hopper kernel rounds the factors of float32 products to tf32.
     tile_m, tile_n: query rows and key columns of a tile. softcap: scores are cap * tanh(score / cap).
-    gather: some column tiles are lists of keys (hopper only).
+    gather: some column tiles are lists of keys (hopper only). role: "forward", or "backward" for the functions that
+    compute gradients (cpu only).
     """
 
     kernel: str
@@ -34,13 +37,15 @@ class KernelSpec:
     target: Target
     softcap: bool = False
     gather: bool = False
+    role: str = FORWARD
 
     @property
     def name(self) -> str:
-        """A readable name: attention_hopper_d64_bfloat16_m192n128."""
+        """A readable name: attention_hopper_d64_bfloat16_m192n128, attention_backward_cpu_d64_float32_m64n64."""
+        what = "attention" if self.role == FORWARD else f"attention_{self.role}"
         dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
         features = "".join(f"_{name}" for name in ("softcap", "gather") if getattr(self, name))
-        return f"attention_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
+        return f"{what}_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
 
 
 def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target, softcap: bool = False,
@@ -50,8 +55,8 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     allow_tf32: whether float32 may be computed by tensor cores.
     """
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(DTYPES)}")
+    if name not in dtypes_of(target):
+        raise InvalidInput(f"dtype is {dtype}: it must be one of {', '.join(dtypes_of(target))}")
     for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
             raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
@@ -64,6 +69,11 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, softcap)
     tile_m, tile_n = tile or tile_shapes(spec)[0]
     return replace(spec, tile_m=tile_m, tile_n=tile_n)
+
+
+def dtypes_of(target: Target) -> tuple[str, ...]:
+    """The types of q, k and v that kernels for a target take."""
+    return CPU_DTYPES if target.kind == "cpu" else DTYPES
 
 
 def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target, allow_tf32: bool = True) -> str | None:

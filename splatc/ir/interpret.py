@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +32,37 @@ def interpret(program: Program, q: Float, k: Float, v: Float, scale: float) -> t
                 new = _attend(program.domain(over), env[a], env[b], env[w], scale)
                 env[out], env[lse] = _merge((env[out], env[lse]), new) if merging else new
     return env["o"], env["lse"]
+
+
+def interpret_gradients(program: Program, transposed: Program, q: Float, k: Float, v: Float, do: Float, dlse: Float,
+                        scale: float) -> tuple[Float, Float, Float]:  # fmt: skip
+    """(dq, dk, dv) of one head for the gradients do (q_len, dv) of o and dlse (q_len,) of lse; shapes as in
+    ``interpret``. dq is summed over the tiles of the program, dk and dv over those of the transposed mask's program."""
+    o, lse = interpret(program, q, k, v, scale)
+    lse, delta = np.where(np.isinf(lse), 0.0, lse), (do * o).sum(1) - dlse
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+
+    def of_tile(i: NDArray[np.int64], j: NDArray[np.int64], held: NDArray[np.bool_]) -> tuple[Float, Float]:
+        p = np.exp(np.where(held, q[i] @ k[j].T * scale, -np.inf) - lse[i, None])
+        return p, p * (do[i] @ v[j].T - delta[i, None]) * scale
+
+    for i, j, held in _existing(program):
+        dq[i] += of_tile(i, j, held)[1] @ k[j]
+    for j, i, held in _existing(transposed):
+        p, ds = of_tile(i, j, held.T)
+        dk[j] += ds.T @ q[i]
+        dv[j] += p.T @ do[i]
+    return dq, dk, dv
+
+
+def _existing(program: Program) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
+    """The tiles of a program without the lanes that do not exist; one tile for a domain that is no cover yet."""
+    for _, domain in program.domains:
+        if isinstance(domain, Cover):
+            for rows, cols, held in tiles(domain):
+                yield rows[rows >= 0], cols[cols >= 0], held[np.ix_(rows >= 0, cols >= 0)]
+        else:
+            yield np.arange(program.q_len), np.arange(program.kv_len), elements(domain)
 
 
 def elements(domain: Domain) -> NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """Patterns: what a query attends to, as symbolic boolean functions of (q, k) that combine with & | ~."""
 
-from splatc.patterns.base import And, Lines, Not, Or, Pattern
+from splatc.patterns.base import And, Lines, Not, Or, Pattern, Transposed, transpose
 from splatc.patterns.blocks import BigBird as bigbird
 from splatc.patterns.blocks import Blocked as blocked
 from splatc.patterns.blocks import BlockWindow as block_window
@@ -33,6 +33,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "Sparse",
+    "Transposed",
     "as_pattern",
     "bigbird",
     "block_mask",
@@ -58,5 +59,6 @@ __all__ = [
     "random_blocks",
     "sink",
     "strided",
+    "transpose",
     "window",
 ]

@@ -151,6 +151,16 @@ class Pattern:
         """Where membership may change (see `Lines`); None: unknown, the mask must be evaluated densely."""
         return None
 
+    def transposed(self) -> Pattern:
+        """The same mask with queries and keys exchanged: which queries attend to each key. As symbolic as this one."""
+        return Transposed(self)
+
+    def transposed_lines(self, q_len: int, kv_len: int) -> Lines | None:
+        """The lines of `Transposed(self)`, whose q_len are this pattern's keys; None: unknown. Only for leaves that
+        `transposed` cannot say with other patterns.
+        """
+        return None
+
     def check(self, q_len: int, kv_len: int) -> None:
         """Raises InvalidInput unless the pattern is defined on q_len queries and kv_len keys."""
         for name, value in (("q_len", q_len), ("kv_len", kv_len)):
@@ -235,6 +245,9 @@ class Derived(Leaf):
     def own_lengths(self) -> tuple[int, int] | None:
         return self.body().own_lengths()
 
+    def transposed(self) -> Pattern:
+        return self.body().transposed()
+
 
 @dataclass(frozen=True, repr=False)
 class _Combination(Pattern):
@@ -265,6 +278,9 @@ class _Combination(Pattern):
 
     def own_lengths(self) -> tuple[int, int] | None:
         return first_lengths(self.parts)
+
+    def transposed(self) -> Pattern:
+        return type(self)(tuple(p.transposed() for p in self.parts))
 
     def __repr__(self) -> str:
         # Python's precedence: ~ over & over |.
@@ -315,11 +331,47 @@ class Not(Pattern):
     def own_lengths(self) -> tuple[int, int] | None:
         return self.part.own_lengths()
 
+    def transposed(self) -> Pattern:
+        return ~self.part.transposed()
+
     def __invert__(self) -> Pattern:
         return self.part
 
     def __repr__(self) -> str:
         return f"~({self.part})" if isinstance(self.part, _Combination) else f"~{self.part!r}"
+
+
+@dataclass(frozen=True, repr=False)
+class Transposed(Pattern):
+    """Key k takes the place of a query: attends to q where `part` has q attend to k."""
+
+    part: Pattern
+
+    def member(self, q: Int, k: Int, q_len: int, kv_len: int) -> Bool:
+        return self.part.member(k, q, kv_len, q_len)
+
+    def lines(self, q_len: int, kv_len: int) -> Lines | None:
+        return self.part.transposed_lines(q_len, kv_len)
+
+    def check(self, q_len: int, kv_len: int) -> None:
+        self.part.check(kv_len, q_len)
+
+    def own_lengths(self) -> tuple[int, int] | None:
+        lengths = self.part.own_lengths()
+        return None if lengths is None else (lengths[1], lengths[0])
+
+    def transposed(self) -> Pattern:
+        return self.part
+
+    def __repr__(self) -> str:
+        return f"transpose({self.part!r})"
+
+
+def transpose(pattern: Pattern) -> Pattern:
+    """The mask with queries and keys exchanged; of window(5, 0) that is window(0, 5)."""
+    if not isinstance(pattern, Pattern):
+        raise InvalidInput(f"transpose: expected a pattern, not a {type(pattern).__name__}")
+    return pattern.transposed()
 
 
 def first_lengths(parts: Iterable[Pattern]) -> tuple[int, int] | None:

@@ -44,6 +44,9 @@ class BlockWindow(Leaf):
         end = np.stack([lo, hi, hi + self.right * self.size], 1)
         return Lines.of(q_len, kv_len, rows=lo, cols=np.concatenate([begin, end]))
 
+    def transposed(self) -> Pattern:
+        return BlockWindow(self.size, self.right, self.left)
+
 
 @dataclass(frozen=True, repr=False)
 class Blocked(Derived):
@@ -95,12 +98,19 @@ class RandomBlocks(Leaf):
 
     def lines(self, q_len: int, kv_len: int) -> Lines:
         drawn = self.table(q_len, kv_len)
-        lo = np.arange(0, q_len, self.size, dtype=np.int64)
-        row = np.repeat(lo, drawn.shape[1])
-        col = drawn.reshape(-1) * self.size
+        return self._block_lines(np.repeat(np.arange(len(drawn)), drawn.shape[1]), drawn.reshape(-1), q_len, kv_len)
+
+    def transposed_lines(self, q_len: int, kv_len: int) -> Lines:
+        drawn = self.table(kv_len, q_len)
+        return self._block_lines(drawn.reshape(-1), np.repeat(np.arange(len(drawn)), drawn.shape[1]), q_len, kv_len)
+
+    def _block_lines(self, rows: Int, cols: Int, q_len: int, kv_len: int) -> Lines:
+        """The sides of blocks, given by their block row and block column."""
+        row, col = rows * self.size, cols * self.size
         begin = np.stack([row, row + self.size, col], 1)
         end = np.stack([row, row + self.size, col + self.size], 1)
-        return Lines.of(q_len, kv_len, rows=lo, cols=np.concatenate([begin, end]))
+        every = np.arange(0, q_len, self.size, dtype=np.int64)
+        return Lines.of(q_len, kv_len, rows=every, cols=np.concatenate([begin, end]))
 
 
 @lru_cache(maxsize=64)
@@ -185,6 +195,10 @@ class BlockMatrix(Leaf):
                 f"block_mask: the matrix is {self.shape[0]} x {self.shape[1]} blocks of {show(self._size)},"
                 f" but q_len {q_len} and kv_len {kv_len} need {need[0]} x {need[1]}"
             )
+
+    def transposed(self) -> Pattern:
+        rows, cols = self.shape
+        return BlockMatrix(np.packbits(self.matrix.T).tobytes(), (cols, rows), (self.size[1], self.size[0]))
 
     @property
     def _size(self) -> int | tuple[int, int]:

@@ -32,6 +32,10 @@ class PerHead(Pattern):
     def own_lengths(self) -> tuple[int, int] | None:
         return first_lengths(self.heads)
 
+    def transposed(self) -> Pattern:
+        each = {p: p.transposed() for p in dict.fromkeys(self.heads)}
+        return PerHead(tuple(each[p] for p in self.heads))
+
     def dense(self, q_len: int, kv_len: int | None = None) -> Bool:
         """bool[heads, q_len, kv_len]."""
         return np.stack([p.dense(q_len, kv_len) for p in self.heads])

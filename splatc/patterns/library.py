@@ -37,6 +37,9 @@ class Full(Leaf):
     def lines(self, q_len: int, kv_len: int) -> Lines:
         return Lines.of(q_len, kv_len)
 
+    def transposed(self) -> Pattern:
+        return self
+
 
 @dataclass(frozen=True, repr=False)
 class Causal(Leaf):
@@ -58,6 +61,9 @@ class Causal(Leaf):
 
     def lines(self, q_len: int, kv_len: int) -> Lines:
         return Lines.of(q_len, kv_len, diags=[(0, q_len, _shift(self.align, q_len, kv_len) + 1)])
+
+    def transposed(self) -> Pattern:
+        return ~self | Window(0, 0, self.align)
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,6 +99,9 @@ class Window(Leaf):
         s = _shift(self.align, q_len, kv_len)
         return Lines.of(q_len, kv_len, diags=[(0, q_len, s - self.left), (0, q_len, s + self.right + 1)])
 
+    def transposed(self) -> Pattern:
+        return Window(self.right, self.left, self.align)
+
 
 @dataclass(frozen=True, repr=False)
 class Dilated(Leaf):
@@ -126,6 +135,9 @@ class Dilated(Leaf):
             diff_mod=[(self.step, (s, s + 1))],
         )
 
+    def transposed(self) -> Pattern:
+        return Dilated(self.right, self.left, self.step, self.align)
+
 
 @dataclass(frozen=True, repr=False)
 class Strided(Leaf):
@@ -144,6 +156,9 @@ class Strided(Leaf):
 
     def lines(self, q_len: int, kv_len: int) -> Lines:
         return Lines.of(q_len, kv_len, diff_mod=[(self.step, (0, 1))])
+
+    def transposed(self) -> Pattern:
+        return self
 
 
 @dataclass(frozen=True, repr=False)
@@ -178,6 +193,12 @@ class Fixed(Leaf):
             col_mod=[(self.block, (0, self.block - self.summary))],
         )
 
+    def transposed_lines(self, q_len: int, kv_len: int) -> Lines:
+        lo = np.arange(0, q_len, self.block, dtype=np.int64)
+        summary = lo + self.block - self.summary
+        cols = [np.stack([lo, summary, at], 1) for at in (lo, lo + self.block)]
+        return Lines.of(q_len, kv_len, rows=np.concatenate([lo, summary]), cols=np.concatenate(cols))
+
 
 @dataclass(frozen=True, repr=False)
 class GlobalRows(Leaf):
@@ -196,6 +217,9 @@ class GlobalRows(Leaf):
     def lines(self, q_len: int, kv_len: int) -> Lines:
         return Lines.of(q_len, kv_len, rows=[self.n])
 
+    def transposed(self) -> Pattern:
+        return GlobalCols(self.n)
+
 
 @dataclass(frozen=True, repr=False)
 class GlobalCols(Leaf):
@@ -213,6 +237,9 @@ class GlobalCols(Leaf):
 
     def lines(self, q_len: int, kv_len: int) -> Lines:
         return Lines.of(q_len, kv_len, cols=[(0, q_len, self.n)])
+
+    def transposed(self) -> Pattern:
+        return GlobalRows(self.n)
 
 
 @dataclass(frozen=True, repr=False)
@@ -303,6 +330,9 @@ class Documents(Leaf):
                     " of its own" + (", and keys of other lengths kv_lengths" if side == "lengths" else "")
                 )
 
+    def transposed(self) -> Pattern:
+        return self if self.kv_lengths is None else Documents(self.kv_lengths, self.lengths)
+
     def __repr__(self) -> str:
         kv = "" if self.kv_lengths is None else f", kv_lengths={show(list(self.kv_lengths))}"
         return f"documents({show(list(self.lengths))}{kv})"
@@ -350,6 +380,9 @@ class DocumentIds(Leaf):
             raise InvalidInput(
                 f"documents: there are {total} ids, but q_len is {q_len} and kv_len is {kv_len}"
             )
+
+    def transposed(self) -> Pattern:
+        return self
 
     def __repr__(self) -> str:
         return f"documents(ids={show(np.repeat(self.ids, self.lengths).tolist())})"

@@ -68,6 +68,14 @@ class Matrix(_Data):
         self.check(q_len, q_len if kv_len is None else kv_len)
         return self.rows(0, q_len)
 
+    def transposed(self) -> Pattern:
+        rows, cols = self.shape
+        step = max(8, _ROWS_BYTES // rows // 8 * 8)  # whole bytes of columns
+        octets = (self.packed[:, lo // 8 : (lo + step) // 8] for lo in range(0, cols, step))
+        columns = (np.unpackbits(x, axis=1).view(np.bool_) for x in octets)
+        chunks = (x.T[: cols - lo] for lo, x in zip(range(0, cols, step), columns, strict=True))
+        return mask_from_rows(chunks, rows)
+
 
 @dataclass(frozen=True, repr=False)
 class Sparse(_Data):
@@ -106,6 +114,11 @@ class Sparse(_Data):
         out = np.zeros((q_len, kv_len), np.bool_)
         out.reshape(-1)[self._keys] = True
         return out
+
+    def transposed(self) -> Pattern:
+        indptr, columns = self.csr
+        rows, cols = self.shape
+        return sparse_from_pairs(columns, np.repeat(np.arange(rows), np.diff(indptr)), cols, rows)
 
 
 def mask(array: Any) -> Matrix:

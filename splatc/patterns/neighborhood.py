@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from splatc.errors import InvalidInput
-from splatc.patterns.base import Bool, Int, Leaf, Lines, show, whole
+from splatc.patterns.base import Bool, Int, Leaf, Lines, Pattern, Transposed, show, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,12 +48,21 @@ class Neighborhood(Leaf):
         return out
 
     def lines(self, q_len: int, kv_len: int) -> Lines:
+        return self._window_lines(self._reach, q_len, kv_len)
+
+    def transposed(self) -> Pattern:
+        return Transposed(self) if any(self.causal) else self
+
+    def transposed_lines(self, q_len: int, kv_len: int) -> Lines:
+        return self._window_lines([(right, left) for left, right in self._reach], q_len, kv_len)
+
+    def _window_lines(self, reach: list[tuple[int, int]], q_len: int, kv_len: int) -> Lines:
         # A grid line is a run of the fastest axis. Inside one the mask is a (dilated) window against each
         # grid line in reach, so each pair of lines contributes the visited line's two ends and the window's
         # two diagonals.
         wide, step = self.grid[-1], self.dilation[-1]
-        left, right = self._reach[-1]
-        src, dst = self._line_pairs()
+        left, right = reach[-1]
+        src, dst = self._line_pairs(reach)
         lo, hi, shift = src * wide, (src + 1) * wide, (dst - src) * wide
         cols = [np.stack([lo, hi, dst * wide], 1), np.stack([lo, hi, (dst + 1) * wide], 1)]
         diags = [np.stack([lo, hi, shift - left], 1), np.stack([lo, hi, shift + right + 1], 1)]
@@ -67,10 +76,10 @@ class Neighborhood(Leaf):
             diff_mod=[(step, tuple(hit) + tuple(h + 1 for h in hit))],
         )
 
-    def _line_pairs(self) -> tuple[Int, Int]:
+    def _line_pairs(self, reach: list[tuple[int, int]]) -> tuple[Int, Int]:
         """Indices of the (query, key) grid lines in reach of one another along all axes but the last."""
         src = dst = np.zeros(1, np.int64)
-        axes = list(zip(self.grid, self._reach, self.dilation, strict=True))[:-1]
+        axes = list(zip(self.grid, reach, self.dilation, strict=True))[:-1]
         for n, (left, right), step in axes:
             y = np.arange(n, dtype=np.int64)[:, None]
             to = y + np.arange(-left, right + 1, step, dtype=np.int64)[None, :]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from splatc.errors import InvalidInput, PatternSyntaxError
 from splatc.patterns import blocks, heads, library, neighborhood
-from splatc.patterns.base import Pattern
+from splatc.patterns.base import Pattern, transpose
 from splatc.patterns.reader import Token, Tree, Unreadable, read_tree
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ NAMES: dict[str, Callable[..., Pattern]] = {
     "bigbird": blocks.BigBird,
     "neighborhood": neighborhood.neighborhood,
     "per_head": heads.per_head,
+    "transpose": transpose,
 }
 _LITERALS = {"True": True, "False": False, "true": True, "false": False, "None": None}
 _WORDS = {"and": "&", "or": "|", "not": "~"}

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.hopper.shape import ITEM_BYTES, MAX_VIEWS
-from splatc.codegen.kernel import DTYPES, KernelSpec
+from splatc.codegen.kernel import KernelSpec, dtypes_of
 from splatc.codegen.tables import Tables
-from splatc.errors import InvalidInput
+from splatc.errors import InvalidInput, Unsupported
 from splatc.ir.program import Cover, Program
 from splatc.patterns.base import Pattern
+from splatc.runtime.cpu_call import exchange, table_arguments
 from splatc.runtime.explain import Explanation
+from splatc.runtime.gradients import Gradients
+from splatc.runtime.handles import new_handle
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, remember
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import (
+    NO_GRADIENTS,
+    NO_TRANSFORMS,
     Shape,
     check_call,
     check_gradients,
     check_scale,
-    is_torch,
+    for_autocast,
     last_axis_contiguous,
     outputs,
     to_bhsd,
 )
 from splatc.runtime.work import work_of
+
+ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +58,14 @@ class Plan:
         covers = (d for program in self.programs for _, d in program.domains if isinstance(d, Cover))
         return all(cover.rows.kind == "patches" for cover in covers)
 
-    def launches(self, heads: int, max_row_views: int | None = None, max_col_views: int | None = None) -> list[Launch]:
-        """The launches for a number of heads, each with at most so many views."""
+    def launches(self, heads: int, max_row_views: int | None = None, max_col_views: int | None = None,
+                 members: slice = ALL) -> list[Launch]:  # fmt: skip
+        """The launches for a number of heads, or for those of them that ``members`` picks, each with at most so many
+        views."""
         if self.heads is not None and len(self.heads) != heads:
             raise InvalidInput(f"the pattern is for {len(self.heads)} heads but q has {heads}: give one pattern a head")
-        return launches(list(self.tables), list(self.heads or (0,) * heads), max_row_views, max_col_views)
+        patterns = list(self.heads or (0,) * heads)[members]
+        return launches(list(self.tables), patterns, max_row_views, max_col_views)
 
     def predict(self, batch: int, heads: int, kv_heads: int, costs: Costs | None = None) -> float:
         """Seconds of a call, its launches one after the other, but no less than moving every input and output takes.
@@ -83,11 +92,15 @@ class CompiledAttention:
     remembered).
     """
 
-    def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0) -> None:
-        """cap: the softcap of scores, 0 for none."""
+    def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0,
+                 gradients: Callable[[Planner], Gradients] | None = None) -> None:  # fmt: skip
+        """cap: the softcap of scores, 0 for none. gradients(planner of the mask): called at the first backward pass,
+        None where the target has none."""
         self.kernel = kernel
         self.layout = layout
         self._cap = cap
+        self._make_gradients = gradients
+        self._handle = new_handle(self, f"{kernel.spec.name} {layout}")
         self._replan = replan
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
@@ -140,24 +153,64 @@ class CompiledAttention:
         layout="bshd".
 
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
-        v_head_dim, and with return_lse also lse float32 (batch, heads, q_len), natural log. A row that attends to
-        nothing gives 0 and -inf. Raises InvalidInput for tensors that do not fit.
+        v_head_dim, and with return_lse also lse (batch, heads, q_len), natural log, float32 (for float64: float64). A
+        row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. On a
+        CPU both are differentiable. Raises InvalidInput for tensors that do not fit.
         """
+        if hasattr(q, "requires_grad"):  # a torch tensor
+            q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
+            if self._needs_operator(q, k, v):
+                return self._by_operator(q, k, v, scale, return_lse, enable_gqa)
+        o, lse = self.run(q, k, v, scale, enable_gqa)
+        return (o, lse) if return_lse else o
+
+    def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+        """(o, lse), without gradients."""
         run = self._on_cpu if self.kernel.spec.target.kind == "cpu" else self._launcher
-        o, lse = run(q, k, v, scale, enable_gqa)
+        return run(q, k, v, scale, enable_gqa)
+
+    def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
+                 enable_gqa: bool) -> tuple[Any, Any, Any]:  # fmt: skip
+        """(dq, dk, dv) for the gradients do of o and dlse of lse; torch tensors on a CPU, in the compiled layout."""
+        shape = check_call(q, k, v, self.layout, enable_gqa)
+        return self._gradients(shape, q, k, v, o, lse, do, dlse, check_scale(scale, shape.head_dim))
+
+    @cached_property
+    def _gradients(self) -> Gradients:
+        if self._make_gradients is None:
+            raise Unsupported(NO_GRADIENTS)
+        return self._make_gradients(self._planned)
+
+    def _needs_operator(self, q: Any, k: Any, v: Any) -> bool:
+        """Whether PyTorch must see an operator: for gradients, and where it traces."""
+        import torch
+
+        if torch.compiler.is_compiling():
+            return True
+        if torch._C._are_functorch_transforms_active():
+            raise Unsupported(NO_TRANSFORMS)
+        grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+        return grad and self._make_gradients is not None  # else the direct way refuses it
+
+    def _by_operator(self, q: Any, k: Any, v: Any, scale: Any, return_lse: bool, enable_gqa: bool) -> Any:
+        from splatc.runtime import torch_ops
+
+        if self._make_gradients is None:
+            check_gradients(q, k, v)
+        number = None if scale is None else float(scale)
+        o, lse = torch_ops.attention(q, k, v, self._handle, number, enable_gqa)
         return (o, lse) if return_lse else o
 
     def _on_cpu(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
         shape = check_call(q, k, v, self.layout, enable_gqa)
         self._check(shape)
-        check_gradients(q, k, v)
         number = check_scale(scale, shape.head_dim)
         tensors = [last_axis_contiguous(to_bhsd(x, self.layout)) for x in (q, k, v)]
         o, lse = outputs(q, shape, self.layout)
         if shape.q_len and shape.kv_len:
             run = self.kernel.load()
             for merge, tables in enumerate(self._tables(shape)):
-                run(*(_exchange(x) for x in (*tensors, o, lse)), *tables, number, self._cap, int(merge > 0))
+                run(*(exchange(x) for x in (*tensors, o, lse)), *tables, number, self._cap, int(merge > 0))
         else:
             o[...], lse[...] = 0, -float("inf")
         return to_bhsd(o, self.layout), lse
@@ -165,7 +218,8 @@ class CompiledAttention:
     def _check(self, shape: Shape) -> None:
         spec = self.kernel.spec
         if shape.dtype != spec.dtype:
-            known = f"one of {', '.join(DTYPES)}" if shape.dtype not in DTYPES else "compile again for it"
+            dtypes = dtypes_of(spec.target)
+            known = f"one of {', '.join(dtypes)}" if shape.dtype not in dtypes else "compile again for it"
             raise InvalidInput(
                 f"q, k and v are {shape.dtype} but this kernel is compiled for {spec.dtype}: convert them, {known}"
             )
@@ -185,7 +239,7 @@ class CompiledAttention:
         key = (shape.batch, shape.heads, shape.q_len, shape.kv_len)
         if key not in self._ready:
             launches = self._launches(shape, (None, None))
-            remember(self._ready, key, [_exchanged(launch, shape.batch) for launch in launches])
+            remember(self._ready, key, [table_arguments(launch, shape.batch) for launch in launches])
         return self._ready[key]
 
     def _launches(self, shape: Shape, max_views: tuple[int | None, int | None]) -> list[Launch]:
@@ -196,28 +250,3 @@ class CompiledAttention:
         """The PTX (CUDA targets only)."""
         return self.kernel.file("kernel.ptx")
 
-
-def _exchanged(launch: Launch, batch: int) -> tuple[Any, ...]:
-    arrays = launch.work, launch.items, launch.joined_entries, launch.views, launch.bits
-    return tuple(_exchange(x) for x in (*arrays, launch.chunks(batch, workers())))
-
-
-def _exchange(x: Any) -> Any:
-    """A NumPy array or torch tensor as tvm_ffi takes it, without a copy."""
-    if is_torch(x):
-        return x.detach()
-    import tvm_ffi
-
-    if not x.flags.writeable:  # DLPack refuses to export read-only memory; the kernel only reads it
-        x = x.view()
-        try:
-            x.flags.writeable = True
-        except ValueError:
-            x = x.copy()
-    return tvm_ffi.from_dlpack(x)
-
-
-def workers() -> int:
-    """Threads that a CPU kernel uses: torch's setting if torch is loaded, else the CPUs we may run on."""
-    torch = sys.modules.get("torch")
-    return int(torch.get_num_threads()) if torch else len(os.sched_getaffinity(0))

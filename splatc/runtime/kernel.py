@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from splatc.codegen.build import build, load, source_name
+from splatc.codegen.build import FUNCTION, build, load, source_name
 from splatc.codegen.kernel import KernelSpec, not_hopper
 from splatc.codegen.toolchain import find_compiler
 from splatc.config import Config
@@ -38,9 +38,9 @@ class Kernel:
         """The text of another file of the folder, such as "kernel.tir.py" or "report.json"."""
         return (self.folder / name).read_text()
 
-    def load(self) -> Callable[..., None]:
-        """The callable of a CPU kernel, in the argument order of the kernel ABI. (For GPUs: runtime/launch.py.)"""
-        return load(self.folder)
+    def load(self, name: str = FUNCTION) -> Callable[..., None]:
+        """A function of a CPU kernel, in the argument order of the kernel ABI. (For GPUs: runtime/launch.py.)"""
+        return load(self.folder, name)
 
 
 def kernel_cache(config: Config) -> KernelCache:

@@ -12,6 +12,10 @@ import numpy as np
 from splatc.errors import InvalidInput, Unsupported
 
 LAYOUTS = ("bhsd", "bshd")
+NO_GRADIENTS = ("gradients are not computed on this target yet, only on the CPU: call under torch.no_grad() or pass "
+                "detached tensors")  # fmt: skip
+NO_TRANSFORMS = ("splatc does not work inside torch.func (vmap, grad, jvp, ...): fold a mapped dimension into batch, "
+                 "use torch.autograd for gradients")  # fmt: skip
 MAX_SCALE = 1e38  # times log2(e), still finite in float32
 
 
@@ -90,6 +94,17 @@ def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
     return Shape(batch, heads, kv_heads, q_len, int(k.shape[2]), head_dim, int(v.shape[3]), dtypes["q"], devices["q"])
 
 
+def for_autocast(q: Any, k: Any, v: Any, dtype: str | None = None) -> tuple[Any, Any, Any]:
+    """Torch tensors as they are; under autocast of their device in ``dtype``, default: the one that it asks for."""
+    import torch
+
+    kind = q.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        wanted = torch.get_autocast_dtype(kind) if dtype is None else getattr(torch, dtype)
+        q, k, v = (x.to(wanted) if x.is_floating_point() else x for x in (q, k, v))
+    return q, k, v
+
+
 def check_scale(scale: Any, head_dim: int) -> float:
     """The scale of scores: 1/sqrt(head_dim) for None, else a finite number."""
     if scale is None:
@@ -122,7 +137,7 @@ def check_gradients(*tensors: Any) -> None:
         import torch
 
         if torch.is_grad_enabled():
-            raise Unsupported("gradients are not computed yet: call under torch.no_grad() or pass detached tensors")
+            raise Unsupported(NO_GRADIENTS)
 
 
 def last_axis_contiguous(x: Any) -> Any:
@@ -132,16 +147,21 @@ def last_axis_contiguous(x: Any) -> Any:
     return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
 
 
+def computed_in(dtype: str) -> str:
+    """The type of accumulation, and so of LSE, for tensors of ``dtype``."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def outputs(q: Any, shape: Shape, layout: str) -> tuple[Any, Any]:
-    """(o as bhsd view of memory in ``layout``, lse (batch, heads, q_len) float32), not initialised."""
+    """(o as bhsd view of memory in ``layout``, lse (batch, heads, q_len) of ``computed_in``), not initialised."""
     order = (shape.batch, shape.heads, shape.q_len) if layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
     rows = (shape.batch, shape.heads, shape.q_len)
     if is_torch(q):
         import torch
 
         o = torch.empty((*order, shape.v_head_dim), dtype=q.dtype, device=q.device)
-        return to_bhsd(o, layout), torch.empty(rows, dtype=torch.float32, device=q.device)
-    return to_bhsd(np.empty((*order, shape.v_head_dim), q.dtype), layout), np.empty(rows, np.float32)
+        return to_bhsd(o, layout), torch.empty(rows, dtype=getattr(torch, computed_in(shape.dtype)), device=q.device)
+    return to_bhsd(np.empty((*order, shape.v_head_dim), q.dtype), layout), np.empty(rows, computed_in(shape.dtype))
 
 
 def _words(layout: str) -> str:

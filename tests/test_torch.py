@@ -1,0 +1,191 @@
+"""splatc as an operator of PyTorch: opcheck, torch.compile, export, checkpoint, autocast, vmap, torch.func."""
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+
+import splatc
+from splatc import patterns as P
+from splatc.errors import InvalidInput, Unsupported
+from tests.test_attention import tensors
+
+torch = pytest.importorskip("torch")
+
+D = 16
+PATTERN = P.causal() & (P.window(30, 0) | P.strided(16))
+
+
+def compiled(mask: Any = PATTERN, length: int = 150, **options: Any) -> Any:
+    chosen = {"head_dim": D, "dtype": "float32", "target": "cpu", **options}
+    return splatc.compile(mask, seq_len=length, **chosen)
+
+
+def learnable(length: int = 150, **options: Any) -> list[Any]:
+    return [x.requires_grad_() for x in tensors(length, length, **options)]
+
+
+def gradients(f: Any, qkv: Any) -> tuple[Any, ...]:
+    return torch.autograd.grad(f(*qkv).square().sum(), qkv)
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_opcheck(layout):
+    from splatc.runtime import torch_ops
+
+    attend = compiled(length=40, layout=layout)
+    heads = {"heads": 2, "kv_heads": 1} if layout == "bhsd" else {"heads": 2}
+    qkv = [x if layout == "bhsd" else x.detach().transpose(1, 2).contiguous().requires_grad_()
+           for x in learnable(40, **heads)]  # fmt: skip
+    options = attend._handle, None, True
+    torch.library.opcheck(torch_ops.attention, (*qkv, *options))
+    plain = [x.detach() for x in qkv]
+    torch.library.opcheck(torch_ops.attention, (*plain, *options))
+    o, lse = attend(*plain, return_lse=True, enable_gqa=True)
+    torch.library.opcheck(torch_ops.attention_backward, (*plain, o, lse, torch.ones_like(o), lse * 0, *options),
+                          test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))  # fmt: skip
+
+
+class Block(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """A layer as people write it."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__()
+        self.attend, self.project = attend, torch.nn.Linear(2 * D, 6 * D)
+
+    def forward(self, x: Any) -> Any:
+        batch, length, _ = x.shape
+        q, k, v = self.project(x).view(batch, length, 3, 2, D).permute(2, 0, 3, 1, 4)
+        o, lse = self.attend(q, k, v, return_lse=True, scale=0.25)
+        return o.transpose(1, 2).reshape(batch, length, 2 * D) + lse.mean()
+
+
+def test_compile_without_a_break_and_without_a_recompilation():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block = Block(compiled())
+    traced = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = [torch.randn(2, n, 2 * D) for n in (150, 64, 201, 700)]
+
+    def both(x: Any) -> None:
+        results = []
+        for f in (block, traced):
+            block.zero_grad()
+            y = f(x)
+            y.square().sum().backward()
+            results.append([y.detach(), block.project.weight.grad.clone()])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    both(inputs[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x in inputs[1:]:
+            both(x)
+
+
+def test_compile_without_gradients():
+    torch._dynamo.reset()
+    attend, qkv = compiled(), tensors(150, 150)
+    f = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(f(*qkv), attend(*qkv) * 2)
+
+
+def test_export():
+    block = Block(compiled())
+    x = torch.randn(2, 150, 2 * D)
+    program = torch.export.export(block, (x,), dynamic_shapes={"x": {1: torch.export.Dim("length", min=2, max=4096)}})
+    for n in (150, 90):
+        x = torch.randn(2, n, 2 * D)
+        torch.testing.assert_close(program.module()(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    attend, qkv = compiled(), learnable()
+    wanted = gradients(attend, qkv)
+    out = checkpoint(lambda *x: attend(*x), *qkv, use_reentrant=reentrant)
+    out.square().sum().backward()
+    assert same([x.grad for x in qkv], wanted)
+
+
+def test_autocast_takes_tensors_in_the_dtype_that_was_compiled():
+    attend, (q, k, v) = compiled(dtype="bfloat16"), learnable()
+    with pytest.raises(InvalidInput, match="different dtypes"):
+        attend(q.bfloat16(), k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = attend(q.bfloat16(), k, v)
+    assert o.dtype == torch.bfloat16
+    grads = torch.autograd.grad(o.float().sum(), (q, k, v))
+    assert all(x.dtype == torch.float32 for x in grads)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(attend(*rounded).float().sum(), rounded)
+    assert same(grads, [x.float() for x in wanted])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(splatc.attention(q.bfloat16(), k, v, PATTERN), o)
+        assert splatc.attention(q.detach().numpy(), k.detach().numpy(), v.detach().numpy(), PATTERN).dtype == np.float32
+
+
+def test_transforms_are_refused_in_words():
+    from splatc.runtime import torch_ops
+
+    attend = compiled()
+    q, k, v = (torch.stack([x, x]) for x in tensors(150, 150))
+    with pytest.raises(Unsupported, match="fold a mapped dimension into batch"):
+        torch.vmap(attend)(q, k, v)
+    with pytest.raises(Unsupported, match="fold a mapped dimension into batch"):
+        torch.vmap(lambda *x: torch_ops.attention(*x, attend._handle, None, False))(q, k, v)
+    with pytest.raises(Unsupported, match=r"torch.autograd for gradients"):
+        torch.func.grad(lambda x: attend(x, k[0], v[0]).sum())(q[0])
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = learnable()
+    (dq,) = torch.autograd.grad(compiled()(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"attention_backward.*no autograd formula"):
+        dq.sum().backward()
+
+
+def test_a_part_of_the_inputs_may_learn():
+    attend = compiled()
+    for i in range(3):
+        qkv = tensors(150, 150)
+        qkv[i].requires_grad_()
+        o = attend(*qkv)
+        o.sum().backward()
+        assert o.requires_grad and [x.grad is not None for x in qkv] == [j == i for j in range(3)]
+    with torch.no_grad():
+        assert not attend(*qkv).requires_grad
+
+
+def test_splatc_attention_is_differentiable():
+    qkv = learnable()
+    got = gradients(lambda q, k, v: splatc.attention(q, k, v, PATTERN), qkv)
+    assert same(got, gradients(compiled(), qkv))
+
+
+def test_the_graph_keeps_what_it_needs():
+    qkv = learnable()
+    o = compiled()(*qkv)
+    gc.collect()
+    o.sum().backward()
+    assert np.isfinite(qkv[0].grad.numpy()).all()
+    handle = compiled()._handle
+    gc.collect()
+    from splatc.runtime import torch_ops
+
+    with pytest.raises(InvalidInput, match=r"no compiled mask has the handle 'attention_cpu_d16.*keep it"):
+        torch_ops.attention(*(x.detach() for x in qkv), handle, None, False)
+
+
+def test_on_a_gpu_gradients_are_refused_in_words():
+    attend = splatc.compile(PATTERN, seq_len=150, head_dim=64, dtype="bfloat16", target="sm_90a")
+    q, k, v = learnable(d=64)
+    with pytest.raises(Unsupported, match="gradients are not computed on this target yet"):
+        attend.backward(q, k, v, q, q, q, q, None, False)
