@@ -140,6 +140,10 @@ class CompiledAttention:
             remember(self._plans, (q_len, kv_len), self._replan(q_len, kv_len))
         return self._plans[q_len, kv_len]
 
+    def __deepcopy__(self, memory: Any) -> CompiledAttention:
+        """Itself: nothing that a copy of a module could change."""
+        return self
+
     def __repr__(self) -> str:
         p, spec = self._plan, self.kernel.spec
         return f"<splatc attention {p.pattern} {p.q_len}x{p.kv_len} d={spec.head_dim} {spec.dtype} on {spec.target}>"
