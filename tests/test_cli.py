@@ -270,6 +270,19 @@ def test_dump_llvm_to_stdout(cli):
     assert code == 0 and "define" in out
 
 
+def test_dump_the_kernel_for_gradients(cli):
+    options = "causal", "-s", 100, "-d", 16, "--backward"
+    code, out, _ = cli("dump", *options)
+    assert code == 0 and "splatc_attention_dq" in out and "splatc_attention_dkv" in out
+    code, out, _ = cli("dump", *options, "--what", "tables")
+    first = next(line for line in out.splitlines() if "rows0[0, 0, 0]" in line)
+    assert code == 0 and "cols0[64, 0, 0]" in first  # queries from 64 on attend to the first keys
+    code, out, _ = cli("compile", "none", "-d", 16, "--target", "cpu", "--backward")
+    assert code == 0 and "attention_backward_cpu_d16_float32" in out
+    code, _, err = cli("dump", *options, "--arch", "sm_90a")
+    assert code == 1 and "no kernel for gradients on cuda:sm_90a yet" in err
+
+
 def test_dump_tir(cli):
     code, out, _ = cli("dump", "causal", "-s", 64, "-d", 32, "--arch", "cpu", "--what", "tir")
     assert code == 0 and "tvm.script" in out

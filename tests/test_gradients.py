@@ -83,7 +83,8 @@ def run(qkv: Any, mask: Any, dense: np.ndarray, **options: Any) -> Any:
 @pytest.mark.parametrize("d", [16, 64])
 @pytest.mark.parametrize("length", [1, 17, 127, 129, 1000])
 def test_every_pattern(length, d):
-    for name in library.NAMES:
+    names = library.NAMES if (length, d) != (1000, 64) else library.NAMES[::3]  # which costs most and adds least
+    for name in names:
         pattern = library.pattern(name, length)
         run(tensors(length, length, heads=1, d=d), pattern, pattern.dense(length))
 

@@ -184,6 +184,15 @@ def test_the_graph_keeps_what_it_needs():
         torch_ops.attention(*(x.detach() for x in qkv), handle, None, False)
 
 
+def test_copies_of_a_module_share_the_mask():
+    import copy
+
+    block = Block(compiled())
+    twin = copy.deepcopy(block)
+    x = torch.randn(1, 150, 2 * D)
+    assert twin.attend is block.attend and torch.equal(twin(x), block(x))
+
+
 def test_on_a_gpu_gradients_are_refused_in_words():
     attend = splatc.compile(PATTERN, seq_len=150, head_dim=64, dtype="bfloat16", target="sm_90a")
     q, k, v = learnable(d=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,7 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import BACKWARD, KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -50,8 +51,12 @@ Examples:
   splatc dump 'window(256, 256)' --seq-len 4096 --head-dim 64 --arch sm_90a -o window.cu
   splatc dump causal -s 4096 --what ptx --arch sm_80
   splatc dump causal -s 4096 --arch cpu                      (LLVM IR)
+  splatc dump causal -s 4096 --arch cpu --backward           (of the gradients)
   splatc dump 'fixed(128, 16)' -s 1024 --after choose_views  (the IR after a pass)
   splatc dump 'fixed(128, 16)' -s 1024 --what tables -o tables.npz"""
+
+
+Backward = Annotated[bool, typer.Option("--backward", help="The kernel for gradients (CPU) and the transposed mask.")]
 
 
 class What(str, Enum):
@@ -94,11 +99,14 @@ def compile_kernel(
             help="cpu, cuda or an arch such as sm_90a (which needs NVRTC or nvcc).",
         ),
     ] = None,
+    backward: Backward = False,
 ) -> None:
     """Compile a kernel into the cache, ahead of time, and print its folder."""
     spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(target))
     if mask != "none":
         spec = plan_mask(sized_mask(mask, seq_len, kv_len), spec).spec
+    if backward:
+        spec = gradients_of(spec)
     root = kernel_cache(Config.from_env()).root
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
@@ -137,6 +145,7 @@ def dump(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="A file.")] = None,
+    backward: Backward = False,
 ) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
     spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(quick_target(arch)))
@@ -145,12 +154,22 @@ def dump(
     if after is not None and what is not What.ir:
         raise InvalidInput(f"--after is for --what ir: there are no passes in {what.value}")
     sized = sized_mask(mask, seq_len, kv_len)
+    if backward:
+        pattern, q_len, kv_len = sized
+        sized, spec = (pattern.transposed(), kv_len, q_len), gradients_of(spec)
     if what is What.ir:
         write_or_print(_ir(sized, spec, after), output)
     elif what is What.tables:
         _write_tables(plan_mask(sized, spec), output)
     else:
         write_or_print(_source(plan_mask(sized, spec).spec, what), output)
+
+
+def gradients_of(spec: KernelSpec) -> KernelSpec:
+    """The spec of the kernel that computes gradients for another."""
+    if spec.target.kind != "cpu":
+        raise Unsupported(f"there is no kernel for gradients on {spec.target} yet: use the target cpu")
+    return replace(spec, role=BACKWARD)
 
 
 def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:

@@ -122,7 +122,9 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
 
 
 def emit(spec: KernelSpec) -> Emitted:
-    """The generated module of a CUDA kernel."""
+    """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
+    if spec.role == BACKWARD:
+        raise Unsupported(f"there is no kernel for gradients on {spec.target} yet: use the target cpu")
     if spec.kernel == "hopper":
         from splatc.codegen.hopper.forward import attention_hopper
 

@@ -140,6 +140,10 @@ class CompiledAttention:
             remember(self._plans, (q_len, kv_len), self._replan(q_len, kv_len))
         return self._plans[q_len, kv_len]
 
+    def __deepcopy__(self, memory: Any) -> CompiledAttention:
+        """Itself: nothing that a copy of a module could change."""
+        return self
+
     def __repr__(self) -> str:
         p, spec = self._plan, self.kernel.spec
         return f"<splatc attention {p.pattern} {p.q_len}x{p.kv_len} d={spec.head_dim} {spec.dtype} on {spec.target}>"
@@ -158,8 +162,11 @@ class CompiledAttention:
         CPU both are differentiable. Raises InvalidInput for tensors that do not fit.
         """
         if hasattr(q, "requires_grad"):  # a torch tensor
-            q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
-            if self._needs_operator(q, k, v):
+            import torch
+
+            if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+                q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
+            if torch.compiler.is_compiling() or self._must_differentiate(torch, q, k, v):
                 return self._by_operator(q, k, v, scale, return_lse, enable_gqa)
         o, lse = self.run(q, k, v, scale, enable_gqa)
         return (o, lse) if return_lse else o
@@ -181,16 +188,12 @@ class CompiledAttention:
             raise Unsupported(NO_GRADIENTS)
         return self._make_gradients(self._planned)
 
-    def _needs_operator(self, q: Any, k: Any, v: Any) -> bool:
-        """Whether PyTorch must see an operator: for gradients, and where it traces."""
-        import torch
-
-        if torch.compiler.is_compiling():
-            return True
+    def _must_differentiate(self, torch: Any, q: Any, k: Any, v: Any) -> bool:
+        """Whether an eager call has to be differentiable, and can be: what cannot is refused by the direct way."""
         if torch._C._are_functorch_transforms_active():
             raise Unsupported(NO_TRANSFORMS)
         grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
-        return grad and self._make_gradients is not None  # else the direct way refuses it
+        return bool(grad and self._make_gradients is not None)
 
     def _by_operator(self, q: Any, k: Any, v: Any, scale: Any, return_lse: bool, enable_gqa: bool) -> Any:
         from splatc.runtime import torch_ops
