@@ -24,8 +24,9 @@ from splatc.runtime.gpu import DeviceTables, image_for, load_functions
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import REMEMBERED, Launcher
 from tests import cuda_on_cpu
-from tests import fake_gpu as fake_gpu_module
 from tests.fake_gpu import FakeDriver, FakeTorch, fake_gpu, plan, write_built
+from tests.fake_gpu import check as check_within
+from tests.fake_gpu import draw as draw_tensors
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tvm")
@@ -72,11 +73,11 @@ class Machine:
 
 
 def draw(*lengths: int, **sizes: int) -> list[Any]:
-    return fake_gpu_module.draw(*lengths, **{"dim": D} | sizes)
+    return draw_tensors(*lengths, **{"dim": D} | sizes)
 
 
 def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None = None) -> None:
-    fake_gpu_module.check(got, qkv, dense, scale, (1e-5, 1e-4))
+    check_within(got, qkv, dense, scale, (1e-5, 1e-4))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

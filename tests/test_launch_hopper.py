@@ -21,8 +21,9 @@ from splatc.ir.views import contiguous, patches, residue
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, layout_of
 from splatc.runtime.tensor_map import Layout, geometry, sub_box
-from tests import fake_gpu as fake_gpu_module
 from tests.fake_gpu import FakeDriver, FakeTorch, TensorMap, fake_gpu, plan, write_built
+from tests.fake_gpu import check as check_within
+from tests.fake_gpu import draw as draw_tensors
 from tests.hopper_on_cpu import ATTEND, COMBINE, attend_kernel, combine_kernel
 
 torch = pytest.importorskip("torch")
@@ -61,16 +62,16 @@ class Machine:
 
 
 def draw(*lengths: int, **sizes: int) -> list[Any]:
-    return [x.half() for x in fake_gpu_module.draw(*lengths, **{"dim": D} | sizes)]
+    return [x.half() for x in draw_tensors(*lengths, **{"dim": D} | sizes)]
 
 
 def draw32(*lengths: int, **sizes: int) -> list[Any]:
-    return fake_gpu_module.draw(*lengths, **{"dim": D} | sizes)
+    return draw_tensors(*lengths, **{"dim": D} | sizes)
 
 
 def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None = None) -> None:
     lse_error = 2e-3 if got[0].dtype == torch.float32 else 1e-3  # of products in tf32
-    fake_gpu_module.check(got, qkv, dense, scale, (2e-3, lse_error))
+    check_within(got, qkv, dense, scale, (2e-3, lse_error))
 
 
 STRIDED = P.causal() & (P.window(15, 0) | P.strided(16))

@@ -34,7 +34,9 @@ from splatc.codegen.cpu_walk import (
     emit_items,
     emit_row_positions,
     emit_tiles,
+    group_size,
     match_array,
+    match_qkv,
     match_strided,
     match_walk,
 )
@@ -97,22 +99,16 @@ class Tensors:
 
 
 def match_tensors(s: Shape) -> Tensors:
-    """Declare the tensor arguments; lengths and strides are symbolic."""
-    batch, heads, kv_heads, q_len, kv_len = (I.int64() for _ in range(5))
-    d, dv = T.int64(s.d), T.int64(s.dv)
-    return Tensors(
-        q=match_strided("q", (batch, heads, q_len, d), s.dtype),
-        k=match_strided("k", (batch, kv_heads, kv_len, d), s.dtype),
-        v=match_strided("v", (batch, kv_heads, kv_len, dv), s.dtype),
-        o=match_strided("o", (batch, heads, q_len, dv), s.dtype),
-        lse=match_array("lse", (batch, heads, q_len), s.acc),
-    )
+    """Declare the tensor arguments."""
+    q, k, v = match_qkv(s)
+    rows = tuple(q.shape[:3])
+    return Tensors(q, k, v, o=match_strided("o", (*rows, T.int64(s.dv)), s.dtype), lse=match_array("lse", rows, s.acc))
 
 
 def emit_worker(t: Tensors, walk: Walk, s: Shape, worker: Expr, factor: Expr, cap: Expr, merge: Expr) -> None:
     """All items of one worker, one after the other; factor and cap are in the log2 domain."""
     b = Scratch(s, cap)
-    group = I.Bind(T.cast(T.truncdiv(t.q.shape[1], t.k.shape[1]), "int32"))
+    group = group_size(t.q, t.k)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_kv = (batch, head), (batch, I.Bind(T.truncdiv(head, group)))

@@ -41,7 +41,9 @@ from splatc.codegen.cpu_walk import (
     emit_items,
     emit_row_positions,
     emit_tiles,
+    group_size,
     match_array,
+    match_qkv,
     match_strided,
     match_walk,
 )
@@ -76,24 +78,15 @@ class Tensors:
     lse: Expr
     delta: Expr
 
-    @property
-    def group(self) -> Expr:
-        """Query heads that share a key head."""
-        return I.Bind(T.cast(T.truncdiv(self.q.shape[1], self.k.shape[1]), "int32"))
-
 
 def match_tensors(s: Shape) -> Tensors:
-    """Declare the tensors that both functions read; lengths and strides are symbolic."""
-    batch, heads, kv_heads, q_len, kv_len = (I.int64() for _ in range(5))
-    d, dv = T.int64(s.d), T.int64(s.dv)
+    """Declare the tensors that both functions read."""
+    q, k, v = match_qkv(s)
+    rows = tuple(q.shape[:3])
     return Tensors(
-        q=match_strided("q", (batch, heads, q_len, d), s.dtype),
-        k=match_strided("k", (batch, kv_heads, kv_len, d), s.dtype),
-        v=match_strided("v", (batch, kv_heads, kv_len, dv), s.dtype),
-        do=match_strided("do", (batch, heads, q_len, dv), s.dtype),
-        lse=match_array("lse", (batch, heads, q_len), s.acc),
-        delta=match_array("delta", (batch, heads, q_len), s.acc),
-    )
+        q, k, v, do=match_strided("do", (*rows, T.int64(s.dv)), s.dtype), lse=match_array("lse", rows, s.acc),
+        delta=match_array("delta", rows, s.acc),
+    )  # fmt: skip
 
 
 class Statistics(Protocol):
@@ -178,7 +171,7 @@ def _scalars(s: Shape) -> tuple[Expr, Expr, Expr]:
 def _dq_worker(
     t: Tensors, dq: Expr, walk: Walk, s: Shape, worker: Expr, scale: Expr, cap: Expr, merge: Expr
 ) -> None:
-    log2e, group = s.scalar(LOG2E), t.group
+    log2e, group = s.scalar(LOG2E), group_size(t.q, t.k)
     b, stats = Scratch(s, cap * log2e), StatisticsOfRows(s)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
@@ -203,7 +196,7 @@ def _dkv_worker(
     t: Tensors, dk: Expr, dv: Expr, walk: Walk, s: Shape, worker: Expr, scale: Expr, cap: Expr, merge: Expr,
     member: Expr,
 ) -> None:  # fmt: skip
-    log2e, group = s.scalar(LOG2E), t.group
+    log2e, group = s.scalar(LOG2E), group_size(t.q, t.k)
     b, stats, sum2t = Scratch(s, cap * log2e), StatisticsOfColumns(s), s.scratch(s.m * s.dv_pitch)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:

@@ -38,6 +38,22 @@ def match_walk(s: Shape) -> Walk:
     )
 
 
+def match_qkv(s: Shape) -> tuple[Expr, Expr, Expr]:
+    """Declare q, k and v, with which every function begins; lengths and strides are symbolic."""
+    batch, heads, kv_heads, q_len, kv_len = (I.int64() for _ in range(5))
+    d, dv = T.int64(s.d), T.int64(s.dv)
+    return (
+        match_strided("q", (batch, heads, q_len, d), s.dtype),
+        match_strided("k", (batch, kv_heads, kv_len, d), s.dtype),
+        match_strided("v", (batch, kv_heads, kv_len, dv), s.dtype),
+    )
+
+
+def group_size(q: Expr, k: Expr) -> Expr:
+    """Query heads that share a key head."""
+    return I.Bind(T.cast(T.truncdiv(q.shape[1], k.shape[1]), "int32"))
+
+
 def match_array(name: str, shape: tuple[Expr, ...], dtype: str) -> Expr:
     """Declare a contiguous argument."""
     return I.match_buffer(I.arg(name, I.handle()), shape, dtype, align=ALIGN.get(dtype, 4))

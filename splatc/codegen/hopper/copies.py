@@ -16,7 +16,6 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, named, when
-from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import TEAM, chunk
 
 LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -138,11 +137,6 @@ def wait_copies(pending: int) -> None:
     """Until at most ``pending`` groups are unfinished, and what they wrote may be read by tensor cores."""
     do(T.ptx.cp.async_.wait_group(pending))
     do(T.ptx.fence.proxy.async_.shared__cta())
-
-
-def arrive_copies(ring: Ring, stage: Expr) -> None:
-    """Say that this thread's copies of a stage are there."""
-    ring.fill(stage)
 
 
 def store_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, chunks: int, rows: int) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.copies import Point, arrive_copies, commit_copies, gather_rows, wait_copies
+from splatc.codegen.hopper.copies import Point, commit_copies, gather_rows, wait_copies
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, store, when
 from splatc.codegen.hopper.producer import Producer
 from splatc.codegen.hopper.shape import TEAM
@@ -74,11 +74,11 @@ class GatheringProducer(Producer):
             gather_rows(a.v_rows, a.gather, at, b.v, stage * (s.v_bytes // s.item_bytes), s.n, self.thread)
         commit_copies()
         wait_copies(1)
-        arrive_copies(b.k_ring, stage)
+        b.k_ring.fill(stage)
         self.late_stage.set(stage)
         self.kv_at.advance()
 
     def report_late(self) -> None:
         """V of the tile before has arrived."""
         with when(self.late_stage() >= 0):
-            arrive_copies(self.block.v_ring, self.late_stage())
+            self.block.v_ring.fill(self.late_stage())

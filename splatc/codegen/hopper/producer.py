@@ -6,8 +6,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper import block as word
-from splatc.codegen.hopper.block import MESSAGE, Block
+from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, TILES, VIEW, X1, X2, X3, Block
 from splatc.codegen.hopper.copies import Point, load_bytes, load_tile
 from splatc.codegen.hopper.emit import Cell, Expr, let, loop, registers, store, when
 from splatc.codegen.hopper.queue import Queue
@@ -65,15 +64,15 @@ class Producer:
                 for i in range(MESSAGE):
                     store(b.messages, self.told() + i, row[i])
                 b.q_ring.expect(stage, T.uint32(s.q_bytes))
-                at = Point(row[word.X1], row[word.X2], row[word.X3], row[word.BATCH], row[word.HEAD])
-                load_tile(self.a.q, row[word.VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, full)
+                at = Point(row[X1], row[X2], row[X3], row[BATCH], row[HEAD])
+                load_tile(self.a.q, row[VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, full)
             self.q_at.advance()
 
     def row_tile(self) -> None:
         """All column tiles of the announced row tile, entry by entry; on the way the next is announced."""
+        words = {"batch": BATCH, "head": HEAD, "first": FIRST, "entries": ENTRIES, "tiles": TILES}
         batch, head, first, entries, tiles = (
-            let(name, self.block.messages[self.told() + getattr(word, name.upper())])
-            for name in ("batch", "head", "first", "entries", "tiles"))  # fmt: skip
+            let(name, self.block.messages[self.told() + word]) for name, word in words.items())  # fmt: skip
         self.take()
         kv_head = let("kv_head", T.truncdiv(head, self.a.group))
         early = self.s.q_stages > 1  # with one stage the next Q has to wait until this one has served all tiles
@@ -129,6 +128,6 @@ class Producer:
         b = self.block
         b.q_ring.wait_empty(self.q_at)
         with when(self.leads()):
-            store(b.messages, self.q_at.stage() * MESSAGE + word.TILES, 0)
+            store(b.messages, self.q_at.stage() * MESSAGE + TILES, 0)
             b.q_ring.fill(self.q_at.stage())
             self.queue.close()
