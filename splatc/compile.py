@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
-from splatc.codegen.kernel import BACKWARD, KernelSpec, kernel_spec, patch_tiles, tile_shapes
+from splatc.codegen.kernel import FORWARD, KernelSpec, gradient_spec, kernel_spec, no_gradients, patch_tiles, tile_shapes
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
@@ -24,6 +24,7 @@ from splatc.runtime.cpu_call import workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
 from splatc.runtime.gradients import Gradients, Planner
+from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.kernel import find_kernel
 from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, is_torch
 from splatc.runtime.tuned import tuned_tiles
@@ -73,23 +74,24 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         return make_plan(pattern, q_len, kv_len, first.spec, after)
 
     def transposed_plan(kv_len: int, q_len: int) -> Plan:
-        return make_plan(pattern.transposed(), kv_len, q_len, replace(first.spec, role=BACKWARD), after)
+        return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(first.spec), after)
 
-    def gradients(plan: Planner) -> Gradients:
-        kernel = find_kernel(replace(first.spec, role=BACKWARD))
+    def gradients(plan: Planner) -> Gradients | GpuGradients:
+        kernel = find_kernel(gradient_spec(first.spec))
         dump_sources(kernel)
+        if kernel.spec.kernel == "hopper":
+            return GpuGradients(kernel, transposed_plan, layout, cap)
         return Gradients(kernel, plan, transposed_plan, layout, cap)
 
     kernel = find_kernel(first.spec)
     dump_sources(kernel)
-    differentiable = first.spec.kernel == "cpu"
-    return CompiledAttention(kernel, first, plan, layout, cap, gradients if differentiable else None)
+    return CompiledAttention(kernel, first, plan, layout, cap, gradients, no_gradients(first.spec))
 
 
 def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
               tiles: tuple[tuple[int, int], ...] | None = None, after: After | None = None) -> Plan:  # fmt: skip
     """The plan of the least predicted time over tile shapes, and the kernel that it needs."""
-    known = tiles or tuned_tiles(pattern, q_len, kv_len, spec)
+    known = tiles or (tuned_tiles(pattern, q_len, kv_len, spec) if spec.role == FORWARD else None)
 
     def plan(tile: tuple[int, int]) -> Plan:
         sized = replace(spec, tile_m=tile[0], tile_n=tile[1])

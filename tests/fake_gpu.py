@@ -26,7 +26,7 @@ from splatc.runtime.tensors import Shape
 
 CTYPES = {"pointer": ctypes.c_uint64, "int64": ctypes.c_int64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
 WORDS: dict[int, Any] = {2: ctypes.c_uint16, 4: ctypes.c_uint32}
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "tfloat32": 4}
+ITEM_BYTES = {"int32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "tfloat32": 4}
 Kernel = Callable[..., None]  # kernel(grid, **arguments by parameter name); maps arrive as TensorMap
 
 
@@ -114,7 +114,8 @@ class FakeDriver:
     def blocks_per_multiprocessor(self, kernel: int, threads: int, smem_bytes: int, ordinal: int) -> int:
         return 1
 
-    def encode_map(self, target: int, dtype: str, address: int, dims: Any, strides: Any, box: Any) -> None:
+    def encode_map(self, target: int, dtype: str, address: int, dims: Any, strides: Any, box: Any,
+                   swizzled: bool = True) -> None:  # fmt: skip
         assert target % 128 == 0
         self.maps[target] = TensorMap(dtype, address, tuple(dims), tuple(strides), tuple(box))
 

@@ -24,7 +24,7 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import BACKWARD, KernelSpec
+from splatc.codegen.kernel import KernelSpec, gradient_spec
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -106,7 +106,7 @@ def compile_kernel(
     if mask != "none":
         spec = plan_mask(sized_mask(mask, seq_len, kv_len), spec).spec
     if backward:
-        spec = gradients_of(spec)
+        spec = gradient_spec(spec)
     root = kernel_cache(Config.from_env()).root
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
@@ -156,20 +156,13 @@ def dump(
     sized = sized_mask(mask, seq_len, kv_len)
     if backward:
         pattern, q_len, kv_len = sized
-        sized, spec = (pattern.transposed(), kv_len, q_len), gradients_of(spec)
+        sized, spec = (pattern.transposed(), kv_len, q_len), gradient_spec(spec)
     if what is What.ir:
         write_or_print(_ir(sized, spec, after), output)
     elif what is What.tables:
         _write_tables(plan_mask(sized, spec), output)
     else:
         write_or_print(_source(plan_mask(sized, spec).spec, what), output)
-
-
-def gradients_of(spec: KernelSpec) -> KernelSpec:
-    """The spec of the kernel that computes gradients for another."""
-    if spec.target.kind != "cpu":
-        raise Unsupported(f"there is no kernel for gradients on {spec.target} yet: use the target cpu")
-    return replace(spec, role=BACKWARD)
 
 
 def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:

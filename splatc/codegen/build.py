@@ -124,7 +124,11 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
 def emit(spec: KernelSpec) -> Emitted:
     """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
     if spec.role == BACKWARD:
-        raise Unsupported(f"there is no kernel for gradients on {spec.target} yet: use the target cpu")
+        if spec.kernel != "hopper":
+            raise Unsupported(f"there is no kernel for gradients on {spec.target} for these options: use the target cpu")
+        from splatc.codegen.hopper.backward.kernels import gradients_hopper
+
+        return gradients_hopper(spec)
     if spec.kernel == "hopper":
         from splatc.codegen.hopper.forward import attention_hopper
 

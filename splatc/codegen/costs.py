@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import BACKWARD, KernelSpec
 
 FILE = Path(__file__).with_name("costs.json")
 
@@ -63,6 +63,8 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     near = min(table["kernels"], key=distance)
     scale = _operations(spec.tile_m, spec.tile_n, head_dim, head_dim) / _operations(
         near["tile_m"], near["tile_n"], near["head_dim"], near["head_dim"])  # fmt: skip
+    if spec.role == BACKWARD:
+        scale *= 2.6
     return Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                  table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
                  f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from splatc.codegen.target import Target
-from splatc.errors import InvalidInput
+from splatc.errors import InvalidInput, Unsupported
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
 FORWARD, BACKWARD = "forward", "backward"
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
+WIDEST_GRADIENT = 128  # head dim: dK and dV of 64 keys stay in a warpgroup's registers
 HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
 
 
@@ -87,8 +88,31 @@ def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target, allow
     return None
 
 
+def no_gradients(spec: KernelSpec) -> str | None:
+    """Why there is no kernel for the gradients of a kernel, None if there is one."""
+    if spec.kernel == "portable":
+        return "on GPUs gradients need the Hopper kernel (sm_90a, head dims that are multiples of 8, 16-bit types)"
+    if spec.kernel == "hopper" and spec.dtype == "float32":
+        return "on a GPU gradients are computed in float16 and bfloat16, not in float32"
+    if spec.kernel == "hopper" and max(spec.head_dim, spec.v_head_dim) > WIDEST_GRADIENT:
+        return f"on a GPU gradients are computed for head dims up to {WIDEST_GRADIENT}, not {spec.head_dim}"
+    return None
+
+
+def gradient_spec(spec: KernelSpec) -> KernelSpec:
+    """The spec of the kernel for the gradients of a kernel; Unsupported if there is none."""
+    if (why := no_gradients(spec)) is not None:
+        raise Unsupported(why)
+    if spec.kernel != "hopper":
+        return replace(spec, role=BACKWARD)
+    narrow = max(spec.head_dim, spec.v_head_dim) <= 64 and not spec.softcap  # registers for twice the queries
+    return replace(spec, role=BACKWARD, tile_m=128, tile_n=128 if narrow else 64, gather=False)
+
+
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """The (tile_m, tile_n) worth considering, the most usual first (measured: docs/performance.md)."""
+    if spec.role == BACKWARD:
+        return ((spec.tile_m, spec.tile_n),)
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)

@@ -72,7 +72,7 @@ def encode(driver: Driver, tensor: str, dtype: str, geometry: Geometry, address:
     """A tensor map of ``tensor``, at ``address``."""
     memory = (ctypes.c_uint8 * (MAP_BYTES + _MAP_ALIGNMENT))()
     start = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-    driver.encode_map(start, dtype, address, geometry.dims, geometry.strides, geometry.box)
+    driver.encode_map(start, dtype, address, geometry.dims, geometry.strides, geometry.box, geometry.swizzled)
     return Map(tensor, memory, start)
 
 

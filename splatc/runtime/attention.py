@@ -17,16 +17,16 @@ from splatc.patterns.base import Pattern
 from splatc.runtime.cpu_call import exchange, table_arguments
 from splatc.runtime.explain import Explanation
 from splatc.runtime.gradients import Gradients
+from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.handles import new_handle
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, remember
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import (
-    NO_GRADIENTS,
+    DETACH,
     NO_TRANSFORMS,
     Shape,
     check_call,
-    check_gradients,
     check_scale,
     for_autocast,
     last_axis_contiguous,
@@ -93,13 +93,15 @@ class CompiledAttention:
     """
 
     def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0,
-                 gradients: Callable[[Planner], Gradients] | None = None) -> None:  # fmt: skip
-        """cap: the softcap of scores, 0 for none. gradients(planner of the mask): called at the first backward pass,
-        None where the target has none."""
+                 gradients: Callable[[Planner], Gradients | GpuGradients] | None = None,
+                 refused: str | None = None) -> None:  # fmt: skip
+        """cap: the softcap of scores, 0 for none. gradients(planner of the mask): called at the first backward pass.
+        refused: why it must not be, None where there are gradients."""
         self.kernel = kernel
         self.layout = layout
         self._cap = cap
-        self._make_gradients = gradients
+        self._make_gradients = None if refused else gradients
+        self._refused = refused
         self._handle = new_handle(self, f"{kernel.spec.name} {layout}")
         self._replan = replan
         self._plan = plan
@@ -159,7 +161,7 @@ class CompiledAttention:
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
         v_head_dim, and with return_lse also lse (batch, heads, q_len), natural log, float32 (for float64: float64). A
         row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. On a
-        CPU both are differentiable. Raises InvalidInput for tensors that do not fit.
+        CPU, and in 16-bit types on a Hopper GPU, both are differentiable. Raises InvalidInput for tensors that do not fit.
         """
         if hasattr(q, "requires_grad"):  # a torch tensor
             import torch
@@ -178,14 +180,14 @@ class CompiledAttention:
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
                  enable_gqa: bool) -> tuple[Any, Any, Any]:  # fmt: skip
-        """(dq, dk, dv) for the gradients do of o and dlse of lse; torch tensors on a CPU, in the compiled layout."""
+        """(dq, dk, dv) for the gradients do of o and dlse of lse; torch tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
         return self._gradients(shape, q, k, v, o, lse, do, dlse, check_scale(scale, shape.head_dim))
 
     @cached_property
-    def _gradients(self) -> Gradients:
+    def _gradients(self) -> Gradients | GpuGradients:
         if self._make_gradients is None:
-            raise Unsupported(NO_GRADIENTS)
+            raise Unsupported(f"{self._refused}: {DETACH}")
         return self._make_gradients(self._planned)
 
     def _must_differentiate(self, torch: Any, q: Any, k: Any, v: Any) -> bool:
@@ -193,13 +195,13 @@ class CompiledAttention:
         if torch._C._are_functorch_transforms_active():
             raise Unsupported(NO_TRANSFORMS)
         grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
-        return bool(grad and self._make_gradients is not None)
+        if grad and self._refused:
+            raise Unsupported(f"{self._refused}: {DETACH}")
+        return bool(grad)
 
     def _by_operator(self, q: Any, k: Any, v: Any, scale: Any, return_lse: bool, enable_gqa: bool) -> Any:
         from splatc.runtime import torch_ops
 
-        if self._make_gradients is None:
-            check_gradients(q, k, v)
         number = None if scale is None else float(scale)
         o, lse = torch_ops.attention(q, k, v, self._handle, number, enable_gqa)
         return (o, lse) if return_lse else o

@@ -14,10 +14,10 @@ from typing import Any
 from splatc.errors import CompileError, CudaError, Unsupported
 
 MAP_BYTES = 128  # of a CUtensorMap, which lies at a multiple of as many
-MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "tfloat32": 11}  # CUtensorMapDataType
+MAP_TYPES = {"int32": 3, "float16": 6, "float32": 7, "bfloat16": 9, "tfloat32": 11}  # CUtensorMapDataType
 _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76  # CUdevice_attribute
 _MAX_DYNAMIC_SMEM = 8  # CUfunction_attribute
-_NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_128B, _ZERO_FILL = 0, 3, 2, 0
+_NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128B, _PROMOTE_128B, _ZERO_FILL = 0, 0, 3, 2, 0
 INVALID_CONTEXT = 201
 _ADVICE = {
     200: "report this kernel", 209: "compile it again for this GPU", 218: "report this kernel",
@@ -141,8 +141,8 @@ class Driver:
         return blocks.value
 
     def encode_map(self, target: int, dtype: str, address: int, dims: Sequence[int], strides: Sequence[int],
-                   box: Sequence[int]) -> None:  # fmt: skip
-        """Write a CUtensorMap to the memory at ``target``: 128-byte swizzle, zeros outside.
+                   box: Sequence[int], swizzled: bool = True) -> None:  # fmt: skip
+        """Write a CUtensorMap to the memory at ``target``: 128-byte swizzle or none, zeros outside.
 
         dims, box: elements, the contiguous dimension first; strides: bytes, one fewer.
         """
@@ -150,7 +150,7 @@ class Driver:
         status = self._library.cuTensorMapEncodeTiled(
             target, MAP_TYPES[dtype], rank, address, (c_uint64 * rank)(*dims), (c_uint64 * (rank - 1))(*strides),
             (c_uint32 * rank)(*box), (c_uint32 * rank)(*[1] * rank),
-            _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_128B, _ZERO_FILL,
+            _NO_INTERLEAVE, _SWIZZLE_128B if swizzled else _NO_SWIZZLE, _PROMOTE_128B, _ZERO_FILL,
         )  # fmt: skip
         self.check(status, f"describing a tensor of {tuple(dims)} with strides {tuple(strides)} to the GPU")
 

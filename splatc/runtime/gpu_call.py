@@ -68,20 +68,20 @@ class GpuCall:
         self._lock = threading.Lock()
         rows = (shape.batch, shape.heads, shape.q_len)
         order = rows if layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
-        self._o = _contiguous(*order, shape.v_head_dim)
-        self._lse = _contiguous(*rows)
+        self._o = contiguous(*order, shape.v_head_dim)
+        self._lse = contiguous(*rows)
         self._empty, self._float32 = torch.empty_strided, torch.float32  # half a microsecond faster than torch.empty
         self._dtype = getattr(torch, spec.dtype)
         self._part_rows = request.part_tiles * spec.tile_m
-        self._part_o = _contiguous(self._part_rows * shape.v_head_dim)
-        self._part_lse = _contiguous(self._part_rows)
+        self._part_o = contiguous(self._part_rows * shape.v_head_dim)
+        self._part_lse = contiguous(self._part_rows)
         names = ("q", "k", "v", "o", "lse", "queue", "part_o", "part_lse")
         self._bounds = [self._bound(name, steps, request.address) for name in names]
         self._queued = any("queue" in step.holders for step in steps)
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._scale: float | None = None
         self._stream = 0
-        self._configs = [_config(step) for step in steps]
+        self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the pointers below point into
         self._starts = [
             (ctypes.byref(config), step.function.kernel, step.arguments.array)
@@ -129,12 +129,12 @@ class GpuCall:
         return o, lse
 
 
-def _contiguous(*sizes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def contiguous(*sizes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(sizes, strides) of a contiguous tensor."""
     return sizes, tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
 
 
-def _config(step: Step) -> LaunchConfig:
+def config_of(step: Step) -> LaunchConfig:
     config = LaunchConfig(*step.grid, step.function.threads, 1, 1, step.function.smem_bytes)
     if step.early:
         config.attributes, config.attribute_count = ctypes.addressof(EARLY_START), 1

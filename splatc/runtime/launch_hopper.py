@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,10 +12,11 @@ from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import accumulator_bits
 from splatc.runtime.arguments import Arguments, Function, Map, encode
+from splatc.runtime.driver import Driver
 from splatc.runtime.gpu import Gpu
 from splatc.runtime.gpu_call import Request, Step
 from splatc.runtime.plan import Launch
-from splatc.runtime.tensor_map import Layout, geometry, sub_box
+from splatc.runtime.tensor_map import Geometry, Layout, geometry, sub_box
 from splatc.runtime.work import Work, work_of
 
 HOLDERS = {"k": "k_ptr", "v": "v_ptr", "lse": "lse_ptr", "part_lse": "part_lse_ptr", "queue": "queue_ptr"}
@@ -85,38 +86,55 @@ def _output_box(request: Request, launch: Launch, view: int) -> tuple[tuple[int,
 
 
 def _maps(request: Request, function: Function, launch: Launch, work: Work) -> dict[str, Map]:
-    """Every map that the function asks for; those of views that the launch lacks are the first view's."""
-    wanted = {name for kind, name in function.parameters if kind == "map"}
-    maps: dict[str, Map] = {}
-
-    def add(name: str, tensor: str, view: Any, box: Any, layout: Layout) -> None:
-        if name in wanted:
-            kind, shape = map_type(tensor, request.spec.dtype), geometry(view, box, layout)
-            maps[name] = encode(request.gpu.driver, tensor, kind, shape, request.address)
-
-    def add_views(tensor: str, views: NDArray[Any], boxes: list[Any], limit: int) -> None:
-        for n, (view, box) in enumerate(zip(views, boxes, strict=True)):
-            add(f"{tensor}_map{n}", tensor, view, box, request.layouts[tensor])
-        for n in range(len(views), limit):
-            if (name := f"{tensor}_map{n}") in wanted:
-                maps[name] = maps[f"{tensor}_map0"]
-
-    views, cols = launch.row_views, launch.col_views
-    add_views("q", views, [view[6:9] for view in views], MAX_VIEWS[0])
-    add_views("o", views, [_output_box(request, launch, n)[0] for n in range(len(views))], MAX_VIEWS[0])
+    """Every map that the function asks for."""
+    maps = Maps(request.gpu.driver, function, request.address)
+    views, cols, layouts, dtype = launch.row_views, launch.col_views, request.layouts, request.spec.dtype
+    maps.add("q", map_type("q", dtype), views, boxes_of(views), layouts["q"], MAX_VIEWS[0])
+    output = [_output_box(request, launch, n)[0] for n in range(len(views))]
+    maps.add("o", map_type("o", dtype), views, output, layouts["o"], MAX_VIEWS[0])
     for tensor in ("k", "v"):
-        add_views(tensor, cols, [view[6:9] for view in cols], MAX_VIEWS[1])
-    rows, dim = max(work.part_tiles, 1) * request.spec.tile_m, request.shape.v_head_dim  # scratch: (rows, dim)
-    part = Layout(1, 1, rows, dim, 0, 0, dim, request.layouts["o"].itemsize)
-    add("part_map0", "part_o", _contiguous(rows), (WARPGROUP_ROWS, 1, 1), part)
-    return maps
+        maps.add(tensor, map_type(tensor, dtype), cols, boxes_of(cols), layouts[tensor], MAX_VIEWS[1])
+    rows = max(work.part_tiles, 1) * request.spec.tile_m
+    maps.add_rows("part", "part_o", map_type("part_o", dtype), rows, request.shape.v_head_dim, layouts["o"].itemsize)
+    return maps.found
+
+
+class Maps:
+    """The tensor maps of a launch by the name of their parameter, as far as a function asks for them.
+
+    address: of some memory on the GPU, until a call puts a tensor's in its place.
+    """
+
+    def __init__(self, driver: Driver, function: Function, address: int) -> None:
+        self._driver, self._address = driver, address
+        self._wanted = {name for kind, name in function.parameters if kind == "map"}
+        self.found: dict[str, Map] = {}
+
+    def add(self, tensor: str, kind: str, views: Any, boxes: Sequence[Any], layout: Layout, limit: int,
+            shape: Callable[..., Geometry] = geometry) -> None:  # fmt: skip
+        """A map for each view, ``{tensor}_map0`` ...; those beyond, up to ``limit``, are the first view's."""
+        for n, (view, box) in enumerate(zip(views, boxes, strict=True)):
+            self._encode(f"{tensor}_map{n}", tensor, kind, shape(view, box, layout))
+        for n in range(len(views), limit):
+            if (name := f"{tensor}_map{n}") in self._wanted:
+                self.found[name] = self.found[f"{tensor}_map0"]
+
+    def add_rows(self, name: str, tensor: str, kind: str, rows: int, dim: int, itemsize: int) -> None:
+        """Of contiguous memory, (rows, dim), which a warpgroup's 64 rows go to at a time."""
+        view, layout = (rows, 1, 1, 1, rows, rows), Layout(1, 1, rows, dim, 0, 0, dim, itemsize)
+        self._encode(f"{name}_map0", tensor, kind, geometry(view, (WARPGROUP_ROWS, 1, 1), layout))
+
+    def _encode(self, name: str, tensor: str, kind: str, shape: Geometry) -> None:
+        if name in self._wanted:
+            self.found[name] = encode(self._driver, tensor, kind, shape, self._address)
+
+
+def boxes_of(views: Any) -> list[Any]:
+    """The boxes of rows of a view table."""
+    return [view[6:9] for view in views]
 
 
 def map_type(tensor: str, dtype: str) -> str:
     """What a tensor's maps say of its values. Loads through maps of tfloat32 round, which products of tf32 would not:
     tensor cores ignore the last bits. Outputs, and what is merged with them, stay float32."""
     return "tfloat32" if dtype == "float32" and tensor in ("q", "k", "v") else dtype
-
-
-def _contiguous(length: int) -> tuple[int, ...]:
-    return length, 1, 1, 1, length, length

@@ -67,11 +67,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The numbers of a CUtensorMap: dims and box in elements, strides in bytes (of all dimensions but the first)."""
+    """The numbers of a CUtensorMap: dims and box in elements, strides in bytes (of all dimensions but the first).
+
+    swizzled: rows of the box are 128 bytes in shared memory, with the swizzle of wgmma; else they lie as they are.
+    """
 
     dims: Quintuple
     strides: tuple[int, int, int, int]
     box: Quintuple
+    swizzled: bool = True
 
 
 def geometry(view: Sequence[int], box: Sequence[int], layout: Layout) -> Geometry:
@@ -84,6 +88,12 @@ def geometry(view: Sequence[int], box: Sequence[int], layout: Layout) -> Geometr
         (step if n > 1 else layout.dim) * layout.itemsize for n, step in zip((n1, n2, n3, last), steps, strict=True)
     )
     return Geometry((layout.dim, n1, n2, n3, last), (s1, s2, s3, s4), (ROW_BYTES // layout.itemsize, b1, b2, b3, 1))
+
+
+def unswizzled(view: Sequence[int], box: Sequence[int], layout: Layout) -> Geometry:
+    """The same for boxes of whole rows that lie one after the other in shared memory."""
+    swizzled = geometry(view, box, layout)
+    return replace(swizzled, box=(layout.dim, *swizzled.box[1:]), swizzled=False)
 
 
 def sub_box(box: Sequence[int], parts: int) -> tuple[Triple, Triple]:

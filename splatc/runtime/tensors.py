@@ -12,8 +12,7 @@ import numpy as np
 from splatc.errors import InvalidInput, Unsupported
 
 LAYOUTS = ("bhsd", "bshd")
-NO_GRADIENTS = ("gradients are not computed on this target yet, only on the CPU: call under torch.no_grad() or pass "
-                "detached tensors")  # fmt: skip
+DETACH = "call under torch.no_grad() or pass detached tensors"
 NO_TRANSFORMS = ("splatc does not work inside torch.func (vmap, grad, jvp, ...): fold a mapped dimension into batch, "
                  "use torch.autograd for gradients")  # fmt: skip
 MAX_SCALE = 1e38  # times log2(e), still finite in float32
@@ -137,7 +136,7 @@ def check_gradients(*tensors: Any) -> None:
         import torch
 
         if torch.is_grad_enabled():
-            raise Unsupported(NO_GRADIENTS)
+            raise Unsupported(f"this call computes no gradients: {DETACH}")
 
 
 def last_axis_contiguous(x: Any) -> Any:

@@ -223,7 +223,7 @@ class Consumer:
         """O and LSE of this warpgroup's rows to where they belong."""
         b, s = self.block, self.s
         self.softmax.finish(self.inverse, self.lse)
-        stage = (self.out, s.dv, self.inverse, b.q, self.slot_base(), s.m, b.warp, b.lane)
+        stage = (self.out.o, s.dv, self.inverse, b.q, self.slot_base(), s.m, b.warp, b.lane)
         with I.If(self.merging()):
             with I.Then():
                 merge_weights(self.inverse, self.lse, self.old_lse, self.old_weight)

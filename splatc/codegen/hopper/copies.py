@@ -16,10 +16,11 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, named, when
-from splatc.codegen.hopper.shape import TEAM, chunk
+from splatc.codegen.hopper.shape import ROW_BYTES, TEAM, chunk
 
 LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 STORE = "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
+ADD = "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group"
 LOAD_BYTES = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 
@@ -150,6 +151,18 @@ def store_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, ch
                 do(T.ptx[STORE](T.address_of(one), c * width, *place, at_chunk))
 
 
+def add_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, chunks: int, rows: int,
+             first: Expr | int = 0) -> None:  # fmt: skip
+    """Add a box of ``rows`` rows of int32 from source[offset:], from column ``first`` on, to what is there."""
+    width = ROW_BYTES // 4
+    place = [let(f"c{i}", c) for i, c in enumerate(maps.place(at))]
+    for condition, one in maps.each(view):
+        with when(condition):
+            for c in range(chunks):
+                at_chunk = source.ptr_to([offset + c * rows * width])
+                do(T.ptx[ADD](T.address_of(one), first + c * width, *place, at_chunk))
+
+
 def load_bytes(target: Expr, source: Expr, size: int, barrier: Expr) -> None:
     """Copy ``size`` bytes (a multiple of 16) from global to shared memory, reporting at ``barrier``."""
     do(T.ptx[LOAD_BYTES](target, source, T.uint32(size), barrier))
@@ -160,9 +173,9 @@ def commit_stores() -> None:
     do(T.ptx.cp.async_.bulk.commit_group())
 
 
-def wait_stores_read() -> None:
-    """Until this thread's stores have read their shared memory."""
-    do(T.ptx.cp.async_.bulk.wait_group.read(0))
+def wait_stores_read(pending: int = 0) -> None:
+    """Until all but the last ``pending`` groups of this thread's stores have read their shared memory."""
+    do(T.ptx.cp.async_.bulk.wait_group.read(pending))
 
 
 def wait_stores() -> None:

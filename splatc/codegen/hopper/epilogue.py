@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 
 from splatc.codegen.constants import LOG2E, ceil_div
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
-from splatc.codegen.hopper.products import PTX_TYPE, Output, fence
+from splatc.codegen.hopper.products import PTX_TYPE, fence
 from splatc.codegen.hopper.shape import chunk
 from splatc.codegen.hopper.softmax import finite
 
@@ -26,17 +26,17 @@ def merge_weights(inverse: Expr, lse: Expr, old_lse: Expr, old_weight: Expr) -> 
         store(old_weight, r, w[1] * share)
 
 
-def stage_output(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
+def stage_output(o: Expr, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                  lane: Expr, old_weight: Expr | None = None) -> None:  # fmt: skip
-    """Write out.o * inverse to slot[base:], 64 rows of swizzled chunks that lie ``rows`` rows apart.
+    """Write o * inverse, accumulators of 64 x dv, to slot[base:], 64 rows of swizzled chunks that lie ``rows`` rows apart.
 
     With old_weight the slot holds an earlier part's output, which is added with that weight.
     """
     stage = _stage_words if slot.dtype == "float32" else _stage_halves
-    stage(out, dv, inverse, slot, base, rows, warp, lane, old_weight)
+    stage(o, dv, inverse, slot, base, rows, warp, lane, old_weight)
 
 
-def _stage_halves(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
+def _stage_halves(o: Expr, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                   lane: Expr, old_weight: Expr | None) -> None:  # fmt: skip
     """16 columns at a time, by the matrix loads and stores of 16-bit values."""
     kind, width = PTX_TYPE[slot.dtype], chunk(slot.dtype)
@@ -50,8 +50,8 @@ def _stage_halves(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, r
             do(T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](*(old[j] for j in range(4)), at))
         for pair in range(2):
             for r in range(2):
-                o = i * 8 + pair * 4 + 2 * r
-                low, high = out.o[o] * inverse[r], out.o[o + 1] * inverse[r]
+                first = i * 8 + pair * 4 + 2 * r
+                low, high = o[first] * inverse[r], o[first + 1] * inverse[r]
                 if old_weight is not None:
                     before = unpack(old[pair * 2 + r], slot.dtype)
                     low, high = low + old_weight[r] * before[0], high + old_weight[r] * before[1]
@@ -59,7 +59,7 @@ def _stage_halves(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, r
         do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](at, *(words[j] for j in range(4))))
 
 
-def _stage_words(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
+def _stage_words(o: Expr, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                  lane: Expr, old_weight: Expr | None) -> None:  # fmt: skip
     """Two columns of two rows at a time, as the accumulators lie."""
     width = chunk(slot.dtype)
@@ -77,7 +77,7 @@ def _stage_words(out: Output, dv: int, inverse: Expr, slot: Expr, base: Expr, ro
             if old_weight is not None:
                 do(T.ptx["ld.shared.v2.f32"](old[0], old[1], at))
             for c in range(2):
-                new = out.o[i * 4 + 2 * r + c] * inverse[r]
+                new = o[i * 4 + 2 * r + c] * inverse[r]
                 store(pair, c, new if old_weight is None else new + old_weight[r] * old[c])
             do(T.ptx["st.shared.v2.f32"](at, pair[0], pair[1]))
 

@@ -31,6 +31,10 @@ class Ring:
         """The full barrier of a stage: where copies report."""
         return self._full.ptr_to([stage])
 
+    def empty(self, stage: Expr) -> Expr:
+        """The empty barrier of a stage."""
+        return self._empty.ptr_to([stage])
+
     def expect(self, stage: Expr, size: Expr) -> None:
         """Arrive on the full barrier and announce ``size`` bytes of copies."""
         do(T.ptx.mbarrier.arrive.expect_tx.shared.b64(self._full.ptr_to([stage]), size))

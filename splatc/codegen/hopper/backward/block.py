@@ -1,0 +1,116 @@
+"""What all threads of a gradient block share: parameters, tables, places, shared memory, rings."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.hopper.backward.shape import STAGES, WARPGROUPS, Shape
+from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, table
+from splatc.codegen.hopper.copies import Maps, Point
+from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, let, loop, when
+from splatc.codegen.hopper.ring import Ring
+from splatc.codegen.hopper.shape import MAX_VIEWS
+
+
+class Arguments:
+    """The kernel's parameters (docs/architecture.md says what each holds). Rows are keys, columns are queries."""
+
+    def __init__(self, s: Shape) -> None:
+        rows, cols = MAX_VIEWS
+        self.k, self.v, self.dk, self.dv = (Maps(name, rows) for name in ("k", "v", "dk", "dv"))
+        self.q, self.do, self.statistics, self.sums = (Maps(name, cols) for name in ("q", "do", "statistics", "sums"))
+        self.part_k, self.part_v = Maps("part_k", 1), Maps("part_v", 1)
+        self.row_steps = [[int_arg(f"row_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(rows)]
+        if s.halves_queries:
+            self.sum_steps = [[int_arg(f"sum_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(cols)]
+        names = ("total", "blocks", "group", "member", "members", "merge")
+        self.total, self.blocks, self.group, self.member, self.members, self.merge = map(int_arg, names)
+        self.scale = I.arg("scale", I.float32())
+        self.cap = I.arg("cap", I.float32())
+        self.work = table("work", "int32", MESSAGE)
+        self.entries = table("entries", "int32", 8)
+        self.bits = table("bits", "uint32", s.bits_bytes // 4)
+        self.counter = table("queue", "int32", 1)
+        for maps in self.all_maps():
+            maps.declare()
+
+    def all_maps(self) -> tuple[Maps, ...]:
+        return (self.k, self.v, self.q, self.do, self.statistics, self.sums, self.dk, self.dv, self.part_k,
+                self.part_v)  # fmt: skip
+
+
+class Block:
+    """What all threads of a block share: their places, shared memory, rings."""
+
+    def __init__(self, s: Shape, a: Arguments) -> None:
+        self.s, self.a = s, a
+        self.index = I.cta_id([a.blocks])
+        self.warpgroup = I.warpgroup_id([WARPGROUPS + 1])
+        self.warp = I.warp_id_in_wg([4])
+        self.lane = I.lane_id([32])
+        self.thread = I.thread_id([s.threads])
+        pool = T.SMEMPool()
+        sizes = {"k": s.k_bytes, "v": s.v_bytes, "q": STAGES * s.q_bytes, "do": STAGES * s.do_bytes,
+                 "ds": STAGES * s.ds_bytes}  # fmt: skip
+        ends = list(accumulate(sizes.values(), initial=0))  # multiples of 1024: these lie one after the other
+        self.offsets = dict(zip(sizes, ends[:-1], strict=True))
+        self.k, self.v, self.q, self.do, self.ds = (
+            pool.alloc((size // s.item_bytes,), s.dtype, align=1024) for size in sizes.values())  # fmt: skip
+        self.sums = pool.alloc((WARPGROUPS * s.sum_bytes // 4,), "int32", align=1024)
+        self.statistics = pool.alloc((STAGES * s.statistics_bytes // 4,), "float32", align=128)
+        self.bits = pool.alloc((STAGES * s.bits_bytes // 4,), "uint32", align=128)
+        self.message = pool.alloc((MESSAGE,), "int32", align=16)  # the column tile's row of the work table
+        self.masked = pool.alloc((STAGES,), "int32", align=8)  # whether the tile in a stage has mask bits
+        warps = 4 * WARPGROUPS
+        self.k_ring = Ring(pool, 1, readers=WARPGROUPS + 1)  # the third: who sends dQ, and reads the message
+        self.v_ring = Ring(pool, 1, readers=WARPGROUPS)
+        self.q_ring = Ring(pool, STAGES, readers=warps)
+        self.do_ring = Ring(pool, STAGES, readers=warps)
+        self.ds_ring = Ring(pool, STAGES, readers=warps, writers=warps)
+        self.sums_ring = Ring(pool, WARPGROUPS, readers=1, writers=4)  # a stage a warpgroup
+        self.old_ring = Ring(pool, WARPGROUPS, readers=1)  # the earlier pass's results, a stage a warpgroup
+        self.rings = [self.k_ring, self.v_ring, self.q_ring, self.do_ring, self.ds_ring, self.sums_ring, self.old_ring]
+        pool.commit()
+        self.smem_bytes = pool.max_offset
+
+    def start(self) -> None:
+        """Set up the barriers; then wait for the kernels before, whose end this launch need not have waited for."""
+        with when(T.EQ(self.thread, 0)):
+            for maps in self.a.all_maps()[:6]:
+                maps.prefetch()
+            for ring in self.rings:
+                ring.init()
+            do(T.ptx.fence.mbarrier_init.release.cluster())
+        do(T.cuda.cta_sync())
+        follow_kernels_before()
+
+    def tiles(self) -> Iterator[Tile]:
+        """Emit what follows for every tile of queries of the column tile in ``message``: one query head after the
+        other, of those that share the keys' head."""
+        a = self.a
+        batch, head, first, entries = (
+            let(name, self.message[word])
+            for name, word in (("batch", BATCH), ("kv_head", HEAD), ("first", FIRST), ("entries", ENTRIES)))  # fmt: skip
+        with loop(a.members) as m:
+            q_head = let("q_head", head * a.group + a.member + m)
+            with loop(entries) as e:
+                x1, x2, x3, repeat, bits, view, d1, d2 = (
+                    let(name, a.entries[first + e, i])
+                    for i, name in enumerate(("q1", "q2", "q3", "repeat", "bits", "q_view", "d1", "d2")))  # fmt: skip
+                with loop(repeat) as r:
+                    yield Tile(view, Point(x1 + r * d1, x2 + r * d2, x3, batch, q_head), bits)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of queries. bits: 0, or 1 + the index of its mask bits."""
+
+    view: Expr
+    at: Point
+    bits: Expr

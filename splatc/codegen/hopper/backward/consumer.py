@@ -1,0 +1,230 @@
+"""A consumer warpgroup: dK and dV of 64 keys of every column tile, and its share of dQ of every tile of queries."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.constants import ceil_div
+from splatc.codegen.hopper.backward.block import Block
+from splatc.codegen.hopper.backward.products import Places, Products
+from splatc.codegen.hopper.backward.scores import QuerySums, Scores
+from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
+from splatc.codegen.hopper.block import BATCH, HEAD, PART, TILES, VIEW, X1, X2, X3
+from splatc.codegen.hopper.copies import Maps, Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
+from splatc.codegen.hopper.epilogue import stage_output
+from splatc.codegen.hopper.products import fence, wait_products
+from splatc.codegen.hopper.ring import Cursor, Ring
+from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS
+
+# Named barriers: 1 for both warpgroups, 8.. for each warpgroup's own.
+BOTH, OWN = 1, 8
+
+
+class Consumer:
+    """A warpgroup that computes 64 keys of every column tile.
+
+    dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and the two
+    drift apart until one computes exponentials while the other has the tensor cores. ptxas wants no product in flight
+    at the end of the loop, so a pass of it begins with the products of one tile and ends with the scores of the next.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.s, self.a = block, block.s, block.a
+
+    def run(self) -> None:
+        b, s, a = self.block, self.s, self.a
+        do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
+        self.me = let("consumer", b.warpgroup - 1)
+        self.leader = T.And(T.EQ(b.warp, 0), T.EQ(b.lane, 0))
+        self.products = Products(s, Places(s, b.k, b.offsets), self.me)
+        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
+        self.sums = QuerySums(s, b.statistics, self.me, b.warp, b.lane)
+        self.dk, self.dv = (registers(name, ceil_div(dim, 16) * 8) for name, dim in (("dk", s.d), ("dv", s.dv)))
+        self.bits = registers("mask", s.bit_words, "uint32")
+        rings = (b.k_ring, "keys"), (b.q_ring, "q"), (b.ds_ring, "made")
+        self.keys_at, self.at, self.made_at = (ring.consumer(name) for ring, name in rings)
+        self.ds_at = b.ds_ring.producer("ds")
+        self.sums_phase, self.old_phase = Cell("sums_phase", 1), Cell("old_phase", 0)
+        b.k_ring.wait_full(self.keys_at)
+        with I.While(b.message[TILES] > 0):
+            self.column_tile()
+            b.k_ring.wait_full(self.keys_at)
+        wait_stores()
+
+    def column_tile(self) -> None:
+        """dK and dV of 64 keys."""
+        b = self.block
+        for array, count in ((self.dk, ceil_div(self.s.d, 16) * 8), (self.dv, ceil_div(self.s.dv, 16) * 8)):
+            for i in range(count):
+                store(array, i, T.float32(0.0))
+        steps = let("steps", b.message[TILES] * self.a.members)
+        self.ask_scores()
+        b.v_ring.wait_full(self.keys_at)
+        self.ask_score_gradients()
+        self.take_scores()
+        with loop(steps - 1) as done:
+            self.use(done > 0)
+            self.at.advance()
+            self.ask_scores()
+            self.take_query_gradients(done > 0, pending=1)  # the scores
+            self.ask_score_gradients()
+            self.take_scores()
+        self.use(steps > 1)
+        self.take_query_gradients(steps > 1, pending=0)
+        self.last_query_gradients()
+        self.at.advance()
+        self.finish()
+        self.keys_at.advance()
+
+    # -- scores of a tile ----------------------------------------------------------------------------------------------
+
+    def ask_scores(self) -> None:
+        self.block.q_ring.wait_full(self.at)
+        self.products.scores(self.scores.s, self.at.stage())
+
+    def ask_score_gradients(self) -> None:
+        self.block.do_ring.wait_full(self.at)
+        self.products.score_gradients(self.scores.dp, self.at.stage())
+
+    def take_scores(self) -> None:
+        """Probabilities, masked; then dP has arrived too."""
+        b, stage = self.block, self.at.stage()
+        wait_products(1)
+        fence(self.scores.s, self.scores.count)
+        self.scores.probabilities(stage)
+        with when(b.masked[stage] != 0):
+            self.read_bits()
+            self.scores.mask(self.bits)
+        wait_products(0)
+        fence(self.scores.dp, self.scores.count)
+
+    def read_bits(self) -> None:
+        """Fetch this thread's mask bits of the Q stage's tile."""
+        b, words = self.block, self.s.bit_words
+        thread = self.me * 128 + b.warp * 32 + b.lane
+        at = let("bits_at", self.at.stage() * (self.s.bits_bytes // 4) + thread * words)
+        for w in range(words):
+            store(self.bits, w, b.bits[at + w])
+
+    # -- what they are used for ----------------------------------------------------------------------------------------
+
+    def use(self, before: Expr) -> None:
+        """dV, dK and, for the tile ``before`` (if there is one), dQ, which stays in flight."""
+        b, stage = self.block, self.at.stage()
+        self.products.value_gradients(self.dv, self.scores.p, stage)
+        self.scores.gradients(stage)
+        b.ds_ring.wait_empty(self.ds_at)
+        self.scores.stage_gradients(b.ds, self.ds_at.stage(), self.me * WARPGROUP_ROWS + b.warp * 16, b.lane)
+        do(T.ptx.fence.proxy.async_.shared__cta())
+        do(T.cuda.warp_sync())
+        with when(T.EQ(b.lane, 0)):
+            b.ds_ring.fill(self.ds_at.stage())
+        self.products.key_gradients(self.dk, self.scores.ds, stage)
+        with when(before):
+            b.ds_ring.wait_full(self.made_at)
+        # Without a tile before, the product of what lies there is dropped: products do not like branches.
+        self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
+        self.sums.next_scale()
+        self.sums.read_scale(stage)
+        wait_products(1)
+        fence(self.dv, ceil_div(self.s.dv, 16) * 8)
+        fence(self.dk, ceil_div(self.s.d, 16) * 8)
+        do(T.cuda.warp_sync())
+        b.do_ring.release(stage, only=T.EQ(b.lane, 0))
+        b.q_ring.release(stage, only=T.EQ(b.lane, 0))
+        self.ds_at.advance()
+
+    def take_query_gradients(self, wanted: Expr, pending: int) -> None:
+        """Send dQ of the tile before away; ``pending`` products were started after it."""
+        wait_products(pending)
+        fence(self.sums.dq, self.sums.count)
+        with when(wanted):
+            self.send()
+
+    def last_query_gradients(self) -> None:
+        """dQ of the last tile."""
+        b = self.block
+        b.ds_ring.wait_full(self.made_at)
+        self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
+        self.sums.next_scale()
+        wait_products(0)
+        fence(self.sums.dq, self.sums.count)
+        self.send()
+
+    def send(self) -> None:
+        """Leave dQ where the sender finds it; its dS is done with."""
+        b = self.block
+        self.leave(b.ds_ring, self.made_at)
+        do(T.cuda.mbarrier_wait(b.sums_ring.empty(self.me), self.sums_phase()))
+        self.sums.stage(b.sums)
+        do(T.ptx.fence.proxy.async_.shared__cta())
+        do(T.cuda.warp_sync())
+        with when(T.EQ(b.lane, 0)):
+            b.sums_ring.fill(self.me)
+        self.sums_phase.set(T.bitwise_xor(self.sums_phase(), 1))
+
+    def leave(self, ring: Ring, at: Cursor) -> None:
+        """Release a stage, one arrival a warp, and go on."""
+        ring.release(at.stage(), only=T.EQ(self.block.lane, 0))
+        at.advance()
+
+    # -- the end of a column tile --------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """dK and dV of this warpgroup's keys to where they belong, through the places of K and V."""
+        b, s, a = self.block, self.s, self.a
+        words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
+        batch, head, self.part, self.view, *x = (let(name, b.message[word]) for name, word in words)
+        first, second = a.row_steps
+        self.box = Point(*(at + self.me * T.if_then_else(T.EQ(self.view, 0), one, two)
+                           for at, one, two in zip(x, first, second, strict=True)), batch, head)  # fmt: skip
+        do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))  # dQ of both warpgroups reads all of K
+        one = [T.float32(1.0)] * 2
+        ends = ((self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
+                (self.dk, s.d, s.d_chunks, b.k, [a.scale] * 2, a.dk, a.part_k, b.k_ring))  # fmt: skip
+        base = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
+        merging = T.And(a.merge != 0, T.EQ(self.part, 0))
+        with when(merging):
+            self.load_earlier(base)
+        for o, dim, _, slot, factor, *_ in ends:
+            stage = (o, dim, factor, slot, base, KEYS, b.warp, b.lane)
+            with I.If(merging):
+                with I.Then():
+                    stage_output(*stage, one)
+                with I.Else():
+                    stage_output(*stage)
+        do(T.ptx.fence.proxy.async_.shared__cta())
+        self.own_barrier()
+        with when(self.leader):
+            for _, _, chunks, slot, _, maps, part_maps, _ in ends:
+                self.store(maps, part_maps, slot, base, chunks)
+            for n, (*_, ring) in enumerate(ends):
+                wait_stores_read(len(ends) - 1 - n)
+                ring.release(0)
+
+    def load_earlier(self, base: Expr) -> None:
+        """Fetch what an earlier pass left of these keys to where the sums go."""
+        b, s, a = self.block, self.s, self.a
+        full = b.old_ring.full(self.me)
+        with when(self.leader):
+            b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * ROW_BYTES * (s.d_chunks + s.dv_chunks)))
+            load_tile(a.dv, self.view, self.box, b.v, base, s.dv_chunks, KEYS, full)
+            load_tile(a.dk, self.view, self.box, b.k, base, s.d_chunks, KEYS, full)
+        do(T.cuda.mbarrier_wait(full, self.old_phase()))
+        self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
+
+    def store(self, maps: Maps, part_maps: Maps, slot: Expr, base: Expr, chunks: int) -> None:
+        with I.If(T.EQ(self.part, 0)):
+            with I.Then():
+                store_tile(maps, self.view, self.box, slot, base, chunks, KEYS)
+            with I.Else():
+                at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
+                store_tile(part_maps, T.int32(0), at, slot, base, chunks, KEYS)
+        commit_stores()
+
+    def own_barrier(self) -> None:
+        """All threads of this warpgroup."""
+        do(T.ptx.bar.sync(T.uint32(OWN) + T.cast(self.me, "uint32"), T.uint32(128)))

@@ -1,0 +1,143 @@
+"""The two threads of a gradient block's first warpgroup that copy: tiles in, sums of dQ out."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.hopper.backward.block import Block, Tile
+from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
+from splatc.codegen.hopper.block import BATCH, HEAD, MESSAGE, TILES, VIEW, X1, X2, X3
+from splatc.codegen.hopper.copies import (
+    Point,
+    add_tile,
+    commit_stores,
+    load_bytes,
+    load_tile,
+    wait_stores,
+    wait_stores_read,
+)
+from splatc.codegen.hopper.emit import Cell, do, let, store, when
+from splatc.codegen.hopper.queue import Queue
+from splatc.codegen.hopper.shape import WARPGROUP_ROWS
+
+
+class Producer:
+    """K and V of a column tile, then Q with statistics and mask bits, and dO, of every one of its tiles of queries."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.s, self.a = block, block.s, block.a
+
+    def run(self) -> None:
+        """To be emitted for one thread."""
+        b = self.block
+        self.keys_at, self.at = b.k_ring.producer("keys"), b.q_ring.producer("queries")
+        self.queue = Queue(self.a.counter, b.index, self.a.blocks)
+        with I.While(self.queue.number() < self.a.total):
+            self.column_tile()
+        b.k_ring.wait_empty(self.keys_at)
+        store(b.message, TILES, 0)
+        b.k_ring.fill(0)
+        self.queue.close()
+
+    def column_tile(self) -> None:
+        b, s, a = self.block, self.s, self.a
+        number = let("number_now", self.queue.number())
+        b.k_ring.wait_empty(self.keys_at)
+        for i in range(MESSAGE):
+            store(b.message, i, a.work[number, i])
+        self.queue.take()
+        batch, head, view, x1, x2, x3 = (
+            let(name, b.message[word])
+            for name, word in (("k_batch", BATCH), ("k_head", HEAD), ("k_view", VIEW), ("k1", X1), ("k2", X2),
+                               ("k3", X3)))  # fmt: skip
+        at = Point(x1, x2, x3, batch, head)
+        b.k_ring.expect(0, T.uint32(s.k_bytes))
+        load_tile(a.k, view, at, b.k, 0, s.d_chunks, KEYS, b.k_ring.full(0))
+        self.values_due = Cell("values_due", 1)  # V is asked for after the first Q: its place is free later than K's
+        for tile in b.tiles():
+            self.queries(tile)
+            with when(self.values_due() != 0):
+                b.v_ring.wait_empty(self.keys_at)
+                b.v_ring.expect(0, T.uint32(s.v_bytes))
+                load_tile(a.v, view, at, b.v, 0, s.dv_chunks, KEYS, b.v_ring.full(0))
+                self.values_due.set(0)
+            self.output_gradients(tile)
+            self.at.advance()
+        self.keys_at.advance()
+
+    def queries(self, tile: Tile) -> None:
+        """Q with what each query needs to know, and the mask bits of the tile."""
+        b, s, a, stage = self.block, self.s, self.a, self.at.stage()
+        b.q_ring.wait_empty(self.at)
+        full = b.q_ring.full(stage)
+        store(b.masked, stage, tile.bits)
+        size = s.q_bytes + s.statistics_bytes
+        with I.If(tile.bits > 0):
+            with I.Then():
+                b.q_ring.expect(stage, T.uint32(size + s.bits_bytes))
+                words = s.bits_bytes // 4
+                load_bytes(b.bits.ptr_to([stage * words]), a.bits.ptr_to([tile.bits - 1, 0]), s.bits_bytes, full)
+            with I.Else():
+                b.q_ring.expect(stage, T.uint32(size))
+        load_tile(a.q, tile.view, tile.at, b.q, stage * (s.q_bytes // s.item_bytes), s.d_chunks, s.n, full)
+        load_tile(a.statistics, tile.view, tile.at, b.statistics, stage * (s.statistics_bytes // 4), 1, s.n, full)
+
+    def output_gradients(self, tile: Tile) -> None:
+        b, s, a, stage = self.block, self.s, self.a, self.at.stage()
+        b.do_ring.wait_empty(self.at)
+        b.do_ring.expect(stage, T.uint32(s.do_bytes))
+        load_tile(a.do, tile.view, tile.at, b.do, stage * (s.do_bytes // s.item_bytes), s.dv_chunks, s.n,
+                  b.do_ring.full(stage))  # fmt: skip
+
+
+class Sender:
+    """Adds the integers that consumers leave in shared memory to those of their queries in global memory."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.s, self.a = block, block.s, block.a
+
+    def run(self) -> None:
+        """To be emitted for one thread."""
+        b = self.block
+        self.keys_at = b.k_ring.consumer("sent_keys")
+        self.phase = Cell("sums_phase", 0)
+        b.k_ring.wait_full(self.keys_at)
+        with I.While(b.message[TILES] > 0):
+            for tile in b.tiles():
+                self.send(tile)
+            b.k_ring.release(0)
+            self.keys_at.advance()
+            b.k_ring.wait_full(self.keys_at)
+        wait_stores()
+
+    def send(self, tile: Tile) -> None:
+        b, s, a = self.block, self.s, self.a
+        for w in range(WARPGROUPS):
+            do(T.cuda.mbarrier_wait(b.sums_ring.full(w), self.phase()))
+            at, first = tile.at, 0
+            if s.halves_queries:
+                at = self.half(tile, w)
+            else:
+                first = w * s.sum_width
+            add_tile(a.sums, tile.view, at, b.sums, w * (s.sum_bytes // 4), s.sum_chunks, WARPGROUP_ROWS, first)
+            commit_stores()
+        for w in range(WARPGROUPS):
+            wait_stores_read(WARPGROUPS - 1 - w)
+            b.sums_ring.release(w)
+        self.phase.set(T.bitwise_xor(self.phase(), 1))
+
+    def half(self, tile: Tile, w: int) -> Point:
+        """Where a half of the tile's queries begin."""
+        at = tile.at
+        if w == 0:
+            return at
+        steps = []
+        for axis in range(3):
+            step = self.a.sum_steps[0][axis]
+            for view in range(1, len(self.a.sum_steps)):
+                step = T.if_then_else(T.EQ(tile.view, view), self.a.sum_steps[view][axis], step)
+            steps.append(let(f"half{axis}", step))
+        return Point(at.x1 + steps[0], at.x2 + steps[1], at.x3 + steps[2], at.batch, at.head)
+

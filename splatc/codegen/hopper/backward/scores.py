@@ -1,0 +1,154 @@
+"""What a thread computes between the products: probabilities, gradients of scores, and sums of dQ as integers.
+
+Of a tile's n queries (columns) and a warpgroup's 64 keys (rows), register 4i + 2r + c of thread (g, q) is row g + 8r and
+column 8i + 2q + c. A pair of them, c = 0 and 1, is rounded to one word: word 2i + r.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from splatc.codegen.constants import LOG2E
+from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, SUM_CHUNK, Shape
+from splatc.codegen.hopper.emit import Expr, do, let, registers, store
+from splatc.codegen.hopper.epilogue import unpack
+from splatc.codegen.hopper.products import PTX_TYPE
+from splatc.codegen.hopper.shape import WARPGROUP_ROWS, chunk
+
+LSE, DELTA, SCALE_IN = 0, 1, 2  # words of a query's statistics; the fourth is for the end (rows.py)
+ON_FMA = 4  # with long rows of products, one exponential in so many is a polynomial: the other unit is as busy
+EXP2 = """__forceinline__ __device__ float splatc_exp2_polynomial(float x) {
+  x = fmaxf(x, -125.0f);
+  float whole = x + 12582912.0f;
+  float part = x - (whole - 12582912.0f);
+  float p = fmaf(fmaf(fmaf(0.05550410866f, part, 0.2402265070f), part, 0.6931471806f), part, 1.0f);
+  return __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
+}
+"""
+
+
+class Scores:
+    """Probabilities p and score gradients ds of a tile, packed; both are A operands."""
+
+    def __init__(self, s: Shape, scale: Expr, cap: Expr, statistics: Expr, lane: Expr) -> None:
+        self._s, self._statistics = s, statistics
+        self.count = s.n // 2
+        self.words = s.n // 4
+        self.s, self.dp = registers("scores", self.count), registers("dp", self.count)
+        self.p, self.ds = (registers(name, self.words, "uint32") for name in ("probs", "ds"))
+        self._pair = registers("pair", 4)
+        self._unit = let("unit", (cap if s.softcap else scale) * T.float32(LOG2E))
+        self._twice = let("twice", scale / cap * T.float32(2 * LOG2E)) if s.softcap else None
+        self._mine = let("my_columns", lane % 4 * (2 * STATISTICS))
+
+    def _of_query(self, stage: Expr, i: int, c: int, word: int) -> Expr:
+        """A statistic of the query of column group i, column c."""
+        return self._statistics[stage * (self._s.n * STATISTICS) + self._mine + (8 * i + c) * STATISTICS + word]
+
+    def probabilities(self, stage: Expr) -> None:
+        """p = exp(score - LSE) of the scores; with a softcap, ds = p times the slope of the cap."""
+        for word in range(self.words):
+            i, r = divmod(word, 2)
+            for c in range(2):
+                register = 4 * i + 2 * r + c
+                lse = self._of_query(stage, i, c, LSE)
+                score = self.s[register]
+                if self._twice is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
+                    store(self._pair, 2 + c, T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(
+                        score * self._twice)))  # fmt: skip
+                    score = self._pair[2 + c]
+                store(self._pair, c, self._exp2(score * self._unit - lse, register))
+                if self._twice is not None:
+                    store(self._pair, 2 + c, self._pair[c] * (T.float32(1.0) - self._pair[2 + c] * self._pair[2 + c]))
+            self._pack(self.p, word, self._pair[0], self._pair[1])
+            if self._twice is not None:
+                self._pack(self.ds, word, self._pair[2], self._pair[3])
+
+    def _exp2(self, x: Expr, register: int) -> Expr:
+        if self._s.halves_queries or register % ON_FMA != ON_FMA - 1:
+            return T.exp2(x)
+        return T.cuda.func_call("splatc_exp2_polynomial", x, source_code=EXP2, return_type="float32")
+
+    def _pack(self, words: Expr, at: int, low: Expr, high: Expr) -> None:
+        do(T.ptx[f"cvt.rn.{PTX_TYPE[self._s.dtype]}x2.f32"](words[at], high, low))
+
+    def mask(self, bits: Expr) -> None:
+        """0 where the register's bit is clear. bits: words of a thread."""
+        for words in (self.p, self.ds) if self._s.softcap else (self.p,):
+            for word in range(self.words):
+                bit = 2 * word
+                low = _kept(bits[bit // 32], bit % 32, 0xFFFF)
+                high = _kept(bits[bit // 32], bit % 32 + 1, 0xFFFF0000)
+                store(words, word, T.bitwise_and(words[word], T.bitwise_or(low, high)))
+
+    def gradients(self, stage: Expr) -> None:
+        """ds = p (dp - delta), from p rounded."""
+        for word in range(self.words):
+            i, r = divmod(word, 2)
+            p = unpack((self.ds if self._s.softcap else self.p)[word], self._s.dtype)
+            for c in range(2):
+                delta = self._of_query(stage, i, c, DELTA)
+                store(self._pair, c, p[c] * (self.dp[4 * i + 2 * r + c] - delta))
+            self._pack(self.ds, word, self._pair[0], self._pair[1])
+
+    def stage_gradients(self, target: Expr, stage: Expr, first_row: Expr, lane: Expr) -> None:
+        """Write ds to its stage: 64 queries side by side in a swizzled row of a key, one block of keys after another."""
+        width = chunk(self._s.dtype)
+        row = let("ds_row", first_row + lane % 16)
+        for i in range(self._s.n // 16):
+            column16 = T.bitwise_xor(i % 4 * 2 + lane // 16, row % 8)
+            at = stage * (KEYS * self._s.n) + i // 4 * (KEYS * width) + row * width + column16 * 8
+            words = (self.ds[4 * i + j] for j in range(4))
+            do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](target.ptr_to([at]), *words))
+
+
+def _kept(bits: Expr, bit: int, value: int) -> Expr:
+    zero = T.uint32(0)
+    return T.if_then_else(T.bitwise_and(bits, T.uint32(1 << bit)) != zero, T.uint32(value), zero)
+
+
+class QuerySums:
+    """A warpgroup's dQ of a tile, 64 queries by ``sum_width`` columns, on its way out as integers.
+
+    A query's dQ times a power of two of its own, rounded: sums of integers do not depend on their order.
+    """
+
+    def __init__(self, s: Shape, statistics: Expr, me: Expr, warp: Expr, lane: Expr) -> None:
+        self._s, self._statistics = s, statistics
+        self.count = s.sum_width // 2
+        self.dq = registers("dq", self.count)
+        self._scale, self._next = registers("row_scale", 2), registers("next_scale", 2)
+        self._row = let("sum_row", warp * 16 + lane // 4)
+        self._query = let("sum_query", self._row + me * WARPGROUP_ROWS) if s.halves_queries else self._row
+        # Two rows of a half-warp must not meet in a bank: of every four column groups, odd rows begin with the third.
+        self._odd = let("odd_row", T.EQ(lane // 4 % 2, 1))
+        group, pair = lane // 4, lane % 4
+        swizzle = T.bitwise_xor(T.bitwise_xor(pair // 2, group), group % 2 * 4)
+        self._swizzle = let("sum_swizzle", swizzle)
+        self._base = let("sum_base", me * (s.sum_bytes // 4) + self._row * SUM_CHUNK + pair % 2 * 2)
+
+    def read_scale(self, stage: Expr) -> None:
+        """Remember the scale of the queries in a stage: their dQ comes later, when the stage is gone."""
+        for r in range(2):
+            at = (stage * self._s.n + self._query + 8 * r) * STATISTICS + SCALE_IN
+            store(self._next, r, self._statistics[at])
+
+    def next_scale(self) -> None:
+        """What was read last holds for what is staged next."""
+        for r in range(2):
+            store(self._scale, r, self._next[r])
+
+    def stage(self, target: Expr) -> None:
+        """Write dq, scaled and rounded: rows of 32 columns, swizzled."""
+        pair = registers("sum_pair", 2, "int32")
+        for i in range(self.count // 4):
+            partner = i ^ 2  # column group, in the same chunk
+            for r in range(2):
+                for c in range(2):
+                    at = 2 * r + c
+                    value = T.Select(self._odd, self.dq[4 * partner + at], self.dq[4 * i + at])
+                    do(T.ptx["cvt.rni.s32.f32"](pair[c], value * self._scale[r]))
+                column4 = T.bitwise_xor(self._swizzle, i % 4 * 2)
+                rows = i // 4 * (WARPGROUP_ROWS * SUM_CHUNK) + 8 * r * SUM_CHUNK
+                do(T.ptx["st.shared.v2.s32"](target.ptr_to([self._base + rows + column4 * 4]), pair[0], pair[1]))

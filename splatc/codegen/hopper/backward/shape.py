@@ -1,0 +1,144 @@
+"""Sizes of one gradient kernel: what is fixed at compile time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splatc.codegen.constants import ceil_div
+from splatc.codegen.hopper.shape import ROW_BYTES, SMEM_BYTES, WARPGROUP_ROWS, chunk
+from splatc.codegen.kernel import KernelSpec
+from splatc.errors import Unsupported
+
+KEYS = 128  # of a column tile: 64 a warpgroup
+WARPGROUPS = KEYS // WARPGROUP_ROWS
+STAGES = 2  # of Q, dO and dS
+SUM_CHUNK = ROW_BYTES // 4  # columns of a 128-byte row of int32 sums
+STATISTICS = 4  # fp32 of a query: LSE in the log2 domain, delta, and the scale of its sums in and out
+STATISTICS_BYTES = 4 * STATISTICS
+
+# Of the kernels over rows (rows.py):
+THREADS = 256
+WARPS = THREADS // 32
+VALUES = 8  # of a row, a lane: 16 bytes
+PASSES = 4  # rows of a lane, one after the other: their loads are under way together
+MOST_BLOCKS = 64  # of a head's rows of K and V
+LEAST_ROWS = 256  # of such a block
+
+
+def lanes_of(dim: int) -> int:
+    """Lanes that share a row: a power of two."""
+    return 1 << max(ceil_div(dim, VALUES) - 1, 0).bit_length()
+
+
+def rows_of(dim: int) -> int:
+    """Rows of a block of THREADS."""
+    return WARPS * PASSES * (32 // lanes_of(dim))
+
+
+def bound_rows(kv_len: int, dim: int) -> int:
+    """Rows of K and V of one head that a block finds the largest values of."""
+    step = rows_of(dim)
+    return ceil_div(max(ceil_div(kv_len, MOST_BLOCKS), LEAST_ROWS), step) * step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A column tile of 128 keys by n queries; d, dv: head dims of q/k and v/o; float16 or bfloat16."""
+
+    d: int
+    dv: int
+    n: int
+    dtype: str
+    softcap: bool
+
+    item_bytes = 2
+
+    @property
+    def threads(self) -> int:
+        return 128 * (WARPGROUPS + 1)
+
+    @property
+    def d_chunks(self) -> int:
+        """128-byte columns of rows of q and k."""
+        return ceil_div(self.d, chunk(self.dtype))
+
+    @property
+    def dv_chunks(self) -> int:
+        return ceil_div(self.dv, chunk(self.dtype))
+
+    @property
+    def k_bytes(self) -> int:
+        return KEYS * ROW_BYTES * self.d_chunks
+
+    @property
+    def v_bytes(self) -> int:
+        return KEYS * ROW_BYTES * self.dv_chunks
+
+    @property
+    def q_bytes(self) -> int:
+        return self.n * ROW_BYTES * self.d_chunks
+
+    @property
+    def do_bytes(self) -> int:
+        return self.n * ROW_BYTES * self.dv_chunks
+
+    @property
+    def ds_bytes(self) -> int:
+        """The gradients of a tile's scores, 64 queries side by side in a row of a key."""
+        return KEYS * self.n * self.item_bytes
+
+    @property
+    def statistics_bytes(self) -> int:
+        return self.n * STATISTICS_BYTES
+
+    @property
+    def bit_words(self) -> int:
+        """32-bit words of a thread's mask bits."""
+        return ceil_div(self.n, 64)
+
+    @property
+    def bits_bytes(self) -> int:
+        """Mask bits of one tile."""
+        return WARPGROUPS * 128 * self.bit_words * 4
+
+    @property
+    def halves_queries(self) -> bool:
+        """Whether a warpgroup computes dQ of half of the queries, or for all of them half of the columns."""
+        return self.n == 2 * WARPGROUP_ROWS
+
+    @property
+    def sum_width(self) -> int:
+        """Columns of dQ that a warpgroup computes, for 64 queries."""
+        columns = self.d_chunks * chunk(self.dtype)
+        return columns if self.halves_queries else columns // WARPGROUPS
+
+    @property
+    def sum_chunks(self) -> int:
+        """128-byte columns of int32 among them."""
+        return self.sum_width // SUM_CHUNK
+
+    @property
+    def sum_bytes(self) -> int:
+        """A warpgroup's share of dQ on its way out."""
+        return WARPGROUP_ROWS * ROW_BYTES * self.sum_chunks
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory: tiles, and a page for barriers and messages."""
+        stages = self.q_bytes + self.do_bytes + self.ds_bytes + self.statistics_bytes + self.bits_bytes
+        return self.k_bytes + self.v_bytes + STAGES * stages + WARPGROUPS * self.sum_bytes + 1024
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(producer, consumer) registers a thread, as setmaxnreg takes them: three times 168 in all."""
+        return 40, 232
+
+
+def shape_of(spec: KernelSpec) -> Shape:
+    """The sizes that a spec asks for; raises Unsupported for what there is no kernel for."""
+    s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.softcap)
+    if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)):
+        raise Unsupported(f"{spec.name}: gradients are computed by tiles of {KEYS} keys by 64 or 128 queries")
+    if s.smem_bytes > SMEM_BYTES:
+        raise Unsupported(f"{spec.name}: a tile does not fit the shared memory of sm_90a")
+    return s
