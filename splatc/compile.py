@@ -8,7 +8,15 @@ from functools import lru_cache
 from typing import Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
-from splatc.codegen.kernel import FORWARD, KernelSpec, gradient_spec, kernel_spec, no_gradients, patch_tiles, tile_shapes
+from splatc.codegen.kernel import (
+    FORWARD,
+    KernelSpec,
+    gradient_spec,
+    kernel_spec,
+    no_gradients,
+    patch_tiles,
+    tile_shapes,
+)
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging

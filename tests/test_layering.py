@@ -36,7 +36,7 @@ LAZY = {
     "splatc.codegen.hopper.*": {"tvm", "tvm_ffi"},
     "splatc.runtime.torch_ops": {"torch"},
 }
-LIGHT = {"splatc.codegen.hopper.shape"}  # all the same
+LIGHT = {"splatc.codegen.hopper.shape", "splatc.codegen.hopper.backward.shape"}  # all the same
 
 
 def licence(module: str) -> set[str]:

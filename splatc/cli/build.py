@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated

@@ -125,7 +125,7 @@ def emit(spec: KernelSpec) -> Emitted:
     """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
     if spec.role == BACKWARD:
         if spec.kernel != "hopper":
-            raise Unsupported(f"there is no kernel for gradients on {spec.target} for these options: use the target cpu")
+            raise Unsupported(f"there is no kernel for gradients of {spec.name} on {spec.target}: use the target cpu")
         from splatc.codegen.hopper.backward.kernels import gradients_hopper
 
         return gradients_hopper(spec)

@@ -161,7 +161,8 @@ class CompiledAttention:
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
         v_head_dim, and with return_lse also lse (batch, heads, q_len), natural log, float32 (for float64: float64). A
         row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. On a
-        CPU, and in 16-bit types on a Hopper GPU, both are differentiable. Raises InvalidInput for tensors that do not fit.
+        CPU, and in 16-bit types on a Hopper GPU, both are differentiable. Raises InvalidInput for tensors
+        that do not fit.
         """
         if hasattr(q, "requires_grad"):  # a torch tensor
             import torch

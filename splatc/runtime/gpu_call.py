@@ -135,6 +135,7 @@ def contiguous(*sizes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def config_of(step: Step) -> LaunchConfig:
+    """How the driver is to start a step; the stream is set at each call."""
     config = LaunchConfig(*step.grid, step.function.threads, 1, 1, step.function.smem_bytes)
     if step.early:
         config.attributes, config.attribute_count = ctypes.addressof(EARLY_START), 1

@@ -1,4 +1,4 @@
-"""Gradients of a compiled mask on a Hopper GPU: five kernels over the transposed mask's plan (codegen/hopper/backward)."""
+"""Gradients of a compiled mask on a Hopper GPU: codegen/hopper/backward over the transposed mask's plan."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from splatc.codegen.hopper.backward.shape import (
     STATISTICS,
     WARPGROUPS,
     WARPS,
-    Shape as Sizes,
     bound_rows,
     rows_of,
     shape_of,
+)
+from splatc.codegen.hopper.backward.shape import (
+    Shape as Sizes,
 )
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.runtime.arguments import Arguments, Bound, Function

@@ -28,7 +28,7 @@ def merge_weights(inverse: Expr, lse: Expr, old_lse: Expr, old_weight: Expr) -> 
 
 def stage_output(o: Expr, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                  lane: Expr, old_weight: Expr | None = None) -> None:  # fmt: skip
-    """Write o * inverse, accumulators of 64 x dv, to slot[base:], 64 rows of swizzled chunks that lie ``rows`` rows apart.
+    """Write o * inverse (o: accumulators of 64 x dv) to slot[base:], swizzled chunks that lie ``rows`` rows apart.
 
     With old_weight the slot holds an earlier part's output, which is added with that weight.
     """

@@ -24,7 +24,8 @@ ROW_GROUP = 8 * ROW_BYTES // UNIT  # 8 rows, the height of a swizzle atom
 FENCES = {
     dtype: (f"splatc_fence_{dtype}", f'__forceinline__ __device__ void splatc_fence_{dtype}({c}& r) '
             f'{{ asm volatile("" : "+{letter}"(r) :: "memory"); }}')
-    for dtype, c, letter in (("float32", "float", "f"), ("uint32", "uint32_t", "r"), ("uint64", "uint64_t", "l"))
+    for dtype, c, letter in (("float32", "float", "f"), ("int32", "int", "r"), ("uint32", "uint32_t", "r"),
+                             ("uint64", "uint64_t", "l"))
 }  # fmt: skip
 PTX_TYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}
 
@@ -69,10 +70,10 @@ def along_row(kk: int, rows: int) -> int:
     return kk % 4 * K_UNITS + kk // 4 * rows * ROW_BYTES // UNIT
 
 
-def hidden(descriptor: Expr) -> Expr:
-    """A descriptor without its origin: sums with it cannot be computed ahead and kept in registers through a loop."""
-    word = registers("hidden", 1, "uint64")
-    store(word, 0, descriptor)
+def hidden(value: Expr, dtype: str = "uint64") -> Expr:
+    """A value without its origin: what is made of it cannot be computed ahead and kept in registers through a loop."""
+    word = registers("hidden", 1, dtype)
+    store(word, 0, value)
     fence(word, 1)
     return word[0]
 

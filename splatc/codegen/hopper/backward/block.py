@@ -95,8 +95,8 @@ class Block:
         other, of those that share the keys' head."""
         a = self.a
         batch, head, first, entries = (
-            let(name, self.message[word])
-            for name, word in (("batch", BATCH), ("kv_head", HEAD), ("first", FIRST), ("entries", ENTRIES)))  # fmt: skip
+            let(name, self.message[word]) for name, word in (
+                ("batch", BATCH), ("kv_head", HEAD), ("first", FIRST), ("entries", ENTRIES)))  # fmt: skip
         with loop(a.members) as m:
             q_head = let("q_head", head * a.group + a.member + m)
             with loop(entries) as e:

@@ -1,6 +1,7 @@
 """The kernel for column tiles that were cut into parts: their sum, from scratch memory, into dK and dV.
 
-A row is a warp's work, and parts are added in their order. With ``merge`` what an earlier pass left in place is one more.
+A row is a warp's work, and parts are added in their order. With ``merge`` what an earlier pass left in place is one
+more.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -34,7 +35,8 @@ def combine_parts(s: Shape):
         tile = let("tile", T.truncdiv(block, KEYS // WARPS))
         row = let("row", T.truncmod(block, KEYS // WARPS) * WARPS + thread // 32)
         batch, head, item, first, parts = (
-            let(name, combine[tile, i]) for i, name in enumerate(("batch", "head", "item", "first", "parts")))  # fmt: skip
+            let(name, combine[tile, i])
+            for i, name in enumerate(("batch", "head", "item", "first", "parts")))  # fmt: skip
         position = let("position", positions[item, row])
         with when(position >= 0):
             for out, scratch in ((dk, part_k), (dv, part_v)):

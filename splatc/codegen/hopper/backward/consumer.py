@@ -12,10 +12,18 @@ from splatc.codegen.hopper.backward.products import Places, Products
 from splatc.codegen.hopper.backward.scores import QuerySums, Scores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, PART, TILES, VIEW, X1, X2, X3
-from splatc.codegen.hopper.copies import Maps, Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
+from splatc.codegen.hopper.copies import (
+    Maps,
+    Point,
+    commit_stores,
+    load_tile,
+    store_tile,
+    wait_stores,
+    wait_stores_read,
+)
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import stage_output
-from splatc.codegen.hopper.products import fence, wait_products
+from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.ring import Cursor, Ring
 from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS
 
@@ -26,7 +34,7 @@ BOTH, OWN = 1, 8
 class Consumer:
     """A warpgroup that computes 64 keys of every column tile.
 
-    dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and the two
+    dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and they
     drift apart until one computes exponentials while the other has the tensor cores. ptxas wants no product in flight
     at the end of the loop, so a pass of it begins with the products of one tile and ends with the scores of the next.
     """
@@ -179,8 +187,9 @@ class Consumer:
         words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
         batch, head, self.part, self.view, *x = (let(name, b.message[word]) for name, word in words)
         first, second = a.row_steps
-        self.box = Point(*(at + self.me * T.if_then_else(T.EQ(self.view, 0), one, two)
-                           for at, one, two in zip(x, first, second, strict=True)), batch, head)  # fmt: skip
+        x1, x2, x3 = (at + self.me * T.if_then_else(T.EQ(self.view, 0), one, two)
+                      for at, one, two in zip(x, first, second, strict=True))  # fmt: skip
+        self.box = Point(x1, x2, x3, batch, head)
         do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))  # dQ of both warpgroups reads all of K
         one = [T.float32(1.0)] * 2
         ends = ((self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
@@ -190,7 +199,7 @@ class Consumer:
         with when(merging):
             self.load_earlier(base)
         for o, dim, _, slot, factor, *_ in ends:
-            stage = (o, dim, factor, slot, base, KEYS, b.warp, b.lane)
+            stage = (o, dim, factor, slot, base, KEYS, b.warp, hidden(b.lane, "int32"))
             with I.If(merging):
                 with I.Then():
                     stage_output(*stage, one)

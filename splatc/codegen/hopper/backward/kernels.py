@@ -60,9 +60,10 @@ def column_kernel(s: Shape):
                 with I.If(T.EQ(block.warpgroup, 0)):
                     with I.Then():
                         do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](s.registers[0]))
-                        for warp, role in enumerate((Producer, Sender)):
-                            with when(T.EQ(block.warp, warp)), when(T.cuda.elect_sync()):
-                                role(block).run()
+                        with when(T.EQ(block.warp, 0)), when(T.cuda.elect_sync()):
+                            Producer(block).run()
+                        with when(T.EQ(block.warp, 1)), when(T.cuda.elect_sync()):
+                            Sender(block).run()
                     with I.Else():
                         Consumer(block).run()
     return builder.get().with_attr("global_symbol", NAME), block.smem_bytes

@@ -1,7 +1,7 @@
 """What a thread computes between the products: probabilities, gradients of scores, and sums of dQ as integers.
 
-Of a tile's n queries (columns) and a warpgroup's 64 keys (rows), register 4i + 2r + c of thread (g, q) is row g + 8r and
-column 8i + 2q + c. A pair of them, c = 0 and 1, is rounded to one word: word 2i + r.
+Of a tile's n queries (columns) and a warpgroup's 64 keys (rows), register 4i + 2r + c of thread (g, q) is row g + 8r
+and column 8i + 2q + c. A pair of them, c = 0 and 1, is rounded to one word: word 2i + r.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -13,19 +13,10 @@ from splatc.codegen.constants import LOG2E
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, SUM_CHUNK, Shape
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.epilogue import unpack
-from splatc.codegen.hopper.products import PTX_TYPE
+from splatc.codegen.hopper.products import PTX_TYPE, hidden
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, chunk
 
 LSE, DELTA, SCALE_IN = 0, 1, 2  # words of a query's statistics; the fourth is for the end (rows.py)
-ON_FMA = 4  # with long rows of products, one exponential in so many is a polynomial: the other unit is as busy
-EXP2 = """__forceinline__ __device__ float splatc_exp2_polynomial(float x) {
-  x = fmaxf(x, -125.0f);
-  float whole = x + 12582912.0f;
-  float part = x - (whole - 12582912.0f);
-  float p = fmaf(fmaf(fmaf(0.05550410866f, part, 0.2402265070f), part, 0.6931471806f), part, 1.0f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
-}
-"""
 
 
 class Scores:
@@ -51,24 +42,18 @@ class Scores:
         for word in range(self.words):
             i, r = divmod(word, 2)
             for c in range(2):
-                register = 4 * i + 2 * r + c
                 lse = self._of_query(stage, i, c, LSE)
-                score = self.s[register]
+                score = self.s[4 * i + 2 * r + c]
                 if self._twice is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-                    store(self._pair, 2 + c, T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(
-                        score * self._twice)))  # fmt: skip
+                    store(self._pair, 2 + c, (T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(
+                        score * self._twice))))  # fmt: skip
                     score = self._pair[2 + c]
-                store(self._pair, c, self._exp2(score * self._unit - lse, register))
+                store(self._pair, c, T.exp2(score * self._unit - lse))
                 if self._twice is not None:
                     store(self._pair, 2 + c, self._pair[c] * (T.float32(1.0) - self._pair[2 + c] * self._pair[2 + c]))
             self._pack(self.p, word, self._pair[0], self._pair[1])
             if self._twice is not None:
                 self._pack(self.ds, word, self._pair[2], self._pair[3])
-
-    def _exp2(self, x: Expr, register: int) -> Expr:
-        if self._s.halves_queries or register % ON_FMA != ON_FMA - 1:
-            return T.exp2(x)
-        return T.cuda.func_call("splatc_exp2_polynomial", x, source_code=EXP2, return_type="float32")
 
     def _pack(self, words: Expr, at: int, low: Expr, high: Expr) -> None:
         do(T.ptx[f"cvt.rn.{PTX_TYPE[self._s.dtype]}x2.f32"](words[at], high, low))
@@ -93,8 +78,9 @@ class Scores:
             self._pack(self.ds, word, self._pair[0], self._pair[1])
 
     def stage_gradients(self, target: Expr, stage: Expr, first_row: Expr, lane: Expr) -> None:
-        """Write ds to its stage: 64 queries side by side in a swizzled row of a key, one block of keys after another."""
+        """Write ds to its stage: 64 queries side by side in a swizzled row of a key, one block after another."""
         width = chunk(self._s.dtype)
+        lane = hidden(lane, "int32")
         row = let("ds_row", first_row + lane % 16)
         for i in range(self._s.n // 16):
             column16 = T.bitwise_xor(i % 4 * 2 + lane // 16, row % 8)
@@ -142,6 +128,7 @@ class QuerySums:
     def stage(self, target: Expr) -> None:
         """Write dq, scaled and rounded: rows of 32 columns, swizzled."""
         pair = registers("sum_pair", 2, "int32")
+        swizzle, base = hidden(self._swizzle, "int32"), hidden(self._base, "int32")
         for i in range(self.count // 4):
             partner = i ^ 2  # column group, in the same chunk
             for r in range(2):
@@ -149,6 +136,6 @@ class QuerySums:
                     at = 2 * r + c
                     value = T.Select(self._odd, self.dq[4 * partner + at], self.dq[4 * i + at])
                     do(T.ptx["cvt.rni.s32.f32"](pair[c], value * self._scale[r]))
-                column4 = T.bitwise_xor(self._swizzle, i % 4 * 2)
+                column4 = T.bitwise_xor(swizzle, i % 4 * 2)
                 rows = i // 4 * (WARPGROUP_ROWS * SUM_CHUNK) + 8 * r * SUM_CHUNK
-                do(T.ptx["st.shared.v2.s32"](target.ptr_to([self._base + rows + column4 * 4]), pair[0], pair[1]))
+                do(T.ptx["st.shared.v2.s32"](target.ptr_to([base + rows + column4 * 4]), pair[0], pair[1]))
