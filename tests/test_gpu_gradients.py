@@ -130,7 +130,7 @@ def test_every_pattern(name: str, dtype: str) -> None:
 def test_every_pattern_of_unequal_lengths(name: str) -> None:
     for i, shape in enumerate(UNEQUAL):
         pattern = library.LIBRARY[name](*shape)
-        dim, dtype = KINDS[i]
+        dtype, dim = KINDS[i]
         check(compiled(pattern, *shape, dim, dtype), pattern, draw(*shape, dim, dtype))
 
 
