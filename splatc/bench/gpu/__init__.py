@@ -14,6 +14,6 @@ suites    which cases at which shapes
 run       the suites in order, within a time budget
 results   the figures as JSON, saved as they come, merged
 targets   stated targets against the figures
-tables    the figures as tables, and what limits each
+tables    the figures as tables, and what limits each; backward_tables: those of gradients; cells: what they share
 plot      the figures as a picture
 """

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splatc.bench.gpu import check, gradients, passes
+from splatc.bench.gpu.backward_tables import HOST
 from splatc.bench.gpu.cases import seventeen
 from splatc.bench.gpu.clock import GraphClock, HostClock, Inputs, Timed
 from splatc.bench.gpu.host import BATCH, CALL_PEERS, CALLS, host_times
@@ -25,7 +26,7 @@ from splatc.bench.gpu.shapes import Shape
 from splatc.bench.gpu.suites import Choice, jobs
 from splatc.bench.timing import Timing, interleave
 
-HOST = "backward host"  # the suite of the record of host times
+STEPS = 20  # steps between two synchronisations, where host times are measured
 BOTH = ", forward and backward"
 
 
@@ -250,7 +251,7 @@ def _host_times(contestant: Contestant, shape: Shape, session: Session, calls: i
     with contestant.context():
         for what, call in timed.items():
             try:
-                samples = host_times(call, calls, session)
+                samples = host_times(call, calls, session, STEPS)
             except Exception as error:
                 session.check_alive()
                 out[what] = {"failed": reason(error)}
