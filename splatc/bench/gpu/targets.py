@@ -220,7 +220,8 @@ def _backward(results: Results) -> Iterator[Verdict]:
     records = [r for r in results.of("backward") if stated(r)]
     found = [(f"{r['case']}, S={r['seq_len']}, D={r['head_dim']}", r["contestants"].get("splatc", {}).get("error"))
              for r in results.of("backward") if r["dtype"] == "bfloat16"]  # fmt: skip
-    yield _worst("backward, relative error of dQ, dK and dV, bfloat16", found, Bound("<", MAX_ERROR["bfloat16"], "{:.1e}"))
+    bound = Bound("<", MAX_ERROR["bfloat16"], "{:.1e}")
+    yield _worst("backward, relative error of dQ, dK and dV, bfloat16", found, bound)
     for dim, at_least in BACKWARD_DENSE.items():
         for length in (LENGTH, 2 * LENGTH):
             found = [("full", speedup(r, "cudnn")) for r in records
