@@ -7,13 +7,22 @@
 Importing splatc loads neither torch nor TVM; they come with the first use that needs them.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from splatc import patterns
 from splatc.compile import analyze, attention, compile
+
+if TYPE_CHECKING:
+    from splatc import nn as nn
 
 __all__ = ["analyze", "attention", "compile", "patterns"]
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    if name == "nn":  # it imports torch
+        import splatc.nn
+
+        return splatc.nn
     if name == "__version__":
         from importlib.metadata import version
 

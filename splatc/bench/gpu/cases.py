@@ -55,6 +55,25 @@ def neighborhood_2d(n: int, size: int = 13) -> Case:
                 P.neighborhood((height, width), size), lambda device: mod)  # fmt: skip
 
 
+def tile_lists(n: int, per_row: int = 4, tile: int = 128, seed: int = 0) -> Case:
+    """Random whole tiles, ``per_row`` in every row and in every column of tiles: 6.25% of 8,192 positions."""
+    rng, rows = np.random.default_rng(seed), -(-n // tile)
+    per_row = min(per_row, rows)
+    column_of, shifts = rng.permutation(rows), rng.permutation(rows)[:per_row]
+    chosen = np.zeros((rows, rows), np.bool_)
+    for shift in shifts:
+        chosen[np.arange(rows), column_of[(np.arange(rows) + shift) % rows]] = True
+
+    def mod(device: str) -> MaskMod:
+        import torch
+
+        table = torch.from_numpy(chosen).to(device)
+        return lambda b, h, q, k: table[q // tile, k // tile]
+
+    return Case(f"tiles{tile}x{per_row}", f"{per_row} random {tile} x {tile} tiles in every row and column of tiles",
+                P.block_mask(chosen, (tile, tile)), mod)  # fmt: skip
+
+
 def causal_window(size: int) -> Case:
     """0 <= q - k < size."""
     return Case(f"causal_win{size}", f"0<=q-k<{size}", P.window(size - 1, 0),

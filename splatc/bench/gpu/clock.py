@@ -6,12 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from splatc.bench.gpu.peers import Contestant
 
-Inputs = Sequence[tuple[Any, Any, Any]]
+Inputs = Sequence[tuple[Any, ...]]  # sets of arguments of a contestant
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,26 @@ class GraphClock:
     A sample is one replay that is not timed and some that are. What cannot be captured is timed as a burst of calls.
     """
 
+    def __init__(self, stream: Any = None) -> None:
+        """stream: where all that is timed runs; default: the current one, and captures on a stream of torch's.
+
+        Autograd runs a backward pass on the stream of its forward pass: to capture one without the other, both have to
+        be on the stream of the capture.
+        """
+        self.stream = stream
+
+    def running(self) -> AbstractContextManager[Any]:
+        """In it the current stream is that of this clock."""
+        import torch
+
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
     def prepare(self, contestant: Contestant, inputs: Inputs) -> Timed:
         """See Clock."""
         import torch
 
-        with contestant.context():
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with contestant.context(), self.running():
+            side = self.stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # capture runs on a side stream: libraries set themselves up for one
                 for given in inputs:
@@ -85,7 +100,7 @@ class GraphClock:
             except Exception as error:
                 torch.cuda.synchronize()
                 how = f"{times} calls in a burst, no graph: {type(error).__name__}"
-                return Timed(lambda: _burst(contestant, inputs, times), how, eager)
+                return Timed(lambda: self._sample_burst(contestant, inputs, times), how, eager)
         replays = _between(SAMPLE_S / (once * calls), 1, 50)
 
         def sample() -> float:
@@ -95,12 +110,15 @@ class GraphClock:
 
         return Timed(sample, f"graph of {calls} calls, {replays} replays", eager)
 
-    @staticmethod
-    def _capture(contestant: Contestant, inputs: Inputs, calls: int) -> tuple[Any, list[Any]]:
+    def _sample_burst(self, contestant: Contestant, inputs: Inputs, times: int) -> float:
+        with contestant.context(), self.running():
+            return _burst(contestant, inputs, times)
+
+    def _capture(self, contestant: Contestant, inputs: Inputs, calls: int) -> tuple[Any, list[Any]]:
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, **({} if self.stream is None else {"stream": self.stream})):
             outputs = [contestant.call(*inputs[i % len(inputs)]) for i in range(calls)]
         graph.replay()
         torch.cuda.synchronize()

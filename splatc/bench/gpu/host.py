@@ -83,8 +83,9 @@ def _eager(contestant: Contestant, shape: Shape, session: Session, calls: int) -
             "calls": len(samples)}  # fmt: skip
 
 
-def host_times(call: Callable[[], Any], calls: int, session: Session) -> list[float]:
-    """Seconds until each call returned, with a synchronisation after every BATCH of them, outside the times."""
+def host_times(call: Callable[[], Any], calls: int, session: Session, batch: int | None = None) -> list[float]:
+    """Seconds until each call returned, with a synchronisation after every ``batch`` (default BATCH) of them, outside
+    the times."""
     samples: list[float] = []
     for _ in range(10):
         call()
@@ -93,7 +94,7 @@ def host_times(call: Callable[[], Any], calls: int, session: Session) -> list[fl
     gc.disable()
     try:
         while len(samples) < calls:
-            for _ in range(BATCH):
+            for _ in range(batch or BATCH):
                 began = time.perf_counter()
                 call()
                 samples.append(time.perf_counter() - began)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,15 +92,22 @@ def measure(job: Job, session: Session) -> Record:
     """The record of a job. What fails is said in the record, contestant by contestant; only DeviceLost is raised."""
     import torch
 
-    record: Record = {"suite": job.suite, "case": job.case.name, "formula": job.case.formula, **job.shape.to_dict()}
     with torch.no_grad():
-        try:
-            _measure(job, session, record)
-        except DeviceLost:
-            raise
-        except Exception as error:
-            session.check_alive()
-            record["failed"] = reason(error)
+        return record_of(job, session, _measure)
+
+
+def record_of(job: Job, session: Session, fill: Callable[[Job, Session, Record], None]) -> Record:
+    """The record that ``fill`` completes, or its failure."""
+    import torch
+
+    record: Record = {"suite": job.suite, "case": job.case.name, "formula": job.case.formula, **job.shape.to_dict()}
+    try:
+        fill(job, session, record)
+    except DeviceLost:
+        raise
+    except Exception as error:
+        session.check_alive()
+        record["failed"] = reason(error)
     if kind_of(session.device) != "cpu":
         torch.cuda.empty_cache()
     return record

@@ -28,7 +28,7 @@ class NotApplicable(Exception):
 class Contestant:
     """call(q, k, v) gives o (batch, heads, seq, dim). context() holds while it is called; compiled: splatc's object."""
 
-    call: Callable[[Any, Any, Any], Any]
+    call: Callable[..., Any]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     compiled: Any = None
     exact: bool = True  # it computes this very mask: its result is checked
@@ -108,13 +108,14 @@ def build_masked(case: Case, shape: Shape, device: str) -> Contestant:
 
     if shape.seq_len > MASK_LIMIT or case.causal_flag is False:
         raise NotApplicable
-    mask = _matrix(case, shape.seq_len, device)
+    mask = boolean_matrix(case, shape.seq_len, device)
     gqa = shape.heads != shape.kv_heads
     return Contestant(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa))
 
 
 @lru_cache(maxsize=1)
-def _matrix(case: Case, seq_len: int, device: str) -> Any:
+def boolean_matrix(case: Case, seq_len: int, device: str) -> Any:
+    """The mask of a case, bool (seq_len, seq_len); the last one is remembered."""
     import torch
 
     return torch.from_numpy(case.pattern.dense(seq_len)).to(device)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from splatc.bench.gpu.cells import title
 from splatc.bench.gpu.measure import Record
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.shapes import Shape
-from splatc.bench.gpu.tables import title
 from splatc.bench.gpu.targets import copy_tb_s, useful_tflops
 from splatc.draw.figure import KINDS, OTHERS
 from splatc.errors import InvalidInput, Unsupported

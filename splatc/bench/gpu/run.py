@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from splatc.bench.gpu import checks, host, machine
+from splatc.bench.gpu import backward, checks, host, machine
 from splatc.bench.gpu.measure import DeviceLost, Record, Session, measure, reason
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.suites import Choice, jobs
@@ -76,6 +76,8 @@ def _records(suite: str, choice: Choice, session: Session) -> Any:
         return host.run(choice, session)
     if suite == "checks":
         return checks.run(choice, session)
+    if suite == "backward":
+        return backward.run(choice, session)
     return _measured(suite, choice, session)
 
 
@@ -84,4 +86,5 @@ def _measured(suite: str, choice: Choice, session: Session) -> Iterator[Record]:
 
 
 def _count(suite: str, choice: Choice) -> int:
-    return {"host": host.count, "checks": checks.count}.get(suite, lambda c: len(jobs(suite, c)))(choice)
+    counted = {"host": host.count, "checks": checks.count, "backward": backward.count}
+    return counted.get(suite, lambda c: len(jobs(suite, c)))(choice)

@@ -55,6 +55,10 @@ class Shape:
         """Useful operations of a forward pass over a mask of nnz elements a head: only what the mask keeps counts."""
         return 4 * nnz * self.head_dim * self.heads * self.batch
 
+    def backward_flops(self, nnz: int) -> int:
+        """Useful operations of a backward pass: five products of the scores' size, where a forward pass has two."""
+        return self.flops(nnz) * 5 // 2
+
     def inputs(self, device: str) -> tuple[Any, Any, Any]:
         """Fresh normal q, k, v."""
         import torch

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from splatc.bench.gpu.cases import Case, causal_window, neighborhood_2d, seventeen
+from splatc.bench.gpu.cases import Case, causal_window, neighborhood_2d, seventeen, tile_lists
 from splatc.bench.gpu.measure import Job
 from splatc.bench.gpu.peers import PACKAGES
 from splatc.bench.gpu.shapes import Shape
 
-SUITES = ("dense", "patterns", "shapes", "growth", "host", "checks")  # in the order in which they run
+SUITES = ("dense", "patterns", "shapes", "growth", "host", "checks", "backward")  # in the order in which they run
 HEAD_DIMS = (64, 128)
 LENGTH = 8192
 GROWTH = tuple(1 << n for n in range(12, 19))  # 4K to 256K
@@ -19,6 +19,8 @@ ODD_LENGTHS = (1, 17, 127, 1000, 8191, 8192)
 CHECK_DIMS, CHECK_DTYPES = (64, 128, 256), ("bfloat16", "float16")
 QUICK_CASES = ("full", "causal", "win_pm256", "strided64", "st_fixed128_16", "longformer")
 PEERS = ("flex", "cudnn", "flash", "masked", *PACKAGES)
+BACKWARD_PEERS = ("flex", "cudnn", "flash", "flash_attn", "flash_attn_3")
+BACKWARD_REPEATS = 20  # runs compared bit by bit
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Choice:
 
 
 def jobs(suite: str, choice: Choice) -> list[Job]:
-    """The timed jobs of "dense", "patterns", "shapes" or "growth"."""
-    return list({"dense": _dense, "patterns": _patterns, "shapes": _shapes, "growth": _growth}[suite](choice))
+    """The timed jobs of "dense", "patterns", "shapes", "growth" or "backward"."""
+    makers = {"dense": _dense, "patterns": _patterns, "shapes": _shapes, "growth": _growth, "backward": _backward}
+    return list(makers[suite](choice))
 
 
 def _shape(choice: Choice, length: int, head_dim: int) -> Shape:
@@ -79,6 +82,19 @@ def _growth(choice: Choice) -> Iterator[Job]:
     for name in ("win_pm256", "strided64"):
         for length in lengths:
             yield Job("growth", seventeen(length)[name], _shape(choice, length, head_dim), (), 3)
+
+
+def _backward(choice: Choice) -> Iterator[Job]:
+    repeats = min(choice.repeats, BACKWARD_REPEATS)
+    every = [*seventeen(choice.length).values(), tile_lists(choice.length)]
+    for case in every:
+        if not choice.quick or case.name in (*QUICK_CASES, every[-1].name):
+            for head_dim in choice.head_dims:
+                yield Job("backward", case, _shape(choice, choice.length, head_dim), BACKWARD_PEERS, repeats)
+    for head_dim in choice.head_dims:  # twice as long, where attention has no mask but the diagonal
+        for name in ("full", "causal"):
+            shape = _shape(choice, 2 * choice.length, head_dim)
+            yield Job("backward", seventeen(2 * choice.length)[name], shape, BACKWARD_PEERS[1:], repeats)
 
 
 def checked_cases(length: int, quick: bool) -> list[Case]:

@@ -6,8 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from splatc.bench.gpu import backward_tables
+from splatc.bench.gpu.cells import (
+    error_of_ours,
+    mib,
+    number,
+    present,
+    shared_sizes,
+    times,
+    title,
+    us,
+    values_of,
+)
 from splatc.bench.gpu.measure import Record
-from splatc.bench.gpu.peers import PACKAGES, TITLES
+from splatc.bench.gpu.peers import PACKAGES
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.shapes import Shape
 from splatc.bench.gpu.targets import Verdict, copy_tb_s, judge, median_ms, missed, share, speedup, useful_tflops
@@ -19,7 +31,8 @@ NEAR = 0.05  # a loss below this is none
 
 def sections(results: Results) -> list[Section]:
     """Targets, then a table for each suite that has records."""
-    makers = (_targets, _dense, _patterns, _shapes, _growth, _host, _start, _checks, _memory, _failures)
+    makers = (_targets, _dense, _patterns, _shapes, backward_tables.sections, _growth, _host, _start, _checks, _memory,
+              _failures)  # fmt: skip
     return [section for maker in makers for section in maker(results) if section.rows]
 
 
@@ -68,6 +81,8 @@ def summary(record: Record) -> str:
     name = " ".join(str(x) for x in (record["suite"], record["case"]))
     if "failed" in record:
         return f"{name}: failed: {record['failed']}"
+    if record["suite"] == backward_tables.HOST:
+        return f"{name}: {backward_tables.host_summary(record)}"
     if record["suite"] == "host":
         figures: dict[str, Any] = {key: record[key] for key in ("seconds", "plan_ms", "added_ms") if key in record}
         figures |= {title(n): v.get("median_us", v.get("failed")) for n, v in record.get("contestants", {}).items()}
@@ -76,13 +91,8 @@ def summary(record: Record) -> str:
     if record["suite"] == "checks":
         worst = max((x["error"] for x in record["results"]), default=math.nan)
         return f"{name}: error {worst:.1e}, {sum(len(x['failed']) for x in record['results'])} failed"
-    cells = [f"{title(n)} {_us(v)}" for n, v in record["contestants"].items()]
+    cells = [f"{title(n)} {us(v)}" for n, v in record["contestants"].items()]
     return f"{name} S={record['seq_len']} D={record['head_dim']}: {', '.join(cells)} us"
-
-
-def title(name: str) -> str:
-    """The name of a contestant for people."""
-    return TITLES.get(name, name)
 
 
 def limit(record: Record, copy_rate: float | None) -> str:
@@ -126,16 +136,16 @@ def _targets(results: Results) -> list[Section]:
 
 def _dense(results: Results) -> list[Section]:
     records = results.of("dense")
-    others = _present(records, ("cudnn", "flash", *PACKAGES))
+    others = present(records, ("cudnn", "flash", *PACKAGES))
     columns = ("mask", "S", "D", "splatc us", *(f"{title(n)} us" for n in others), "times cuDNN", "TFLOP/s", "cuDNN",
                "predicted us", "error")  # fmt: skip
     rows = [
-        Row((r["case"], str(r["seq_len"]), str(r["head_dim"]), _us(_values(r, "splatc")),
-             *(_us(_values(r, n)) for n in others), _times(speedup(r, "cudnn")), _number(useful_tflops(r)),
-             _number(useful_tflops(r, "cudnn")), _number(r.get("predicted_us")), _error(r)), r)
+        Row((r["case"], str(r["seq_len"]), str(r["head_dim"]), us(values_of(r, "splatc")),
+             *(us(values_of(r, n)) for n in others), times(speedup(r, "cudnn")), number(useful_tflops(r)),
+             number(useful_tflops(r, "cudnn")), number(r.get("predicted_us")), error_of_ours(r)), r)
         for r in records
     ]  # fmt: skip
-    return [Section(f"Dense and causal{_sizes(records)}", columns, "", rows)]
+    return [Section(f"Dense and causal{shared_sizes(records)}", columns, "", rows)]
 
 
 def _patterns(results: Results) -> list[Section]:
@@ -151,7 +161,7 @@ def _shapes(results: Results) -> list[Section]:
 
 def _rates(results: Results, records: list[Record], heading: str, sizes: bool = False) -> Section:
     """Times, rates and what limits them."""
-    others = [n for n in _present(records, ("flex", "masked", *PACKAGES))]
+    others = [n for n in present(records, ("flex", "masked", *PACKAGES))]
     columns = ("mask", *(("S", "heads", "D") if sizes else ()), "density", "splatc us",
                *(f"{title(n)} us" for n in others), "times Flex", "useful TFLOP/s", "of dense", "waste", "tiles",
                "predicted us", "error", "what limits it")  # fmt: skip
@@ -159,12 +169,12 @@ def _rates(results: Results, records: list[Record], heading: str, sizes: bool = 
     for r in records:
         shape = (str(r["seq_len"]), f"{r['heads']}:{r['kv_heads']}", str(r["head_dim"])) if sizes else ()
         rows.append(Row((
-            r["case"], *shape, f"{r['density']:.2%}" if "density" in r else "", _us(_values(r, "splatc")),
-            *(_us(_values(r, n)) for n in others), _times(speedup(r, "flex")), _number(useful_tflops(r)),
+            r["case"], *shape, f"{r['density']:.2%}" if "density" in r else "", us(values_of(r, "splatc")),
+            *(us(values_of(r, n)) for n in others), times(speedup(r, "flex")), number(useful_tflops(r)),
             f"{share(r):.2f}" if share(r) else "", f"{r['waste']:.2f}" if "waste" in r else "", str(r.get("tiles", "")),
-            _number(r.get("predicted_us")), _error(r), limit(r, copy_tb_s(results, r)),
+            number(r.get("predicted_us")), error_of_ours(r), limit(r, copy_tb_s(results, r)),
         ), r))  # fmt: skip
-    return Section(heading + ("" if sizes else _sizes(records)), columns, "", rows)
+    return Section(heading + ("" if sizes else shared_sizes(records)), columns, "", rows)
 
 
 def _growth(results: Results) -> list[Section]:
@@ -174,12 +184,12 @@ def _growth(results: Results) -> list[Section]:
     for r in results.of("growth"):
         ours, memory = median_ms(r, "splatc"), r.get("memory", {})
         rows.append(Row((
-            r["case"], f"{r['seq_len']:,}", str(r["head_dim"]), _us(_values(r, "splatc")),
-            f"{ours * 1e6 / r['seq_len']:.2f}" if ours else "n/a", _number(useful_tflops(r)),
-            _mib(r.get("table_bytes")), _mib(memory.get("extra_bytes")), _mib(r.get("least_bytes")),
-            _number(r.get("predicted_us")), f"{_values(r, 'splatc').get('setup_s', math.nan):.2f}", _error(r),
+            r["case"], f"{r['seq_len']:,}", str(r["head_dim"]), us(values_of(r, "splatc")),
+            f"{ours * 1e6 / r['seq_len']:.2f}" if ours else "n/a", number(useful_tflops(r)),
+            mib(r.get("table_bytes")), mib(memory.get("extra_bytes")), mib(r.get("least_bytes")),
+            number(r.get("predicted_us")), f"{values_of(r, 'splatc').get('setup_s', math.nan):.2f}", error_of_ours(r),
         ), r))  # fmt: skip
-    return [Section(f"Growth with the length{_sizes(results.of('growth'))}", columns,
+    return [Section(f"Growth with the length{shared_sizes(results.of('growth'))}", columns,
                     "Set-up: analysis, plan, tables and the first call.", rows)]  # fmt: skip
 
 
@@ -242,7 +252,7 @@ def _memory(results: Results) -> list[Section]:
     columns = ("mask", "S", "D", "tables KiB", "scratch KiB", "inputs MiB")
     rows = [
         Row((r["case"], str(r["seq_len"]), str(r["head_dim"]), f"{r['table_bytes'] / 1024:.0f}",
-             f"{r['memory']['extra_bytes'] / 1024:.0f}", _mib(r["memory"]["input_bytes"])), r)
+             f"{r['memory']['extra_bytes'] / 1024:.0f}", mib(r["memory"]["input_bytes"])), r)
         for r in records
     ]  # fmt: skip
     return [Section("Memory of a call beyond inputs and outputs", columns, "", rows)]
@@ -254,56 +264,11 @@ def _failures(results: Results) -> list[Section]:
         where = f"{r['suite']} {r['case']}" + (f", S={r['seq_len']}, D={r['head_dim']}" if "seq_len" in r else "")
         if "failed" in r:
             rows.append(Row((where, "all", r["failed"]), r))
+        if "kernels_failed" in r:
+            rows.append(Row((where, "profiler", r["kernels_failed"]), r))
         for name, v in r.get("contestants", {}).items():
             if "failed" in v:
                 rows.append(Row((where, title(name), v["failed"]), v))
         for x in r.get("results", []):
             rows += [Row((where, f"{x['dtype']}, D={x['head_dim']}", f), x) for f in x["failed"]]
     return [Section("What failed", ("measurement", "contestant", "reason"), "", rows)]
-
-
-# -- cells -------------------------------------------------------------------------------------------------------------
-
-
-def _present(records: Sequence[Record], names: Sequence[str]) -> list[str]:
-    """Those of the contestants that took part in any of the records."""
-    return [name for name in names if any(name in r.get("contestants", {}) for r in records)]
-
-
-def _sizes(records: Sequence[Record]) -> str:
-    found = dict.fromkeys(f", {r['heads']} heads, {r['dtype']}" for r in records)
-    return next(iter(found)) if len(found) == 1 else ""
-
-
-def _values(record: Record, name: str) -> dict[str, Any]:
-    values: dict[str, Any] = record.get("contestants", {}).get(name, {})
-    return values
-
-
-def _us(values: dict[str, Any]) -> str:
-    """Microseconds as median (min-max), n/a where it failed, nothing where it took no part."""
-    if not values:
-        return ""
-    if "failed" in values or "median_ms" not in values:
-        return "n/a"
-    return "{} ({}-{})".format(*(_number(values[name] * 1e3) for name in ("median_ms", "min_ms", "max_ms")))
-
-
-def _number(value: float | None) -> str:
-    """Three digits or so."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
-
-
-def _times(value: float | None) -> str:
-    return f"{value:.2f}x" if value else ""
-
-
-def _mib(value: float | None) -> str:
-    return "" if value is None else f"{value / 2**20:.1f}"
-
-
-def _error(record: Record) -> str:
-    error = _values(record, "splatc").get("error")
-    return "n/a" if error is None else f"{error:.1e}"

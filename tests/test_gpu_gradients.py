@@ -1,0 +1,512 @@
+"""Gradients on a Hopper GPU against float64 autograd of the dense reference: every pattern, odd sizes, hostile values.
+
+What a kernel does not write is NaN here (``poisoned``), and PyTorch's deterministic mode is on while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import splatc
+from splatc import patterns as P
+from splatc.patterns.heads import heads_of
+from tests import library
+
+torch = pytest.importorskip("torch")
+
+from tests.dense_gradients import Dense, dense_gradients  # noqa: E402  (it imports torch)
+
+DEVICE = "cuda"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
+
+BOUND = 1e-2  # relative error of each of dq, dk and dv
+# a pattern is compiled for the first
+LENGTHS = {"bfloat16": (1000, 1, 17, 127, 129, 2048), "float16": (129, 1, 17, 127, 1000, 2048)}
+DIMS = (64, 128)
+UNEQUAL = ((100, 333), (333, 100), (1, 500), (500, 1))
+KINDS = [("bfloat16", 64), ("bfloat16", 128), ("float16", 64), ("float16", 128)]
+MIXED = P.causal() & (P.window(30, 0) | P.strided(32))  # two passes
+LONG_ROWS = P.longformer(40, 8)
+WINDOW = P.window(80, 10)  # every row has some keys
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, and only deterministic operations may run."""
+    torch.use_deterministic_algorithms(True)  # fill_uninitialized_memory is on by default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def draw(q_len: int, kv_len: int, dim: int, dtype: str, heads: int = 2, kv_heads: int = 2, batch: int = 1) -> list[Any]:
+    """Random q, k, v and do (batch, heads, seq, dim); k is strided (bshd memory)."""
+    generator = torch.Generator(DEVICE).manual_seed(q_len * 7 + kv_len + dim)
+
+    def normal(*shape: int) -> Any:
+        return torch.randn(*shape, device=DEVICE, generator=generator).to(getattr(torch, dtype))
+
+    q, v, do = normal(batch, heads, q_len, dim), normal(batch, kv_heads, kv_len, dim), normal(batch, heads, q_len, dim)
+    return [q, normal(batch, kv_len, kv_heads, dim).transpose(1, 2), v, do]
+
+
+def draw_dlse(do: Any) -> Any:
+    """A random gradient of lse."""
+    generator = torch.Generator(DEVICE).manual_seed(do.shape[2])
+    return torch.randn(do.shape[:3], device=DEVICE, generator=generator)
+
+
+def mask_of(pattern: Any, heads: int, q_len: int, kv_len: int) -> Any:
+    """(heads, q_len, kv_len) on the device."""
+    of_heads = heads_of(pattern, heads)
+    each = {one: torch.from_numpy(one.dense(q_len, kv_len)).to(DEVICE) for one in dict.fromkeys(of_heads)}
+    return torch.stack([each[one] for one in of_heads])
+
+
+def compiled(pattern: Any, q_len: int, kv_len: int, dim: int, dtype: str, **options: Any) -> Any:
+    return splatc.compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=dim, dtype=dtype, target=DEVICE, **options)
+
+
+def backward(attend: Any, qkv: Sequence[Any], do: Any, dlse: Any = None, **options: Any) -> tuple[Any, ...]:
+    """(dq, dk, dv) by autograd, from memory full of NaN."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    with poisoned():
+        o, lse = attend(*leaves, return_lse=True, **options)
+        wanted, given = ([o], [do]) if dlse is None else ([o, lse], [do, dlse])
+        return torch.autograd.grad(wanted, leaves, given)
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def check(attend: Any, pattern: Any, tensors: list[Any], dlse: Any = None, softcap: Any = None, **options: Any) -> Any:
+    """Each of dq, dk and dv is finite and right; returns them and the reference."""
+    q, k, v, do = tensors
+    qkv = q, k, v
+    got = backward(attend, qkv, do, dlse, **options)
+    mask = mask_of(pattern, q.shape[1], q.shape[2], k.shape[2])
+    found = dense_gradients(q, k, v, mask, do, dlse, options.get("scale"), softcap)
+    for x, y in zip(got, qkv):
+        assert x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+    errors = found.errors(got)
+    assert all(e < BOUND for e in errors.values()), (tuple(q.shape), tuple(k.shape), errors)
+    seen = mask.any(2), mask.any(1)  # (heads, q_len), (heads, kv_len)
+    assert (got[0][:, ~seen[0]] == 0).all()
+    if q.shape[1] == k.shape[1]:
+        assert (got[1][:, ~seen[1]] == 0).all() and (got[2][:, ~seen[1]] == 0).all()
+    return got, found
+
+
+# -- every pattern -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", LENGTHS)
+@pytest.mark.parametrize("name", library.NAMES)
+def test_every_pattern(name: str, dtype: str) -> None:
+    """At all lengths; a pattern that is the same at several lengths is compiled once."""
+    for dim in DIMS:
+        known: dict[Any, Any] = {}
+        for length in LENGTHS[dtype]:
+            pattern = library.pattern(name, length)
+            if pattern not in known:
+                known[pattern] = compiled(pattern, length, length, dim, dtype)
+            tensors = draw(length, length, dim, dtype)
+            check(known[pattern], pattern, tensors, draw_dlse(tensors[3]) if length % 2 else None)
+
+
+@pytest.mark.parametrize("name", library.LIBRARY)
+def test_every_pattern_of_unequal_lengths(name: str) -> None:
+    for i, shape in enumerate(UNEQUAL):
+        pattern = library.LIBRARY[name](*shape)
+        dtype, dim = KINDS[i]
+        check(compiled(pattern, *shape, dim, dtype), pattern, draw(*shape, dim, dtype))
+
+
+# -- shapes, layouts, options ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_batch_and_grouped_heads(dtype: str, dim: int) -> None:
+    for pattern in (MIXED, LONG_ROWS, P.full()):
+        attend = compiled(pattern, 300, 300, dim, dtype)
+        for heads, kv_heads in ((4, 4), (4, 2), (6, 1)):
+            tensors = draw(300, 300, dim, dtype, heads, kv_heads, batch=3)
+            check(attend, pattern, tensors, draw_dlse(tensors[3]), enable_gqa=heads != kv_heads)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_a_pattern_for_each_head(dtype: str, dim: int) -> None:
+    heads = P.per_head([MIXED, P.full(), P.strided(7), MIXED, P.global_cols(0), P.mask(P.window(3, 3).dense(200))])
+    attend = compiled(heads, 200, 200, dim, dtype)
+    for kv_heads in (6, 2, 1):
+        check(attend, heads, draw(200, 200, dim, dtype, 6, kv_heads), enable_gqa=True)
+
+
+@pytest.mark.parametrize("dim", [8, 16, 32, 40, 96, 192, 256])
+def test_other_head_dims(dim: int) -> None:
+    """Right, or refused by name; never wrong."""
+    try:
+        check(compiled(MIXED, 300, 300, dim, "bfloat16"), MIXED, draw(300, 300, dim, "bfloat16"))
+    except splatc.errors.Unsupported as error:
+        pytest.skip(f"refused: {error}")
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+@pytest.mark.parametrize("scale", [0.3, 0, -0.5])
+def test_scale(dtype: str, dim: int, scale: float) -> None:
+    check(compiled(WINDOW, 200, 200, dim, dtype), WINDOW, draw(200, 200, dim, dtype), scale=scale)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_softcap(dtype: str, dim: int) -> None:
+    for softcap in (2.0, 30.0):
+        q, *rest = draw(300, 300, dim, dtype)
+        check(compiled(MIXED, 300, 300, dim, dtype, softcap=softcap), MIXED, [2 * q, *rest], softcap=softcap)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_strides(dtype: str, dim: int) -> None:
+    """Every layout of memory gives the bits of the contiguous one."""
+    length = 300
+    attend = compiled(MIXED, length, length, dim, dtype)
+    tensors = [x.contiguous() for x in draw(length, length, dim, dtype)]
+    wanted, _ = check(attend, MIXED, tensors)
+    moved = [x.transpose(1, 2).contiguous() for x in tensors]
+    packed = torch.stack(moved, 2).transpose(1, 3)  # memory (batch, seq, 4, heads, dim)
+    wide = [torch.cat([x, x], 3)[..., :dim] for x in tensors]
+    longer = [torch.cat([x, x], 2)[:, :, :length] for x in tensors]
+    odd = [torch.nn.functional.pad(x, (0, 3))[..., :dim] for x in tensors]
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in tensors]
+    backwards = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors]
+    bshd_memory = [x.transpose(1, 2) for x in moved]
+    for *qkv, do in (bshd_memory, [packed[:, :, i] for i in range(4)], wide, longer, odd, shifted, backwards):
+        assert same(backward(attend, qkv, do), wanted)
+    bshd = compiled(MIXED, length, length, dim, dtype, layout="bshd")
+    assert same([x.transpose(1, 2) for x in backward(bshd, moved[:3], moved[3])], wanted)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_of_a_sum_and_of_lse_alone(dtype: str, dim: int) -> None:
+    """A gradient that is one number, expanded; and none of o."""
+    attend = compiled(WINDOW, 300, 300, dim, dtype)
+    q, k, v, do = draw(300, 300, dim, dtype)
+    mask = mask_of(WINDOW, 2, 300, 300)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    attend(*leaves).sum().backward()
+    errors = dense_gradients(q, k, v, mask, torch.ones_like(do)).errors([x.grad for x in leaves])
+    assert all(e < BOUND for e in errors.values()), errors
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    attend(*leaves, return_lse=True)[1].sum().backward()
+    ones = torch.ones(do.shape[:3], device=DEVICE)
+    errors = dense_gradients(q, k, v, mask, torch.zeros_like(do), ones).errors([x.grad for x in leaves])
+    assert all(e < BOUND for e in errors.values()) and (leaves[2].grad == 0).all(), errors
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_rows_without_keys_and_keys_without_rows(dim: int) -> None:
+    pattern = P.causal("bottom_right") & ~P.global_rows(3) & ~P.global_cols(20)
+    attend = compiled(pattern, 400, 300, dim, "bfloat16")
+    tensors = draw(400, 300, dim, "bfloat16", 4, 2)
+    (dq, dk, dv), _ = check(attend, pattern, tensors, draw_dlse(tensors[3]), enable_gqa=True)
+    dense = pattern.dense(400, 300)
+    assert (dq[:, :, ~dense.any(1)] == 0).all()
+    assert (dk[:, :, ~dense.any(0)] == 0).all() and (dv[:, :, ~dense.any(0)] == 0).all()
+    empty = P.window(-2000, 2005)
+    check(compiled(empty, 200, 200, dim, "bfloat16"), empty, draw(200, 200, dim, "bfloat16"))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
+def test_no_queries_or_no_keys(q_len: int, kv_len: int) -> None:
+    attend = compiled(P.causal(), 10, 10, 64, "bfloat16")
+    *qkv, do = draw(q_len, kv_len, 64, "bfloat16")
+    assert all((x == 0).all() for x in backward(attend, qkv, do, draw_dlse(do)))
+
+
+def test_a_part_of_the_inputs_may_learn() -> None:
+    attend = compiled(MIXED, 200, 200, 64, "bfloat16")
+    q, k, v, do = draw(200, 200, 64, "bfloat16")
+    wanted = backward(attend, (q, k, v), do)
+    for i in range(3):
+        leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate((q, k, v))]
+        (got,) = torch.autograd.grad(attend(*leaves), [leaves[i]], [do])
+        assert torch.equal(got, wanted[i])
+
+
+# -- what people must be able to trust ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_twenty_runs_are_bitwise_equal(dtype: str, dim: int) -> None:
+    for pattern, kv_heads in ((MIXED, 4), (LONG_ROWS, 2), (P.full(), 1), (P.strided(8), 4), (P.bigbird(64), 4)):
+        attend = compiled(pattern, 1500, 1500, dim, dtype)
+        *qkv, do = draw(1500, 1500, dim, dtype, 4, kv_heads)
+        first = backward(attend, qkv, do, draw_dlse(do), enable_gqa=True)
+        for _ in range(19):
+            assert same(backward(attend, qkv, do, draw_dlse(do), enable_gqa=True), first), pattern
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+@pytest.mark.parametrize("pattern", [WINDOW, P.full(), P.strided(8)], ids=str)
+def test_rows_of_very_different_size(pattern: Any, dtype: str, dim: int) -> None:
+    """The error of each row against its own size. float16 has not the range for more."""
+    small, large = (1e-4, 1e4) if dtype == "bfloat16" else (1e-1, 1e1)
+    q, k, v, do = draw(600, 600, dim, dtype)
+    do[:, :, ::3] *= small
+    do[:, :, 1::3] *= large
+    do[:, :, [0, 100, 599]] = 0
+    got = backward(compiled(pattern, 600, 600, dim, dtype), (q, k, v), do)
+    found = dense_gradients(q, k, v, mask_of(pattern, 2, 600, 600), do)
+    worst = {name: float(rows.max()) for name, rows in found.row_errors(got).items()}
+    assert all(e < BOUND for e in worst.values()), worst
+    assert (got[0][:, :, [0, 100, 599]] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_values_and_keys_of_very_different_size(dtype: str, dim: int) -> None:
+    """One key and one value far larger than the others, in a window that few rows share."""
+    q, k, v, do = draw(600, 600, dim, dtype)
+    v[:, :, 300] *= 100
+    k[:, :, 30] *= 4
+    got = backward(compiled(WINDOW, 600, 600, dim, dtype), (q, k, v), do)
+    found = dense_gradients(q, k, v, mask_of(WINDOW, 2, 600, 600), do)
+    worst = {name: float(rows[:, :, 450:].max()) for name, rows in found.row_errors(got).items()}  # far from both
+    assert all(e < BOUND for e in (*found.errors(got).values(), *worst.values())), (found.errors(got), worst)
+
+
+def rows_not_finite(x: Any) -> Any:
+    """(seq,): where any element of head 0 is not finite."""
+    return ~torch.isfinite(x[0, 0].float()).all(-1)
+
+
+def right_elsewhere(got: Any, found: Dense, name: str, rows: Any) -> bool:
+    """Whether the rows of a mask (seq,) are right in head 0."""
+    errors = found.row_errors(got)[name][0, 0][rows]
+    return bool((errors < BOUND).all())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_what_is_not_finite_in_do(dtype: str, dim: int, bad: float) -> None:
+    """It reaches its own row of dq and the keys of that row; all else is right."""
+    attend, at = compiled(WINDOW, 600, 600, dim, dtype), 300
+    q, k, v, do = draw(600, 600, dim, dtype)
+    mask = mask_of(WINDOW, 2, 600, 600)
+    hurt = do.clone()
+    hurt[0, 0, at, 3] = bad
+    got = backward(attend, (q, k, v), hurt)
+    do[0, 0, at] = 0  # to the other rows of dq, and to keys that it does not attend to, it makes no difference
+    found = dense_gradients(q, k, v, mask, do)
+    query, keys = torch.arange(600, device=DEVICE) == at, mask[0, at]
+    assert torch.equal(rows_not_finite(got[0]), query)
+    assert torch.equal(rows_not_finite(got[1]), keys) and torch.equal(rows_not_finite(got[2]), keys)
+    assert right_elsewhere(got, found, "dq", ~query)
+    assert right_elsewhere(got, found, "dk", ~keys) and right_elsewhere(got, found, "dv", ~keys)
+    assert all(torch.isfinite(x[0, 1]).all() for x in got)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_what_is_not_finite_in_v(dtype: str, dim: int, bad: float) -> None:
+    """It reaches the rows of dq that attend to it, and their keys in dk; all else is right."""
+    attend, at = compiled(WINDOW, 600, 600, dim, dtype), 300
+    q, k, v, do = draw(600, 600, dim, dtype)
+    mask = mask_of(WINDOW, 2, 600, 600)
+    hurt = v.clone()
+    hurt[0, 0, at, 3] = bad
+    got = backward(attend, (q, k, hurt), do)
+    found = dense_gradients(q, k, v, mask, do)
+    queries = mask[0, :, at]
+    keys = mask[0, queries].any(0)
+    assert torch.equal(rows_not_finite(got[0]), queries)
+    assert right_elsewhere(got, found, "dq", ~queries) and right_elsewhere(got, found, "dk", ~keys)
+    assert not rows_not_finite(got[1])[~keys].any() and right_elsewhere(got, found, "dv", ~keys)
+    assert all(torch.isfinite(x[0, 1]).all() for x in got)
+
+
+# -- streams, graphs, devices ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_another_stream(dtype: str, dim: int) -> None:
+    attend = compiled(MIXED, 500, 500, dim, dtype)
+    *qkv, do = draw(500, 500, dim, dtype)
+    wanted = backward(attend, qkv, do)
+    streams, results = [torch.cuda.Stream() for _ in range(3)], []
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(backward(attend, qkv, do))
+    torch.cuda.synchronize()
+    assert all(same(got, wanted) for got in results)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_a_captured_graph_reads_new_values(dtype: str, dim: int) -> None:
+    """Forward and backward in one graph, replayed on other values, also after calls of many other lengths."""
+    attend = compiled(MIXED, 500, 500, dim, dtype)
+    *qkv, do = draw(500, 500, dim, dtype)
+    leaves = [x.detach().contiguous().requires_grad_() for x in qkv]
+
+    def step() -> tuple[Any, ...]:
+        o = attend(*leaves)
+        return o, *torch.autograd.grad(o, leaves, do)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for length in range(60, 100):
+        *others, other_do = draw(length, length, dim, dtype)
+        backward(attend, others, other_do)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for x in (*leaves, do):
+                x.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same([x.clone() for x in captured], step())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_two_gpus(dtype: str, dim: int) -> None:
+    attend = compiled(MIXED, 300, 300, dim, dtype)
+    here = draw(300, 300, dim, dtype)
+    there = [x.to("cuda:1") for x in here]
+    wanted, _ = check(attend, MIXED, here)
+    for _ in range(2):
+        got = backward(attend, there[:3], there[3])
+        assert all(x.device == torch.device("cuda:1") for x in got) and torch.cuda.current_device() == 0
+        assert same([x.to("cuda:0") for x in got], wanted)
+
+
+# -- compilers, checkpoints, autocast ----------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """A layer as people write it: 2 heads of 64."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__()
+        self.attend, self.project = attend, torch.nn.Linear(128, 384)
+
+    def forward(self, x: Any) -> Any:
+        batch, length, _ = x.shape
+        q, k, v = self.project(x).view(batch, length, 3, 2, 64).permute(2, 0, 3, 1, 4)
+        o, lse = self.attend(q, k, v, return_lse=True, scale=0.25)
+        return o.transpose(1, 2).reshape(batch, length, 128) + lse.mean().to(o.dtype)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_without_a_break_and_without_a_recompilation(backend: str) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block = Block(compiled(MIXED, 150, 150, 64, "bfloat16")).to(DEVICE, torch.bfloat16)
+    traced = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+
+    def both(length: int) -> None:
+        x = torch.randn(2, length, 128, device=DEVICE, dtype=torch.bfloat16)
+        results = []
+        for f in (block, traced):
+            block.zero_grad()
+            y = f(x)
+            y.float().square().sum().backward()
+            results.append([y.detach(), block.project.weight.grad.clone()])
+        for a, b in zip(*results):
+            assert float((a.float() - b.float()).norm() / a.float().norm()) < BOUND
+
+    both(150)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (64, 201, 700):
+            both(length)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_opcheck(layout: str) -> None:
+    from splatc.runtime import torch_ops
+
+    attend = compiled(MIXED, 100, 100, 64, "bfloat16", layout=layout)
+    *qkv, _ = draw(100, 100, 64, "bfloat16", 2, 1)
+    qkv = [(x if layout == "bhsd" else x.transpose(1, 2)).contiguous() for x in qkv]
+    options = attend._handle, None, True
+    torch.library.opcheck(torch_ops.attention, (*(x.clone().requires_grad_() for x in qkv), *options))
+    o, lse = attend(*qkv, return_lse=True, enable_gqa=True)
+    torch.library.opcheck(torch_ops.attention_backward, (*qkv, o, lse, torch.ones_like(o), lse * 0, *options),
+                          test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))  # fmt: skip
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    attend = compiled(MIXED, 300, 300, 64, "bfloat16")
+    *qkv, do = draw(300, 300, 64, "bfloat16")
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = checkpoint(lambda *x: attend(*x), *leaves, use_reentrant=reentrant)
+    out.backward(do)
+    assert same([x.grad for x in leaves], backward(attend, qkv, do))
+
+
+def test_autocast() -> None:
+    """Inputs in float32, attention in the dtype that was compiled, gradients in float32 again."""
+    attend = compiled(MIXED, 300, 300, 64, "bfloat16")
+    *qkv, do = draw(300, 300, 64, "bfloat16")
+    leaves = [x.float().requires_grad_() for x in qkv]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        o = attend(*leaves)
+    assert o.dtype == torch.bfloat16
+    got = torch.autograd.grad(o, leaves, do)
+    assert all(x.dtype == torch.float32 for x in got)
+    assert same(got, [x.float() for x in backward(attend, qkv, do)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_module_learns(dtype: str) -> None:
+    """splatc.nn on the GPU: output and the gradients of all parameters against the same layer in float64 on the CPU."""
+    from splatc.nn import SparseAttention
+
+    torch.manual_seed(0)
+    layer = SparseAttention(256, 4, MIXED, num_kv_heads=2).to(DEVICE, getattr(torch, dtype))
+    exact = copy.deepcopy(layer).cpu().double()
+    for length in (300, 77):
+        x = torch.randn(2, length, 256, device=DEVICE, dtype=getattr(torch, dtype))
+        results = []
+        for one, given in ((layer, x), (exact, x.cpu().double())):
+            one.zero_grad()
+            y = one(given)
+            y.double().square().sum().backward()
+            results.append([y.detach(), *(p.grad for p in one.parameters() if p.ndim == 2)])
+        for a, b in zip(*results):
+            assert float((a.cpu().double() - b).norm() / b.norm()) < 2 * BOUND
+
+
+def test_memory_does_not_grow() -> None:
+    """What steps of the same shape leave behind."""
+    attend = compiled(LONG_ROWS, 1000, 1000, 64, "bfloat16")
+    *qkv, do = draw(1000, 1000, 64, "bfloat16")
+    sizes = []
+    for _ in range(10):
+        backward(attend, qkv, do)
+        torch.cuda.synchronize()
+        sizes.append(torch.cuda.memory_allocated())
+    assert np.ptp(sizes[2:]) == 0
