@@ -193,8 +193,9 @@ def test_copies_of_a_module_share_the_mask():
     assert twin.attend is block.attend and torch.equal(twin(x), block(x))
 
 
-def test_on_a_gpu_gradients_are_refused_in_words():
-    attend = splatc.compile(PATTERN, seq_len=150, head_dim=64, dtype="bfloat16", target="sm_90a")
-    q, k, v = learnable(d=64)
-    with pytest.raises(Unsupported, match="gradients are not computed on this target yet"):
-        attend.backward(q, k, v, q, q, q, q, None, False)
+def test_what_has_no_gradients_on_a_gpu_says_so():
+    for options in ({"dtype": "float32", "head_dim": 64}, {"dtype": "bfloat16", "head_dim": 256}):
+        attend = splatc.compile(PATTERN, seq_len=150, target="sm_90a", **options)
+        q, k, v = learnable(d=options["head_dim"])
+        with pytest.raises(Unsupported, match="on a GPU gradients are computed"):
+            attend(q, k, v)

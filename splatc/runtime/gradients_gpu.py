@@ -75,8 +75,7 @@ class GpuGradients:
         if key not in self._ready:
             layouts = {name: layout_of(tensors[name]) for name in INPUTS[:5]}
             remember(self._ready, key, self._prepare(shape, layouts, q))
-        dq, dk, dv = self._ready[key]({name: x.data_ptr() for name, x in tensors.items()}, scale)
-        return to_bhsd(dq, self._layout), to_bhsd(dk, self._layout), to_bhsd(dv, self._layout)
+        return self._ready[key]({name: x.data_ptr() for name, x in tensors.items()}, scale)
 
     def _prepare(self, shape: Shape, layouts: dict[str, Layout], q: Any) -> GradientCall:
         on = self._find_gpu(q.device.index)
