@@ -279,8 +279,10 @@ def test_dump_the_kernel_for_gradients(cli):
     assert code == 0 and "cols0[64, 0, 0]" in first  # queries from 64 on attend to the first keys
     code, out, _ = cli("compile", "none", "-d", 16, "--target", "cpu", "--backward")
     assert code == 0 and "attention_backward_cpu_d16_float32" in out
-    code, _, err = cli("dump", *options, "--arch", "sm_90a")
-    assert code == 1 and "no kernel for gradients on cuda:sm_90a yet" in err
+    code, out, _ = cli("dump", *options, "--arch", "sm_90a", "--dtype", "bfloat16")
+    assert code == 0 and "splatc_gradient_columns" in out
+    code, _, err = cli("dump", *options, "--arch", "sm_80")
+    assert code == 1 and "on GPUs gradients need the Hopper kernel" in err
 
 
 def test_dump_tir(cli):

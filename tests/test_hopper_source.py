@@ -12,8 +12,9 @@ import pytest
 
 from splatc import patterns as P
 from splatc.codegen.build import build
+from splatc.codegen.hopper.backward.shape import shape_of as gradient_shape
 from splatc.codegen.hopper.shape import SMEM_BYTES, Shape, shape_of
-from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, kernel_spec, not_hopper
+from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, gradient_spec, kernel_spec, not_hopper
 from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.compile import best_plan
@@ -53,6 +54,26 @@ def test_compiles_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
     source = (tmp_path / "kernel.cu").read_text()
     assert "wgmma" in source
     assert "cp.async.bulk.tensor" in source
+
+
+GRADIENTS = [gradient_spec(spec_of(*dims, dtype=dtype, softcap=softcap))
+             for *dims, dtype, softcap in ((64, None, "bfloat16", False), (64, None, "float16", True),
+                                           (128, None, "bfloat16", False), (128, None, "float16", True),
+                                           (96, 64, "bfloat16", False), (64, 128, "float16", False),
+                                           (16, None, "bfloat16", False))]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", GRADIENTS, ids=lambda spec: spec.name)
+def test_gradients_compile_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
+    build(spec, tmp_path)  # raises CompileError for spills, local memory and C75xx remarks
+    functions = json.loads((tmp_path / "report.json").read_text())["functions"]
+    assert [f["spill_bytes"] + f["stack_bytes"] for f in functions] == [0] * 5
+    sizes = gradient_shape(spec)
+    columns = next(f for f in functions if "columns" in f["name"])
+    assert sizes.smem_bytes <= SMEM_BYTES and columns["smem_bytes"] <= sizes.smem_bytes
+    producer, consumer = sizes.registers
+    assert producer + 2 * consumer <= 3 * (65536 // columns["threads"] // 8 * 8)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
