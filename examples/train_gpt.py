@@ -33,7 +33,7 @@ from rich.table import Table
 WARM = 5  # steps that are not timed
 SMOOTH = 20  # steps that a point of a smoothed curve is the mean of
 TITLES = {"splatc": "splatc, bfloat16", "dense": "dense with mask, float32", "flex": "FlexAttention, bfloat16"}
-COLOURS = {"splatc": "#0072B2", "dense": "#D55E00", "flex": "#E69F00"}
+LINES = {"splatc": ("#0072B2", "-"), "dense": ("#D55E00", "--"), "flex": ("#009E73", ":")}  # colour, style
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,10 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
     axes = out.subplots()
     for run in runs:
         if run.losses:
-            axes.plot(run.losses, color=COLOURS[run.kind], alpha=0.25, linewidth=0.6)
-            axes.plot(smooth(run.losses), color=COLOURS[run.kind], linewidth=1.2, label=run.kind)
-    axes.set_xlabel("step")
+            colour, style = LINES[run.kind]
+            axes.plot(run.losses, style, color=colour, alpha=0.3, linewidth=0.6)
+            axes.plot(smooth(run.losses), style, color=colour, linewidth=1.4, label=TITLES[run.kind])
+    axes.set_xlabel(f"step (thick: mean of {SMOOTH} steps)")
     axes.set_ylabel("loss, nats a character")
     if any(run.losses for run in runs):
         axes.legend(frameon=False)
