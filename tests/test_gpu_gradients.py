@@ -513,6 +513,26 @@ def test_a_module_learns(dtype: str) -> None:
             assert float((a.cpu().double() - b).norm() / b.norm()) < 2 * BOUND
 
 
+@pytest.mark.parametrize("pattern", [WINDOW, "causal & window(80, 0)"], ids=str)
+def test_the_function_in_a_trace(pattern: Any) -> None:
+    """Traced before anything is compiled, for any length."""
+    from splatc.nn.functional import sparse_attention
+
+    torch._dynamo.reset()
+
+    def run(q: Any, k: Any, v: Any) -> Any:
+        return sparse_attention(q, k, v, pattern, enable_gqa=True)
+
+    traced = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (300, 129, 500):
+        *qkv, do = draw(length, length, 64, "bfloat16", 4, 2)
+        both = []
+        for f in (traced, run):
+            leaves = [x.detach().requires_grad_() for x in qkv]
+            both.append(torch.autograd.grad(f(*leaves), leaves, do))
+        assert same(*both)
+
+
 def test_memory_does_not_grow() -> None:
     """What steps of the same shape leave behind."""
     attend = compiled(LONG_ROWS, 1000, 1000, 64, "bfloat16")
