@@ -313,7 +313,7 @@ def test_what_is_not_finite_in_do(dtype: str, dim: int, bad: float) -> None:
     """It reaches its own row of dq alone, and the keys of that row and of their tiles; all else is right."""
     attend, at = compiled(WINDOW, 1500, 1500, dim, dtype), 700
     q, k, v, do = draw(1500, 1500, dim, dtype)
-    mask = mask_of(WINDOW, 2, 600, 600)
+    mask = mask_of(WINDOW, 2, 1500, 1500)
     hurt = do.clone()
     hurt[0, 0, at, 3] = bad
     got = backward(attend, (q, k, v), hurt)
@@ -334,7 +334,7 @@ def test_what_is_not_finite_in_v(dtype: str, dim: int, bad: float) -> None:
     """It reaches the rows of dq that attend to it, those of their tiles, and their keys in dk; all else is right."""
     attend, at = compiled(WINDOW, 1500, 1500, dim, dtype), 700
     q, k, v, do = draw(1500, 1500, dim, dtype)
-    mask = mask_of(WINDOW, 2, 600, 600)
+    mask = mask_of(WINDOW, 2, 1500, 1500)
     hurt = v.clone()
     hurt[0, 0, at, 3] = bad
     got = backward(attend, (q, k, hurt), do)
