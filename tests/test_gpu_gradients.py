@@ -5,28 +5,36 @@ What a kernel does not write is NaN here (``poisoned``), and PyTorch's determini
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 import splatc
 from splatc import patterns as P
-from splatc.patterns.heads import heads_of
 from tests import library
 
 torch = pytest.importorskip("torch")
 
 from tests.dense_gradients import Dense, dense_gradients  # noqa: E402  (it imports torch)
+from tests.gpu_gradients import (  # noqa: E402  (it imports torch)
+    BOUND,
+    DEVICE,
+    KINDS,
+    LONG_ROWS,
+    MARKS,
+    MIXED,
+    WINDOW,
+    backward,
+    check,
+    compiled,
+    draw,
+    draw_dlse,
+    mask_of,
+    same,
+)
 
-DEVICE = "cuda"
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
+pytestmark = MARKS
 
-BOUND = 1e-2  # relative error of each of dq, dk and dv
 # Of a single row of dq: where one probability is near 1, dO * O - dP cancels, and O was rounded to its 16 bits. With
 # all else exact, that alone makes 1.1e-2 of the worst row in bfloat16.
 ROW_BOUND = {"bfloat16": 2.5e-2, "float16": 1e-2}
@@ -35,82 +43,6 @@ TILE = 192  # rows or keys of a tile at most: what is not finite may reach all o
 LENGTHS = {"bfloat16": (1000, 1, 17, 127, 129, 2048), "float16": (129, 1, 17, 127, 1000, 2048)}
 DIMS = (64, 128)
 UNEQUAL = ((100, 333), (333, 100), (1, 500), (500, 1))
-KINDS = [("bfloat16", 64), ("bfloat16", 128), ("float16", 64), ("float16", 128)]
-MIXED = P.causal() & (P.window(30, 0) | P.strided(32))  # two passes
-LONG_ROWS = P.longformer(40, 8)
-WINDOW = P.window(80, 10)  # every row has some keys
-
-
-# -- helpers -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, and only deterministic operations may run."""
-    torch.use_deterministic_algorithms(True)  # fill_uninitialized_memory is on by default
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def draw(q_len: int, kv_len: int, dim: int, dtype: str, heads: int = 2, kv_heads: int = 2, batch: int = 1) -> list[Any]:
-    """Random q, k, v and do (batch, heads, seq, dim); k is strided (bshd memory)."""
-    generator = torch.Generator(DEVICE).manual_seed(q_len * 7 + kv_len + dim)
-
-    def normal(*shape: int) -> Any:
-        return torch.randn(*shape, device=DEVICE, generator=generator).to(getattr(torch, dtype))
-
-    q, v, do = normal(batch, heads, q_len, dim), normal(batch, kv_heads, kv_len, dim), normal(batch, heads, q_len, dim)
-    return [q, normal(batch, kv_len, kv_heads, dim).transpose(1, 2), v, do]
-
-
-def draw_dlse(do: Any) -> Any:
-    """A random gradient of lse."""
-    generator = torch.Generator(DEVICE).manual_seed(do.shape[2])
-    return torch.randn(do.shape[:3], device=DEVICE, generator=generator)
-
-
-def mask_of(pattern: Any, heads: int, q_len: int, kv_len: int) -> Any:
-    """(heads, q_len, kv_len) on the device."""
-    of_heads = heads_of(pattern, heads)
-    each = {one: torch.from_numpy(one.dense(q_len, kv_len)).to(DEVICE) for one in dict.fromkeys(of_heads)}
-    return torch.stack([each[one] for one in of_heads])
-
-
-def compiled(pattern: Any, q_len: int, kv_len: int, dim: int, dtype: str, **options: Any) -> Any:
-    return splatc.compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=dim, dtype=dtype, target=DEVICE, **options)
-
-
-def backward(attend: Any, qkv: Sequence[Any], do: Any, dlse: Any = None, **options: Any) -> tuple[Any, ...]:
-    """(dq, dk, dv) by autograd, from memory full of NaN."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    with poisoned():
-        o, lse = attend(*leaves, return_lse=True, **options)
-        wanted, given = ([o], [do]) if dlse is None else ([o, lse], [do, dlse])
-        return torch.autograd.grad(wanted, leaves, given)
-
-
-def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def check(attend: Any, pattern: Any, tensors: list[Any], dlse: Any = None, softcap: Any = None, **options: Any) -> Any:
-    """Each of dq, dk and dv is finite and right; returns them and the reference."""
-    q, k, v, do = tensors
-    qkv = q, k, v
-    got = backward(attend, qkv, do, dlse, **options)
-    mask = mask_of(pattern, q.shape[1], q.shape[2], k.shape[2])
-    found = dense_gradients(q, k, v, mask, do, dlse, options.get("scale"), softcap)
-    for x, y in zip(got, qkv):
-        assert x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
-    errors = found.errors(got)
-    assert all(e < BOUND for e in errors.values()), (tuple(q.shape), tuple(k.shape), errors)
-    seen = mask.any(2), mask.any(1)  # (heads, q_len), (heads, kv_len)
-    assert (got[0][:, ~seen[0]] == 0).all()
-    if q.shape[1] == k.shape[1]:
-        assert (got[1][:, ~seen[1]] == 0).all() and (got[2][:, ~seen[1]] == 0).all()
-    return got, found
 
 
 # -- every pattern -----------------------------------------------------------------------------------------------------
@@ -346,200 +278,3 @@ def test_what_is_not_finite_in_v(dtype: str, dim: int, bad: float) -> None:
     assert far.any() and right_elsewhere(got, found, "dq", ~near)
     assert right_elsewhere(got, found, "dk", far) and right_elsewhere(got, found, "dv", far)
     assert all(torch.isfinite(x[0, 1]).all() for x in got)
-
-
-# -- streams, graphs, devices ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "dim"), KINDS)
-def test_another_stream(dtype: str, dim: int) -> None:
-    attend = compiled(MIXED, 500, 500, dim, dtype)
-    *qkv, do = draw(500, 500, dim, dtype)
-    wanted = backward(attend, qkv, do)
-    streams, results = [torch.cuda.Stream() for _ in range(3)], []
-    torch.cuda.synchronize()
-    for _ in range(5):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                results.append(backward(attend, qkv, do))
-    torch.cuda.synchronize()
-    assert all(same(got, wanted) for got in results)
-
-
-@pytest.mark.parametrize(("dtype", "dim"), KINDS)
-def test_a_captured_graph_reads_new_values(dtype: str, dim: int) -> None:
-    """Forward and backward in one graph, replayed on other values, also after calls of many other lengths."""
-    attend = compiled(MIXED, 500, 500, dim, dtype)
-    *qkv, do = draw(500, 500, dim, dtype)
-    leaves = [x.detach().contiguous().requires_grad_() for x in qkv]
-
-    def step() -> tuple[Any, ...]:
-        o = attend(*leaves)
-        return o, *torch.autograd.grad(o, leaves, do)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for length in range(60, 100):
-        *others, other_do = draw(length, length, dim, dtype)
-        backward(attend, others, other_do)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for x in (*leaves, do):
-                x.normal_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert same([x.clone() for x in captured], step())
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize(("dtype", "dim"), KINDS)
-def test_two_gpus(dtype: str, dim: int) -> None:
-    attend = compiled(MIXED, 300, 300, dim, dtype)
-    here = draw(300, 300, dim, dtype)
-    there = [x.to("cuda:1") for x in here]
-    wanted, _ = check(attend, MIXED, here)
-    for _ in range(2):
-        got = backward(attend, there[:3], there[3])
-        assert all(x.device == torch.device("cuda:1") for x in got) and torch.cuda.current_device() == 0
-        assert same([x.to("cuda:0") for x in got], wanted)
-
-
-# -- compilers, checkpoints, autocast ----------------------------------------------------------------------------------
-
-
-class Block(torch.nn.Module):  # type: ignore[name-defined,misc]
-    """A layer as people write it: 2 heads of 64."""
-
-    def __init__(self, attend: Any) -> None:
-        super().__init__()
-        self.attend, self.project = attend, torch.nn.Linear(128, 384)
-
-    def forward(self, x: Any) -> Any:
-        batch, length, _ = x.shape
-        q, k, v = self.project(x).view(batch, length, 3, 2, 64).permute(2, 0, 3, 1, 4)
-        o, lse = self.attend(q, k, v, return_lse=True, scale=0.25)
-        return o.transpose(1, 2).reshape(batch, length, 128) + lse.mean().to(o.dtype)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_without_a_break_and_without_a_recompilation(backend: str) -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    block = Block(compiled(MIXED, 150, 150, 64, "bfloat16")).to(DEVICE, torch.bfloat16)
-    traced = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
-
-    def both(length: int) -> None:
-        x = torch.randn(2, length, 128, device=DEVICE, dtype=torch.bfloat16)
-        results = []
-        for f in (block, traced):
-            block.zero_grad()
-            y = f(x)
-            y.float().square().sum().backward()
-            results.append([y.detach(), block.project.weight.grad.clone()])
-        for a, b in zip(*results):
-            assert float((a.float() - b.float()).norm() / a.float().norm()) < BOUND
-
-    both(150)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (64, 201, 700):
-            both(length)
-
-
-@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-def test_opcheck(layout: str) -> None:
-    from splatc.runtime import torch_ops
-
-    attend = compiled(MIXED, 100, 100, 64, "bfloat16", layout=layout)
-    *qkv, _ = draw(100, 100, 64, "bfloat16", 2, 1)
-    qkv = [(x if layout == "bhsd" else x.transpose(1, 2)).contiguous() for x in qkv]
-    options = attend._handle, None, True
-    torch.library.opcheck(torch_ops.attention, (*(x.clone().requires_grad_() for x in qkv), *options))
-    o, lse = attend(*qkv, return_lse=True, enable_gqa=True)
-    torch.library.opcheck(torch_ops.attention_backward, (*qkv, o, lse, torch.ones_like(o), lse * 0, *options),
-                          test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))  # fmt: skip
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant: bool) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    attend = compiled(MIXED, 300, 300, 64, "bfloat16")
-    *qkv, do = draw(300, 300, 64, "bfloat16")
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    out = checkpoint(lambda *x: attend(*x), *leaves, use_reentrant=reentrant)
-    out.backward(do)
-    assert same([x.grad for x in leaves], backward(attend, qkv, do))
-
-
-def test_autocast() -> None:
-    """Inputs in float32, attention in the dtype that was compiled, gradients in float32 again."""
-    attend = compiled(MIXED, 300, 300, 64, "bfloat16")
-    *qkv, do = draw(300, 300, 64, "bfloat16")
-    leaves = [x.float().requires_grad_() for x in qkv]
-    with torch.autocast(DEVICE, torch.bfloat16):
-        o = attend(*leaves)
-    assert o.dtype == torch.bfloat16
-    got = torch.autograd.grad(o, leaves, do)
-    assert all(x.dtype == torch.float32 for x in got)
-    assert same(got, [x.float() for x in backward(attend, qkv, do)])
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_module_learns(dtype: str) -> None:
-    """splatc.nn on the GPU: output and the gradients of all parameters against the same layer in float64 on the CPU."""
-    from splatc.nn import SparseAttention
-
-    torch.manual_seed(0)
-    layer = SparseAttention(256, 4, MIXED, num_kv_heads=2).to(DEVICE, getattr(torch, dtype))
-    exact = copy.deepcopy(layer).cpu().double()
-    for length in (300, 77):
-        x = torch.randn(2, length, 256, device=DEVICE, dtype=getattr(torch, dtype))
-        results = []
-        for one, given in ((layer, x), (exact, x.cpu().double())):
-            one.zero_grad()
-            y = one(given)
-            y.double().square().sum().backward()
-            results.append([y.detach(), *(p.grad for p in one.parameters() if p.ndim == 2)])
-        for a, b in zip(*results):
-            assert float((a.cpu().double() - b).norm() / b.norm()) < 2 * BOUND
-
-
-@pytest.mark.parametrize("pattern", [WINDOW, "causal & window(80, 0)"], ids=str)
-def test_the_function_in_a_trace(pattern: Any) -> None:
-    """Traced before anything is compiled, for any length."""
-    from splatc.nn.functional import sparse_attention
-
-    torch._dynamo.reset()
-
-    def run(q: Any, k: Any, v: Any) -> Any:
-        return sparse_attention(q, k, v, pattern, enable_gqa=True)
-
-    traced = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (300, 129, 500):
-        *qkv, do = draw(length, length, 64, "bfloat16", 4, 2)
-        both = []
-        for f in (traced, run):
-            leaves = [x.detach().requires_grad_() for x in qkv]
-            both.append(torch.autograd.grad(f(*leaves), leaves, do))
-        assert same(*both)
-
-
-def test_memory_does_not_grow() -> None:
-    """What steps of the same shape leave behind."""
-    attend = compiled(LONG_ROWS, 1000, 1000, 64, "bfloat16")
-    *qkv, do = draw(1000, 1000, 64, "bfloat16")
-    sizes = []
-    for _ in range(10):
-        backward(attend, qkv, do)
-        torch.cuda.synchronize()
-        sizes.append(torch.cuda.memory_allocated())
-    assert np.ptp(sizes[2:]) == 0
