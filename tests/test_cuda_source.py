@@ -17,6 +17,7 @@ from splatc.codegen.nvcc import compile_nvcc, find_nvcc
 from splatc.codegen.nvrtc import compile_nvrtc, find_nvrtc
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import Target
+from splatc.codegen.variables import arrays_to_variables
 from splatc.errors import Unsupported
 from tests import cuda_on_cpu, kernel_tables
 
@@ -152,3 +153,38 @@ def test_shapes_on_cpu(d: int, dv: int, dtype: str, arch: str, m: int, n: int, t
     case = kernel_tables.two_passes(m, n, length=90)
     error, lse_error = run_on_cpu(make_spec(d, dv, dtype, arch, m, n), case, tmp_path, batch=2)
     assert error < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype] and lse_error < 1e-5
+
+
+def test_arrays_become_variables_where_only_numbers_index_them() -> None:
+    source = """
+__device__ void helper(float* top_ptr) { top_ptr[0] = 1; }
+extern "C" __global__ void a(float* p) {
+  alignas(64) float top_ptr[2];
+  alignas(64) unsigned int top_ptr_1[1];
+  alignas(64) float turn_ptr[4];
+  alignas(64) half passed_ptr[8];
+  top_ptr[1] = max(top_ptr[0], p[0]);
+  take((&(top_ptr_1[0])), passed_ptr, passed_ptr[3]);
+  turn_ptr[i] = turn_ptr[2];
+}
+extern "C" __global__ void b(float* p) {
+  alignas(64) float turn_ptr[1];
+  turn_ptr[0] = p[1];
+}
+"""
+    assert arrays_to_variables(source) == """
+__device__ void helper(float* top_ptr) { top_ptr[0] = 1; }
+extern "C" __global__ void a(float* p) {
+  float top_ptr_at0, top_ptr_at1;
+  unsigned int top_ptr_1_at0;
+  alignas(64) float turn_ptr[4];
+  alignas(64) half passed_ptr[8];
+  top_ptr_at1 = max(top_ptr_at0, p[0]);
+  take((&(top_ptr_1_at0)), passed_ptr, passed_ptr[3]);
+  turn_ptr[i] = turn_ptr[2];
+}
+extern "C" __global__ void b(float* p) {
+  float turn_ptr_at0;
+  turn_ptr_at0 = p[1];
+}
+"""

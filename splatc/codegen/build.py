@@ -17,6 +17,7 @@ from splatc.codegen.kernel import BACKWARD, KernelSpec
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
+from splatc.codegen.variables import arrays_to_variables
 from splatc.errors import CompileError, Unsupported
 
 FUNCTION = "splatc_attention"  # of a CPU kernel
@@ -143,8 +144,9 @@ def device_source(emitted: Emitted, arch: str) -> str:
     import tvm
 
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="cuda_host")
-    built = tvm.compile(emitted.module, target=target, tir_pipeline="tirx").mod
-    return str(built.imports[0].inspect_source())
+    with tvm.transform.PassContext(disabled_pass=["tirx.CommonSubexprElim"]):  # CUDA compilers do it anyway
+        built = tvm.compile(emitted.module, target=target, tir_pipeline="tirx").mod
+    return arrays_to_variables(built.imports[0].inspect_source())
 
 
 def cuda_source(spec: KernelSpec) -> tuple[str, str]:
