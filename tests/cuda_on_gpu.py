@@ -32,6 +32,6 @@ def compile_on_gpu(spec: KernelSpec) -> Callable[..., None]:
         config = LaunchConfig(
             grid, 1, 1, function.threads, 1, 1, function.smem_bytes, on.torch.stream(on.ordinal)
         )
-        on.driver.launch(ctypes.byref(config), function.kernel, held.array, on.ordinal)
+        on.driver.launch(ctypes.addressof(config), function.kernel, ctypes.addressof(held.array), on.ordinal)
 
     return launch

@@ -19,7 +19,7 @@ from splatc.errors import CudaError
 from splatc.formats.acsr import ACSR
 from splatc.ir.passes import PASSES, Schedule, lower, run_passes
 from splatc.ir.program import Cover
-from splatc.runtime.driver import MAP_TYPES
+from splatc.runtime.driver import MAP_TYPES, LaunchConfig
 from splatc.runtime.gpu import Gpu, Torch
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import Shape
@@ -124,10 +124,11 @@ class FakeDriver:
         self.moved += 1
         self.maps[target].address = address
 
-    def launch(self, config: Any, kernel: int, parameters: Any, ordinal: int) -> None:
-        settings, name = config._obj, self.names[kernel - 1]
+    def launch(self, config: int, kernel: int, parameters: int, ordinal: int) -> None:
+        settings, name = LaunchConfig.from_address(config), self.names[kernel - 1]
         values: dict[str, Any] = {}
-        for address, (kind, parameter) in zip(parameters, self.parameters[name], strict=True):
+        addresses = (ctypes.c_void_p * len(self.parameters[name])).from_address(parameters)
+        for address, (kind, parameter) in zip(addresses, self.parameters[name], strict=True):
             if kind == "map":
                 values[parameter] = self.maps[address]
             else:

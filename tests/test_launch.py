@@ -21,6 +21,7 @@ from splatc.errors import CompileError, InvalidInput, Unsupported, VerifyError
 from splatc.ir.passes import Schedule
 from splatc.runtime import gpu as gpu_module
 from splatc.runtime.gpu import DeviceTables, image_for, load_functions
+from splatc.runtime.gpu_call import model
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import REMEMBERED, Launcher
 from tests import cuda_on_cpu
@@ -348,3 +349,11 @@ def test_copies_are_announced_once(emulated: Any, caplog: pytest.LogCaptureFixtu
         for _ in range(3):
             _say_copied("of a test")
     assert [record.message for record in caplog.records] == ["splatc copies an input at every call: of a test"]
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 5, 8), (1, 1, 7, 1), (2, 1, 1, 4), (6,), (1,)])
+def test_what_is_made_like_a_model_is_contiguous(sizes: tuple[int, ...]) -> None:
+    one = model(torch.device("cpu"), torch.float16, *sizes)
+    made = torch.empty_like(one)
+    assert one.untyped_storage().nbytes() == 2
+    assert (made.shape, made.stride(), made.dtype) == (sizes, torch.empty(sizes).stride(), torch.float16)

@@ -107,6 +107,7 @@ class CompiledAttention:
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
         self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}  # by sizes: the tables for a CPU
+        self._on_gpu = kernel.spec.target.kind != "cpu"
         self._launcher = Launcher(kernel, layout, self._check, self._launches, cap)
 
     # -- what was compiled ---------------------------------------------------------------------------------------------
@@ -167,17 +168,17 @@ class CompiledAttention:
         if hasattr(q, "requires_grad"):  # a torch tensor
             import torch
 
-            if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+            traced = torch.compiler.is_compiling()
+            if traced or torch._C._is_any_autocast_enabled():
                 q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
-            if torch.compiler.is_compiling() or self._must_differentiate(torch, q, k, v):
+            if traced or self._must_differentiate(torch, q, k, v):
                 return self._by_operator(q, k, v, scale, return_lse, enable_gqa)
         o, lse = self.run(q, k, v, scale, enable_gqa)
         return (o, lse) if return_lse else o
 
     def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
         """(o, lse), without gradients."""
-        run = self._on_cpu if self.kernel.spec.target.kind == "cpu" else self._launcher
-        return run(q, k, v, scale, enable_gqa)
+        return (self._launcher if self._on_gpu else self._run_on_cpu)(q, k, v, scale, enable_gqa)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
                  enable_gqa: bool) -> tuple[Any, Any, Any]:  # fmt: skip
@@ -195,7 +196,7 @@ class CompiledAttention:
         """Whether an eager call has to be differentiable, and can be: what cannot is refused by the direct way."""
         if torch._C._are_functorch_transforms_active():
             raise Unsupported(NO_TRANSFORMS)
-        grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if grad and self._refused:
             raise Unsupported(f"{self._refused}: {DETACH}")
         return bool(grad)
@@ -207,7 +208,7 @@ class CompiledAttention:
         o, lse = torch_ops.attention(q, k, v, self._handle, number, enable_gqa)
         return (o, lse) if return_lse else o
 
-    def _on_cpu(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+    def _run_on_cpu(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
         shape = check_call(q, k, v, self.layout, enable_gqa)
         self._check(shape)
         number = check_scale(scale, shape.head_dim)

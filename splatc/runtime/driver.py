@@ -159,8 +159,8 @@ class Driver:
         if status := self.replace_address_raw(target, address):
             self.check(status, "pointing a tensor map at a tensor")
 
-    def launch(self, config: Any, kernel: int, parameters: Any, ordinal: int) -> None:
-        """Start a kernel. config: a LaunchConfig by reference; parameters: an array of pointers to their values."""
+    def launch(self, config: int, kernel: int, parameters: int, ordinal: int) -> None:
+        """Start a kernel. The address of a LaunchConfig, and of an array of pointers to the parameters' values."""
         status = self.launch_raw(config, kernel, parameters, None)
         if status == INVALID_CONTEXT:  # a thread that has not used this GPU yet
             self.make_current(ordinal)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from splatc.codegen.hopper.backward.shape import (
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
-from splatc.runtime.gpu_call import Step, config_of, contiguous
+from splatc.runtime.gpu_call import Step, config_of, contiguous, start_of
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import layout_of, output_layout, remember
 from splatc.runtime.launch_hopper import Maps, boxes_of, hopper_tables
@@ -272,9 +271,8 @@ class GradientCall:
         self._bounds = {name: self._bound(name, steps) for name in (*INPUTS, *RESULTS, *SCRATCH, "queue")}
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._configs = [config_of(step) for step in steps]
-        self._steps = steps  # what the pointers below point into
-        self._starts = [(ctypes.byref(config), step.function.kernel, step.arguments.array)
-                        for config, step in zip(self._configs, steps, strict=True)]  # fmt: skip
+        self._steps = steps  # what the addresses below are of
+        self._starts = [start_of(config, step) for config, step in zip(self._configs, steps, strict=True)]
 
     def _bound(self, name: str, steps: list[Step]) -> Bound:
         slots = [step.arguments.slot(step.holders[name]) for step in steps]
