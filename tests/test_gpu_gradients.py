@@ -35,10 +35,18 @@ from tests.gpu_gradients import (  # noqa: E402  (it imports torch)
 
 pytestmark = MARKS
 
-# Of a single row of dq: where one probability is near 1, dO * O - dP cancels, and O was rounded to its 16 bits. With
-# all else exact, that alone makes 1.1e-2 of the worst row in bfloat16.
-ROW_BOUND = {"bfloat16": 2.5e-2, "float16": 1e-2}
-TILE = 192  # rows or keys of a tile at most: what is not finite may reach all of them, as 0 times it
+TILE = 192  # rows or keys of a tile at most
+
+
+def short(why: str) -> Any:
+    """What the kernels do not reach yet: a test that passes after all fails, so that the mark goes."""
+    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=why)
+
+
+# Where one probability is near 1, dO * O - dP cancels, and O was rounded to its 16 bits. With all else exact, that
+# alone makes an error of 1.1e-2 in the worst row.
+ROUNDED = short("delta from an O in bfloat16: 1.9e-2 in the worst row")
+SPREADS = short("0 times what is not finite: it reaches other rows of the same tiles")
 # a pattern is compiled for the first
 LENGTHS = {"bfloat16": (1000, 1, 17, 127, 129, 2048), "float16": (129, 1, 17, 127, 1000, 2048)}
 DIMS = (64, 128)
@@ -193,8 +201,10 @@ def test_twenty_runs_are_bitwise_equal(dtype: str, dim: int) -> None:
             assert same(backward(attend, qkv, do, draw_dlse(do), enable_gqa=True), first), pattern
 
 
-@pytest.mark.parametrize(("dtype", "dim"), KINDS)
-@pytest.mark.parametrize("pattern", [WINDOW, P.full(), P.strided(8)], ids=str)
+@pytest.mark.parametrize(("pattern", "dtype", "dim"), [
+    pytest.param(pattern, *kind, marks=[ROUNDED] if (pattern, kind) == (WINDOW, ("bfloat16", 64)) else [])
+    for pattern in (WINDOW, P.full(), P.strided(8)) for kind in KINDS
+], ids=str)  # fmt: skip
 def test_rows_of_very_different_size(pattern: Any, dtype: str, dim: int) -> None:
     """The error of each row against its own size. float16 has not the range for more."""
     small, large = (1e-4, 1e4) if dtype == "bfloat16" else (1e-1, 1e1)
@@ -205,11 +215,13 @@ def test_rows_of_very_different_size(pattern: Any, dtype: str, dim: int) -> None
     got = backward(compiled(pattern, 600, 600, dim, dtype), (q, k, v), do)
     found = dense_gradients(q, k, v, mask_of(pattern, 2, 600, 600), do)
     worst = {name: float(rows.max()) for name, rows in found.row_errors(got).items()}
-    assert all(e < ROW_BOUND[dtype] for e in worst.values()), worst
+    assert all(e < BOUND for e in worst.values()), worst
     assert (got[0][:, :, [0, 100, 599]] == 0).all()
 
 
-@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+@pytest.mark.parametrize(("dtype", "dim"), [
+    pytest.param(*kind, marks=[ROUNDED] if kind == ("bfloat16", 64) else []) for kind in KINDS
+])  # fmt: skip
 def test_values_and_keys_of_very_different_size(dtype: str, dim: int) -> None:
     """One key and one value far larger than the others, in a window that few rows share."""
     q, k, v, do = draw(600, 600, dim, dtype)
@@ -218,8 +230,7 @@ def test_values_and_keys_of_very_different_size(dtype: str, dim: int) -> None:
     got = backward(compiled(WINDOW, 600, 600, dim, dtype), (q, k, v), do)
     found = dense_gradients(q, k, v, mask_of(WINDOW, 2, 600, 600), do)
     worst = {name: float(rows[:, :, 450:].max()) for name, rows in found.row_errors(got).items()}  # far from both
-    assert all(e < BOUND for e in found.errors(got).values()), found.errors(got)
-    assert all(e < ROW_BOUND[dtype] for e in worst.values()), worst
+    assert all(e < BOUND for e in (*found.errors(got).values(), *worst.values())), (found.errors(got), worst)
 
 
 def rows_not_finite(x: Any) -> Any:
@@ -230,7 +241,7 @@ def rows_not_finite(x: Any) -> Any:
 def right_elsewhere(got: Any, found: Dense, name: str, rows: Any) -> bool:
     """Whether the rows of a mask (seq,) are right in head 0."""
     errors = found.row_errors(got)[name][0, 0][rows]
-    return bool((errors < ROW_BOUND["bfloat16"]).all())
+    return bool((errors < BOUND).all())
 
 
 def around(rows: Any) -> Any:
@@ -239,9 +250,30 @@ def around(rows: Any) -> Any:
     return ((at[:, None] - at[rows]).abs() < TILE).any(1)
 
 
+@SPREADS
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")], ids=str)
 @pytest.mark.parametrize(("dtype", "dim"), KINDS)
 def test_what_is_not_finite_in_do(dtype: str, dim: int, bad: float) -> None:
+    """It reaches its own row of dq and the keys of that row; all else is right."""
+    attend, at = compiled(WINDOW, 600, 600, dim, dtype), 300
+    q, k, v, do = draw(600, 600, dim, dtype)
+    mask = mask_of(WINDOW, 2, 600, 600)
+    hurt = do.clone()
+    hurt[0, 0, at, 3] = bad
+    got = backward(attend, (q, k, v), hurt)
+    do[0, 0, at] = 0  # to the other rows of dq, and to keys that it does not attend to, it makes no difference
+    found = dense_gradients(q, k, v, mask, do)
+    query, keys = torch.arange(600, device=DEVICE) == at, mask[0, at]
+    assert torch.equal(rows_not_finite(got[0]), query)
+    assert torch.equal(rows_not_finite(got[1]), keys) and torch.equal(rows_not_finite(got[2]), keys)
+    assert right_elsewhere(got, found, "dq", ~query)
+    assert right_elsewhere(got, found, "dk", ~keys) and right_elsewhere(got, found, "dv", ~keys)
+    assert all(torch.isfinite(x[0, 1]).all() for x in got)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_what_is_not_finite_in_do_stays_in_its_tiles(dtype: str, dim: int, bad: float) -> None:
     """It reaches its own row of dq alone, and the keys of that row and of their tiles; all else is right."""
     attend, at = compiled(WINDOW, 1500, 1500, dim, dtype), 700
     q, k, v, do = draw(1500, 1500, dim, dtype)
@@ -260,9 +292,29 @@ def test_what_is_not_finite_in_do(dtype: str, dim: int, bad: float) -> None:
     assert all(torch.isfinite(x[0, 1]).all() for x in got)
 
 
+@SPREADS
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize(("dtype", "dim"), KINDS)
 def test_what_is_not_finite_in_v(dtype: str, dim: int, bad: float) -> None:
+    """It reaches the rows of dq that attend to it, and their keys in dk; all else is right."""
+    attend, at = compiled(WINDOW, 600, 600, dim, dtype), 300
+    q, k, v, do = draw(600, 600, dim, dtype)
+    mask = mask_of(WINDOW, 2, 600, 600)
+    hurt = v.clone()
+    hurt[0, 0, at, 3] = bad
+    got = backward(attend, (q, k, hurt), do)
+    found = dense_gradients(q, k, v, mask, do)
+    queries = mask[0, :, at]
+    keys = mask[0, queries].any(0)
+    assert torch.equal(rows_not_finite(got[0]), queries)
+    assert right_elsewhere(got, found, "dq", ~queries) and right_elsewhere(got, found, "dk", ~keys)
+    assert not rows_not_finite(got[1])[~keys].any() and right_elsewhere(got, found, "dv", ~keys)
+    assert all(torch.isfinite(x[0, 1]).all() for x in got)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_what_is_not_finite_in_v_stays_in_its_tiles(dtype: str, dim: int, bad: float) -> None:
     """It reaches the rows of dq that attend to it, those of their tiles, and their keys in dk; all else is right."""
     attend, at = compiled(WINDOW, 1500, 1500, dim, dtype), 700
     q, k, v, do = draw(1500, 1500, dim, dtype)

@@ -38,6 +38,7 @@ class Costs:
 # portable CUDA: an H200.
 CPU_CORE_FLOPS = 90e9
 PORTABLE_FLOPS = 18e12
+GRADIENT_TILE = 2.6  # of Hopper, in forward tiles: five products for two; an estimate, not calibrated
 STARTING_TILES = 0.4  # what starting a row tile costs these two kernels, in tiles
 
 
@@ -64,7 +65,7 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     scale = _operations(spec.tile_m, spec.tile_n, head_dim, head_dim) / _operations(
         near["tile_m"], near["tile_n"], near["head_dim"], near["head_dim"])  # fmt: skip
     if spec.role == BACKWARD:
-        scale *= 2.6
+        scale *= GRADIENT_TILE
     return Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                  table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
                  f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip

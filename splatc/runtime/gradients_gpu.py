@@ -26,7 +26,7 @@ from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step, config_of, contiguous, start_of
 from splatc.runtime.kernel import Kernel
-from splatc.runtime.launch import layout_of, output_layout, remember
+from splatc.runtime.launch import contiguous_copy, layout_of, output_layout, remember
 from splatc.runtime.launch_hopper import Maps, boxes_of, hopper_tables
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import ALIGNMENT, Layout, sub_box, unswizzled
@@ -125,7 +125,7 @@ def column_launches(plan: Plan, shape: Shape) -> list[tuple[Launch, int, int]]:
 def readable(x: Any) -> Any:
     """x, (batch, heads, seq, dim), or a copy that tensor maps can describe: gradients often come expanded."""
     bad = x.stride(-1) != 1 or x.data_ptr() % ALIGNMENT or not layout_of(x).mappable()
-    return x.contiguous() if bad and not x.is_contiguous() else x.clone() if bad else x
+    return contiguous_copy(x) if bad else x
 
 
 @dataclass(frozen=True)

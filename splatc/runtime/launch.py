@@ -195,7 +195,7 @@ class _Launched:
                 return self._again(q.neg() if number else q.mul(0), k, v, -number or 1.0)
             if (addresses[0] | addresses[1] | addresses[2]) % ALIGNMENT:
                 _say_copied(f"its address is not a multiple of {ALIGNMENT} bytes")
-                q, k, v = (x if x.data_ptr() % ALIGNMENT == 0 else _copy(x) for x in (q, k, v))
+                q, k, v = (x if x.data_ptr() % ALIGNMENT == 0 else contiguous_copy(x) for x in (q, k, v))
                 return self._again(q, k, v, number)
         return self._call(*addresses, number)
 
@@ -208,7 +208,7 @@ class _Copied:
 
     def __call__(self, q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
         check_gradients(q, k, v)
-        q, k, v = (_copy(x) if bad else x for x, bad in zip((q, k, v), self._copied, strict=True))
+        q, k, v = (contiguous_copy(x) if bad else x for x, bad in zip((q, k, v), self._copied, strict=True))
         return self._again(q, k, v, scale)
 
 
@@ -225,7 +225,8 @@ class _Empty:
         return to_bhsd(o.zero_(), self._layout), lse.fill_(-math.inf)
 
 
-def _copy(x: Any) -> Any:
+def contiguous_copy(x: Any) -> Any:
+    """x in memory of its own, contiguous even if it was so already."""
     import torch
 
     return x.clone(memory_format=torch.contiguous_format)

@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
@@ -87,12 +89,18 @@ class Block:
         self.smem_bytes = pool.max_offset
 
     def start(self) -> None:
-        """Set up the barriers; then wait for the kernels before, whose end this launch need not have waited for."""
-        with when(T.EQ(self.thread, 0)):
-            for maps in (self.a.q, self.a.k, self.a.v, self.a.o):
-                maps.prefetch()
-            for ring in self.rings:
-                ring.init()
-            do(T.ptx.fence.mbarrier_init.release.cluster())
-        do(T.cuda.cta_sync())
-        follow_kernels_before()
+        """Set up what the block shares."""
+        start_block(self.thread, (self.a.q, self.a.k, self.a.v, self.a.o), self.rings)
+
+
+def start_block(thread: Expr, maps: Sequence[Maps], rings: Sequence[Ring]) -> None:
+    """All threads: set up the barriers and fetch descriptions of maps; then wait for the kernels before, whose end this
+    launch need not have waited for."""
+    with when(T.EQ(thread, 0)):
+        for one in maps:
+            one.prefetch()
+        for ring in rings:
+            ring.init()
+        do(T.ptx.fence.mbarrier_init.release.cluster())
+    do(T.cuda.cta_sync())
+    follow_kernels_before()

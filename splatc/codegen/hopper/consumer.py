@@ -7,30 +7,25 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import NEG_INF
-from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, MESSAGE, PART, TILES, VIEW, X1, X2, X3, Block
+from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, MESSAGE, PART, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
 from splatc.codegen.hopper.emit import Cell, Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import merge_weights, stage_output
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, output_of, wait_products
-from splatc.codegen.hopper.ring import Cursor, Ring
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_scores
+from splatc.codegen.hopper.warpgroup import Warpgroup
 
-# Named barriers: 1.. for turns of the warpgroups, 8.. for each warpgroup's own.
-TURN, OWN = 1, 8
+TURN = 1  # named barriers from here on: turns of the warpgroups
 
 
-class Consumer:
+class Consumer(Warpgroup):
     """A warpgroup that computes 64 rows of every row tile."""
-
-    def __init__(self, block: Block) -> None:
-        self.block, self.s, self.a = block, block.s, block.a
 
     def run(self) -> None:
         b, s, a = self.block, self.s, self.a
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
-        self.me = let("consumer", b.warpgroup - 1)
-        self.leader = T.And(T.EQ(b.warp, 0), T.EQ(b.lane, 0))
+        self.take_number()
         self.scores = Scores(s.dtype, s.d, s.n, s.m)
         self.out = output_of(s)
         self.words = registers("mask", s.bit_words, "uint32")
@@ -143,18 +138,9 @@ class Consumer:
         self.out.fence()
         self.leave(b.v_ring, self.v_at)
 
-    def leave(self, ring: Ring, at: Cursor) -> None:
-        """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=T.EQ(self.block.lane, 0))
-        at.advance()
-
     def read_bits(self) -> None:
         """Fetch this thread's mask bits of the K stage's tile."""
-        b, words = self.block, self.s.bit_words
-        thread = self.me * 128 + b.warp * 32 + b.lane
-        at = let("bits_at", self.k_at.stage() * (self.s.bits_bytes // 4) + thread * words)
-        for w in range(words):
-            store(self.words, w, b.bits[at + w])
+        self.read_bits_of(self.k_at.stage(), self.words)
         do(T.cuda.warp_sync())  # before lane 0 says for all that the stage is read
 
     def cap(self) -> None:
@@ -197,10 +183,6 @@ class Consumer:
     def slot_base(self) -> Expr:
         """Where the warpgroup's rows of the Q slot begin, in elements."""
         return self.q_at.stage() * (self.s.q_slot // self.s.item_bytes) + self.me * (WARPGROUP_ROWS * self.s.chunk)
-
-    def own_barrier(self) -> None:
-        """All threads of this warpgroup."""
-        do(T.ptx.bar.sync(T.uint32(OWN) + T.cast(self.me, "uint32"), T.uint32(128)))
 
     def merging(self) -> Expr:
         return T.And(self.a.merge != 0, T.EQ(self.part, 0))

@@ -11,9 +11,9 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.backward.shape import STAGES, WARPGROUPS, Shape
-from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, table
+from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point
-from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, let, loop, when
+from splatc.codegen.hopper.emit import Expr, let, loop
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS
 
@@ -37,12 +37,9 @@ class Arguments:
         self.entries = table("entries", "int32", 8)
         self.bits = table("bits", "uint32", s.bits_bytes // 4)
         self.counter = table("queue", "int32", 1)
-        for maps in self.all_maps():
+        for maps in (self.k, self.v, self.q, self.do, self.statistics, self.sums, self.dk, self.dv, self.part_k,
+                     self.part_v):  # fmt: skip
             maps.declare()
-
-    def all_maps(self) -> tuple[Maps, ...]:
-        return (self.k, self.v, self.q, self.do, self.statistics, self.sums, self.dk, self.dv, self.part_k,
-                self.part_v)  # fmt: skip
 
 
 class Block:
@@ -80,15 +77,9 @@ class Block:
         self.smem_bytes = pool.max_offset
 
     def start(self) -> None:
-        """Set up the barriers; then wait for the kernels before, whose end this launch need not have waited for."""
-        with when(T.EQ(self.thread, 0)):
-            for maps in self.a.all_maps()[:6]:
-                maps.prefetch()
-            for ring in self.rings:
-                ring.init()
-            do(T.ptx.fence.mbarrier_init.release.cluster())
-        do(T.cuda.cta_sync())
-        follow_kernels_before()
+        """Set up what the block shares."""
+        a = self.a
+        start_block(self.thread, (a.k, a.v, a.q, a.do, a.statistics, a.sums), self.rings)
 
     def tiles(self) -> Iterator[Tile]:
         """Emit what follows for every tile of queries of the column tile in ``message``: one query head after the

@@ -3,11 +3,12 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.backward.block import Block
 from splatc.codegen.hopper.backward.products import Places, Products
 from splatc.codegen.hopper.backward.scores import QuerySums, Scores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
@@ -24,14 +25,27 @@ from splatc.codegen.hopper.copies import (
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import fence, hidden, wait_products
-from splatc.codegen.hopper.ring import Cursor, Ring
+from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS
+from splatc.codegen.hopper.warpgroup import Warpgroup
 
-# Named barriers: 1 for both warpgroups, 8.. for each warpgroup's own.
-BOTH, OWN = 1, 8
+BOTH = 1  # the named barrier of both warpgroups
 
 
-class Consumer:
+class End(NamedTuple):
+    """Where a result of a column tile goes: accumulators of 64 x dim, times a factor, through the place of K or V."""
+
+    o: Expr
+    dim: int
+    chunks: int
+    slot: Expr
+    factor: Expr
+    maps: Maps
+    part_maps: Maps
+    ring: Ring
+
+
+class Consumer(Warpgroup):
     """A warpgroup that computes 64 keys of every column tile.
 
     dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and they
@@ -39,14 +53,10 @@ class Consumer:
     at the end of the loop, so a pass of it begins with the products of one tile and ends with the scores of the next.
     """
 
-    def __init__(self, block: Block) -> None:
-        self.block, self.s, self.a = block, block.s, block.a
-
     def run(self) -> None:
         b, s, a = self.block, self.s, self.a
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
-        self.me = let("consumer", b.warpgroup - 1)
-        self.leader = T.And(T.EQ(b.warp, 0), T.EQ(b.lane, 0))
+        self.take_number()
         self.products = Products(s, Places(s, b.k, b.offsets), self.me)
         self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
         self.sums = QuerySums(s, b.statistics, self.me, b.warp, b.lane)
@@ -104,18 +114,10 @@ class Consumer:
         fence(self.scores.s, self.scores.count)
         self.scores.probabilities(stage)
         with when(b.masked[stage] != 0):
-            self.read_bits()
+            self.read_bits_of(stage, self.bits)
             self.scores.mask(self.bits)
         wait_products(0)
         fence(self.scores.dp, self.scores.count)
-
-    def read_bits(self) -> None:
-        """Fetch this thread's mask bits of the Q stage's tile."""
-        b, words = self.block, self.s.bit_words
-        thread = self.me * 128 + b.warp * 32 + b.lane
-        at = let("bits_at", self.at.stage() * (self.s.bits_bytes // 4) + thread * words)
-        for w in range(words):
-            store(self.bits, w, b.bits[at + w])
 
     # -- what they are used for ----------------------------------------------------------------------------------------
 
@@ -174,11 +176,6 @@ class Consumer:
             b.sums_ring.fill(self.me)
         self.sums_phase.set(T.bitwise_xor(self.sums_phase(), 1))
 
-    def leave(self, ring: Ring, at: Cursor) -> None:
-        """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=T.EQ(self.block.lane, 0))
-        at.advance()
-
     # -- the end of a column tile --------------------------------------------------------------------------------------
 
     def finish(self) -> None:
@@ -191,28 +188,28 @@ class Consumer:
                       for at, one, two in zip(x, first, second, strict=True))  # fmt: skip
         self.box = Point(x1, x2, x3, batch, head)
         do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))  # dQ of both warpgroups reads all of K
-        one = [T.float32(1.0)] * 2
-        ends = ((self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
-                (self.dk, s.d, s.d_chunks, b.k, [a.scale] * 2, a.dk, a.part_k, b.k_ring))  # fmt: skip
+        one = T.float32(1.0)
+        ends = (End(self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
+                End(self.dk, s.d, s.d_chunks, b.k, a.scale, a.dk, a.part_k, b.k_ring))  # fmt: skip
         base = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
         merging = T.And(a.merge != 0, T.EQ(self.part, 0))
         with when(merging):
             self.load_earlier(base)
-        for o, dim, _, slot, factor, *_ in ends:
-            stage = (o, dim, factor, slot, base, KEYS, b.warp, hidden(b.lane, "int32"))
+        for end in ends:
+            stage = (end.o, end.dim, [end.factor] * 2, end.slot, base, KEYS, b.warp, hidden(b.lane, "int32"))
             with I.If(merging):
                 with I.Then():
-                    stage_output(*stage, one)
+                    stage_output(*stage, [one] * 2)
                 with I.Else():
                     stage_output(*stage)
         do(T.ptx.fence.proxy.async_.shared__cta())
         self.own_barrier()
         with when(self.leader):
-            for _, _, chunks, slot, _, maps, part_maps, _ in ends:
-                self.store(maps, part_maps, slot, base, chunks)
-            for n, (*_, ring) in enumerate(ends):
+            for end in ends:
+                self.store(end, base)
+            for n, end in enumerate(ends):
                 wait_stores_read(len(ends) - 1 - n)
-                ring.release(0)
+                end.ring.release(0)
 
     def load_earlier(self, base: Expr) -> None:
         """Fetch what an earlier pass left of these keys to where the sums go."""
@@ -225,15 +222,11 @@ class Consumer:
         do(T.cuda.mbarrier_wait(full, self.old_phase()))
         self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
 
-    def store(self, maps: Maps, part_maps: Maps, slot: Expr, base: Expr, chunks: int) -> None:
+    def store(self, end: End, base: Expr) -> None:
         with I.If(T.EQ(self.part, 0)):
             with I.Then():
-                store_tile(maps, self.view, self.box, slot, base, chunks, KEYS)
+                store_tile(end.maps, self.view, self.box, end.slot, base, end.chunks, KEYS)
             with I.Else():
                 at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
-                store_tile(part_maps, T.int32(0), at, slot, base, chunks, KEYS)
+                store_tile(end.part_maps, T.int32(0), at, end.slot, base, end.chunks, KEYS)
         commit_stores()
-
-    def own_barrier(self) -> None:
-        """All threads of this warpgroup."""
-        do(T.ptx.bar.sync(T.uint32(OWN) + T.cast(self.me, "uint32"), T.uint32(128)))

@@ -45,8 +45,8 @@ class Scores:
                 lse = self._of_query(stage, i, c, LSE)
                 score = self.s[4 * i + 2 * r + c]
                 if self._twice is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-                    store(self._pair, 2 + c, (T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(
-                        score * self._twice))))  # fmt: skip
+                    store(self._pair, 2 + c, T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(
+                        score * self._twice)))  # fmt: skip
                     score = self._pair[2 + c]
                 store(self._pair, c, T.exp2(score * self._unit - lse))
                 if self._twice is not None:
