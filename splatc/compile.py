@@ -24,6 +24,7 @@ from splatc.errors import InvalidInput
 from splatc.formats.acsr import ACSR
 from splatc.ir.passes import PASSES, Schedule, lower, run_passes
 from splatc.ir.program import Cover, Program
+from splatc.ir.score import score_of
 from splatc.patterns import as_pattern
 from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
@@ -70,8 +71,7 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     """
     pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
     cap = check_softcap(softcap)
-    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), softcap=cap > 0, tile=tile,
-                       allow_tf32=allow_tf32)  # fmt: skip
+    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), score_of(cap > 0), tile, allow_tf32)
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
 

@@ -19,6 +19,7 @@ from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.compile import best_plan
 from splatc.errors import CompileError, InvalidInput, Unsupported
+from splatc.ir.score import score_of
 
 HOPPER = Target("cuda", "sm_90a")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
@@ -26,7 +27,7 @@ needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA com
 
 def spec_of(d: int, dv: int | None = None, dtype: str = "bfloat16", tile: tuple[int, int] | None = None,
             softcap: bool = False, gather: bool = False) -> KernelSpec:  # fmt: skip
-    return replace(kernel_spec(d, dv, dtype, HOPPER, softcap, tile), gather=gather)
+    return replace(kernel_spec(d, dv, dtype, HOPPER, score_of(softcap), tile), gather=gather)
 
 
 # Between them every head dim that people use, both types, every shape of tile and every feature.
