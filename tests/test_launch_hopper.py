@@ -17,6 +17,7 @@ from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.target import Target
 from splatc.ir.passes import Schedule
+from splatc.ir.score import Score, score_of
 from splatc.ir.views import contiguous, patches, residue
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, layout_of
@@ -24,7 +25,7 @@ from splatc.runtime.tensor_map import Layout, geometry, sub_box
 from tests.fake_gpu import FakeDriver, FakeTorch, TensorMap, fake_gpu, plan, write_built
 from tests.fake_gpu import check as check_within
 from tests.fake_gpu import draw as draw_tensors
-from tests.hopper_on_cpu import ATTEND, COMBINE, attend_kernel, combine_kernel
+from tests.hopper_on_cpu import ATTEND, COMBINE, POSITIONS, TERMS, attend_kernel, combine_kernel
 
 torch = pytest.importorskip("torch")
 D = 16
@@ -35,20 +36,22 @@ class Machine:
     """A launcher of the NumPy twin for patterns, one a head or one for all."""
 
     def __init__(self, folder: Path, *patterns: Any, m: int = 64, n: int = 64, layout: str = "bhsd",
-                 dim: int = D, gather: bool = False, sms: int = 3, dtype: str = "float16") -> None:  # fmt: skip
+                 dim: int = D, gather: bool = False, sms: int = 3, dtype: str = "float16",
+                 score: Score = Score()) -> None:  # noqa: B008 (frozen)  # fmt: skip
         self.patterns = patterns
         self.schedule = Schedule(m, n, max_row_views=MAX_VIEWS[0], max_col_views=MAX_VIEWS[1], gather=gather,
                                  fill_empty=True)  # fmt: skip
         self.torch = FakeTorch()
-        kernels = dict(zip(NAMES, (attend_kernel(m, n, dim), combine_kernel(m, dim, dtype))))
-        self.driver = FakeDriver(kernels, dict(zip(NAMES, (ATTEND, COMBINE))), sms=sms)
+        kernels = dict(zip(NAMES, (attend_kernel(m, n, dim, score), combine_kernel(m, dim, dtype, score.sinks))))
+        parameters = [*ATTEND, *TERMS, *POSITIONS * score.positional], [*COMBINE, *TERMS]
+        self.driver = FakeDriver(kernels, dict(zip(NAMES, parameters)), sms=sms)
         self.gpu = fake_gpu(self.driver, self.torch)
         folder.mkdir(exist_ok=True)
         write_built(folder, [
             {"name": name, "threads": 128, "smem_bytes": 1024, "parameters": parameters}
             for name, parameters in self.driver.parameters.items()
         ])  # fmt: skip
-        spec = KernelSpec("hopper", dim, dim, dtype, m, n, Target("cuda", "sm_90a"))
+        spec = KernelSpec("hopper", dim, dim, dtype, m, n, Target("cuda", "sm_90a"), score)
         self.launcher = Launcher(
             Kernel(spec, folder), layout, lambda shape: None, self.plan, find_gpu=lambda _: self.gpu
         )
@@ -57,8 +60,8 @@ class Machine:
         assert limits == MAX_VIEWS
         return plan(self.patterns, shape, self.schedule, limits)
 
-    def __call__(self, q: Any, k: Any, v: Any, *, scale: Any = None, enable_gqa: bool = True) -> Any:
-        return self.launcher(q, k, v, scale, enable_gqa)
+    def __call__(self, q: Any, k: Any, v: Any, *, scale: Any = None, enable_gqa: bool = True, terms: Any = None) -> Any:
+        return self.launcher(q, k, v, scale, enable_gqa, terms)
 
 
 def draw(*lengths: int, **sizes: int) -> list[Any]:
@@ -214,9 +217,12 @@ def test_blocks_fill_the_gpu_and_no_more(tmp_path: Path) -> None:
     assert [values["blocks"] for *_, values in attend.driver.launched] == [1, attend.driver.sms]
 
 
+CAP, EVERYTHING = score_of(softcap=True), score_of(True, True, True, True, True, True)
+
+
 @pytest.mark.parametrize("options, tile", [
-    ({}, (64, 64)), ({}, (128, 128)), ({}, (192, 128)), ({"softcap": True}, (64, 128)), ({"gather": True}, (64, 64)),
-    ({"softcap": True, "gather": True}, (128, 128)), ({"dtype": "float32"}, (128, 64)),
+    ({}, (64, 64)), ({}, (128, 128)), ({}, (192, 128)), ({"score": CAP}, (64, 128)), ({"gather": True}, (64, 64)),
+    ({"score": CAP, "gather": True}, (128, 128)), ({"dtype": "float32"}, (128, 64)), ({"score": EVERYTHING}, (128, 64)),
 ])  # fmt: skip
 def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tuple[int, int]) -> None:
     pytest.importorskip("tvm")
@@ -224,7 +230,8 @@ def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tup
     spec = KernelSpec("hopper", 64, 64, tile_m=tile[0], tile_n=tile[1], target=Target("cuda", "sm_90a"), **options)
     emitted = emit(spec)
     declared = {one.name: one for one in parse_signatures(device_source(emitted, "sm_90a"))}
-    for function, known in itertools.zip_longest(emitted.functions, (ATTEND, COMBINE)[: len(emitted.functions)]):
+    known_to = ([*ATTEND, *TERMS, *POSITIONS * spec.score.positional], [*COMBINE, *TERMS])
+    for function, known in itertools.zip_longest(emitted.functions, known_to[: len(emitted.functions)]):
         assert declared[function.name].threads == function.threads
         assert set(declared[function.name].parameters) <= set(known)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput, Unsupported
-from splatc.ir.score import Score, Softcap
+from splatc.ir.score import Score
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
@@ -45,7 +45,7 @@ class KernelSpec:
     @property
     def softcap(self) -> bool:
         """Whether scores are capped."""
-        return self.score.has(Softcap)
+        return self.score.softcap
 
     @property
     def name(self) -> str:
@@ -123,6 +123,8 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
+    if spec.score.positional and spec.score.names not in (("alibi",), ("dropout",)):  # registers for less than others
+        return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
     if widest > 128:
@@ -144,5 +146,5 @@ def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:
     return TF32_TILES if dtype == "float32" else HOPPER_TILES
 
 
-HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), PATCH_TILE)
+HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 32), PATCH_TILE)
 TF32_TILES = tuple((m, n) for m in (64, 128, 192) for n in (32, 64, 128))
