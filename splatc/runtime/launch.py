@@ -13,6 +13,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.errors import Unsupported
+from splatc.ir.terms import Terms
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import GpuCall, Request
 from splatc.runtime.kernel import Kernel
@@ -48,8 +50,11 @@ class Launcher:
         self._tables: dict[tuple[int, ...], DeviceTables] = {}  # the same
         self._last: tuple[Shape, Gpu] | None = None  # that a call was prepared for
 
-    def __call__(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
+                 terms: Terms | None = None) -> tuple[Any, Any]:  # fmt: skip
         """(o, lse) as CompiledAttention returns them. Raises what ``check_call`` and the checks of the kernel raise."""
+        if terms is not None:
+            raise Unsupported("on a GPU attention has no biases, sinks or dropout yet: use the target cpu")
         try:
             ready = self._ready[call_key(q, k, v, enable_gqa)]
         except (KeyError, AttributeError, TypeError):  # not seen yet, or no tensors at all
