@@ -7,11 +7,10 @@ from typing import Any
 
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput, Unsupported
-from splatc.ir.score import Score
+from splatc.ir.score import NO_SCORE, Score
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
-NO_SCORE = Score()
 FORWARD, BACKWARD = "forward", "backward"
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)

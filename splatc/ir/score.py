@@ -74,6 +74,9 @@ class Score:
         return (*(short[type(one)] for one in self.steps), *(n for n in ("sinks", "dropout") if getattr(self, n)))
 
 
+NO_SCORE = Score()
+
+
 def score_of(softcap: bool = False, alibi: bool = False, relative: bool = False, block: bool = False,
              sinks: bool = False, dropout: bool = False) -> Score:  # fmt: skip
     """The Score with these parts."""

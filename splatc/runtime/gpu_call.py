@@ -20,7 +20,7 @@ from splatc.runtime.term_values import TermSlots
 from splatc.runtime.work import Work
 
 if TYPE_CHECKING:
-    from splatc.runtime.terms import Terms
+    from splatc.ir.terms import Terms
 
 
 @dataclass(frozen=True)

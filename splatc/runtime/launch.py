@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
 from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.ir.terms import Terms
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import GpuCall, Request
 from splatc.runtime.kernel import Kernel
@@ -21,14 +22,12 @@ from splatc.runtime.launch_portable import portable_steps, portable_tables
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import ALIGNMENT, Layout
 from splatc.runtime.tensors import Shape, check_call, check_gradients, check_scale, outputs, to_bhsd
+from splatc.runtime.terms import check_terms
 from splatc.runtime.work import Work
-
-if TYPE_CHECKING:
-    from splatc.runtime.terms import Terms
 
 REMEMBERED = 64  # kinds of calls, and tables on a device, that a launcher keeps
 
-Ready = Callable[[Any, Any, Any, float | None, "Terms | None"], tuple[Any, Any]]
+Ready = Callable[[Any, Any, Any, float | None, Terms | None], tuple[Any, Any]]
 Launches = Callable[[Shape, tuple[int | None, int | None]], list[Launch]]
 _log = logging.getLogger("splatc")
 
@@ -87,7 +86,7 @@ class Launcher:
         else:
             call = self._call(q, shape, layouts)
             grad = any(x.requires_grad for x in (q, k, v))
-            ready = _Launched(call, shape.head_dim, grad, self._hopper, again)
+            ready = _Launched(call, shape, grad, self._hopper, again)
         remember(self._ready, call_key(q, k, v, enable_gqa), ready)
         return ready
 
@@ -184,13 +183,15 @@ def output_layout(shape: Shape, layout: str, itemsize: int) -> Layout:
 class _Launched:
     """A prepared call and what must be asked of each scale, address and gradient."""
 
-    def __init__(self, call: GpuCall, head_dim: int, grad: bool, strict: bool, again: Ready) -> None:
+    def __init__(self, call: GpuCall, shape: Shape, grad: bool, strict: bool, again: Ready) -> None:
         """strict: the kernel needs aligned tensors and a positive scale; ``again`` takes tensors made so."""
-        self._call, self._head_dim, self._grad, self._strict, self._again = call, head_dim, grad, strict, again
-        self._default = 1 / math.sqrt(head_dim)
+        self._call, self._shape, self._grad, self._strict, self._again = call, shape, grad, strict, again
+        self._default = 1 / math.sqrt(shape.head_dim)
 
     def __call__(self, q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None = None) -> tuple[Any, Any]:
-        number = self._default if scale is None else check_scale(scale, self._head_dim)
+        number = self._default if scale is None else check_scale(scale, self._shape.head_dim)
+        if terms is not None:
+            check_terms(terms, self._shape)
         if self._grad:
             check_gradients(q, k, v)
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()

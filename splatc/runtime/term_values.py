@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from splatc.ir.dropout import threshold_of
 
 if TYPE_CHECKING:
+    from splatc.ir.terms import Terms
     from splatc.runtime.gpu_call import Step
-    from splatc.runtime.terms import Terms
 
 POINTERS = {"slopes_ptr": "alibi_slopes", "relative_ptr": "relative_bias", "biases_ptr": "block_bias",
             "sinks_ptr": "sinks", "seed_ptr": "seed"}  # fmt: skip
