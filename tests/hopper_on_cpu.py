@@ -159,7 +159,8 @@ def attend_kernel(m: int, n: int, dim: int, score: Score = Score()) -> Callable[
         whole = array(a["lse_ptr"], np.float32, pair + 1, a["q_len"])[pair]
         old = np.where(there, whole[positions], -np.inf) if a["merge"] and not part else None
         if score.sinks and not a["merge"] and not part:
-            o, lse = merged([(o, lse), (0 * o, 0 * lse + array(a["sinks_ptr"], np.float32, a["heads"])[head])])
+            sink = array(a["sinks_ptr"], np.float32, a["heads"])[head]
+            o, lse = merged([(o, lse), (np.zeros_like(o), np.full_like(lse, sink))])
         for w in range(m // ROWS):
             rows = slice(w * ROWS, (w + 1) * ROWS)
             if part:

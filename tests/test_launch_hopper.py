@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from splatc import oracle
 from splatc import patterns as P
 from splatc.codegen.build import device_source, emit
 from splatc.codegen.costs import Costs
@@ -18,6 +20,7 @@ from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.target import Target
 from splatc.ir.passes import Schedule
 from splatc.ir.score import Score, score_of
+from splatc.ir.terms import Terms
 from splatc.ir.views import contiguous, patches, residue
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, layout_of
@@ -234,6 +237,53 @@ def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tup
     for function, known in itertools.zip_longest(emitted.functions, known_to[: len(emitted.functions)]):
         assert declared[function.name].threads == function.threads
         assert set(declared[function.name].parameters) <= set(known)
+
+
+TERM_MASKS: dict[str, Any] = {
+    "window": P.window(50, 20), "strided": STRIDED, "several passes": P.strided(4) & P.causal() | P.window(3, 3),
+    "gathered": P.random_blocks(2, 3), "per head": [P.causal(), P.window(9, 30)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TERM_MASKS)
+@pytest.mark.parametrize("sizes", [(130, 130), (70, 200)], ids=str)
+def test_terms(name: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    mask = TERM_MASKS[name]
+    patterns = mask if isinstance(mask, list) else [mask]
+    rng = np.random.default_rng(5)
+    terms = Terms(
+        torch.from_numpy(rng.uniform(0, 0.02, 2).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=(2, 61)).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=(2, -(-sizes[0] // 48), -(-sizes[1] // 48))).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=2).astype(np.float32) + 1), torch.tensor([12345678901]),
+        block_size=48, shift=sizes[1] - sizes[0], dropout_p=0.3,
+    )  # fmt: skip
+    attend = Machine(tmp_path, *patterns, gather=name == "gathered",
+                     score=score_of(False, True, True, True, True, True))  # fmt: skip
+    q, k, v = draw(*sizes, batch=2)
+    o, lse = attend(q, k, v, terms=terms)
+    dense = np.stack([one.dense(*sizes) for one in patterns] * (2 // len(patterns)))
+    q64, k64, v64 = (x.double().numpy() for x in (q, k, v))
+    names = ("alibi_slopes", "relative_bias", "block_bias", "sinks", "seed")
+    arrays = replace(terms, **{name: getattr(terms, name).numpy() for name in names})
+    want, want_lse = oracle.attention(q64, k64, v64, dense, terms=arrays)
+    assert oracle.relative_error(o.double(), want) < 2e-3
+    assert abs(lse.double().numpy() - want_lse).max() < 1e-3
+
+
+@pytest.mark.usefixtures("cheap_parts")
+def test_sinks_of_rows_in_parts(tmp_path: Path) -> None:
+    """A long row is cut: its parts have no sink, their sum has."""
+    pattern = P.longformer(20, 8)
+    attend = Machine(tmp_path, pattern, score=score_of(sinks=True), sms=200)
+    q, k, v = draw(600)
+    sinks = torch.tensor([1.5, -2.0])
+    o, lse = attend(q, k, v, terms=Terms(sinks=sinks))
+    assert any(name == NAMES[1] for name, *_ in attend.driver.launched)
+    q64, k64, v64 = (x.double().numpy() for x in (q, k, v))
+    want, want_lse = oracle.attention(q64, k64, v64, pattern.dense(600), terms=Terms(sinks=sinks.numpy()))
+    assert oracle.relative_error(o.double(), want) < 2e-3
+    assert abs(lse.double().numpy() - want_lse).max() < 1e-3
 
 
 # -- tensor maps -------------------------------------------------------------------------------------------------------
