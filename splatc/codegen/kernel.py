@@ -122,7 +122,7 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
-    if spec.score.positional and spec.score.names not in (("alibi",), ("dropout",)):  # registers for less than others
+    if _crowded(spec):
         return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
@@ -135,7 +135,12 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods: 28 x 4 keys around 16 x 8 queries, where they fit."""
     wide = max(spec.head_dim, spec.v_head_dim) > 128
-    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not wide else ()
+    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not (wide or _crowded(spec)) else ()
+
+
+def _crowded(spec: KernelSpec) -> bool:
+    """Whether expressions on scores leave registers for small tiles only."""
+    return spec.score.positional and spec.score.names not in (("alibi",), ("dropout",))
 
 
 def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:

@@ -204,5 +204,5 @@ def shape_of(spec: KernelSpec) -> Shape:
             return shape
     raise Unsupported(
         f"head dims {spec.head_dim} and {spec.v_head_dim} with tiles of {spec.tile_m} x {spec.tile_n} fit neither the "
-        "shared memory nor the registers of sm_90a: use smaller tiles"
+        "shared memory nor the registers of sm_90a: use smaller tiles, or less that is done to scores"
     )
