@@ -65,6 +65,16 @@ class Shape:
         return ceil_div(self.dv, self.chunk)
 
     @property
+    def out_dim(self) -> int:
+        """Columns of the result of a row."""
+        return self.dv
+
+    @property
+    def out_chunks(self) -> int:
+        """128-byte columns of it."""
+        return ceil_div(self.out_dim, self.chunk)
+
+    @property
     def writers(self) -> int:
         """Arrivals that fill a stage of K or V: the bulk copies', and with lists of keys every producer thread's."""
         return 1 + (TEAM if self.gather else 0)

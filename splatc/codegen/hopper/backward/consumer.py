@@ -1,4 +1,4 @@
-"""A consumer warpgroup: dK and dV of 64 keys of every column tile, and its share of dQ of every tile of queries."""
+"""A consumer warpgroup: dK and dV of 64 keys of every column tile, and where wanted its share of dQ of every tile."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -9,7 +9,8 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.backward.products import Places, Products
+from splatc.codegen.hopper.backward.block import Block
+from splatc.codegen.hopper.backward.products import Products
 from splatc.codegen.hopper.backward.scores import QuerySums, Scores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, PART, TILES, VIEW, X1, X2, X3
@@ -46,31 +47,37 @@ class End(NamedTuple):
 
 
 class Consumer(Warpgroup):
-    """A warpgroup that computes 64 keys of every column tile.
+    """A warpgroup that computes 64 keys of every column tile, by four products of each of its tiles of queries.
 
-    dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and they
-    drift apart until one computes exponentials while the other has the tensor cores. ptxas wants no product in flight
-    at the end of the loop, so a pass of it begins with the products of one tile and ends with the scores of the next.
+    ptxas wants no product in flight at the end of the loop, so a pass of it begins with the products of one tile and
+    ends with the scores of the next.
     """
 
     def run(self) -> None:
-        b, s, a = self.block, self.s, self.a
+        b, s = self.block, self.s
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
-        self.products = Products(s, Places(s, b.k, b.offsets), self.me)
-        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
-        self.sums = QuerySums(s, b.statistics, self.me, b.warp, b.lane)
+        self.start_products()
         self.dk, self.dv = (registers(name, ceil_div(dim, 16) * 8) for name, dim in (("dk", s.d), ("dv", s.dv)))
         self.bits = registers("mask", s.bit_words, "uint32")
-        rings = (b.k_ring, "keys"), (b.q_ring, "q"), (b.ds_ring, "made")
-        self.keys_at, self.at, self.made_at = (ring.consumer(name) for ring, name in rings)
-        self.ds_at = b.ds_ring.producer("ds")
-        self.sums_phase, self.old_phase = Cell("sums_phase", 1), Cell("old_phase", 0)
+        self.enter_rings()
+        self.old_phase = Cell("old_phase", 0)
         b.k_ring.wait_full(self.keys_at)
         with I.While(b.message[TILES] > 0):
             self.column_tile()
             b.k_ring.wait_full(self.keys_at)
         wait_stores()
+
+    def start_products(self) -> None:
+        """What products and the scores between them need."""
+        b, s, a = self.block, self.s, self.a
+        self.products = Products(s, b.places(), self.me)
+        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
+
+    def enter_rings(self) -> None:
+        """Stand at the beginning of the rings."""
+        b = self.block
+        self.keys_at, self.at = b.k_ring.consumer("keys"), b.q_ring.consumer("q")
 
     def column_tile(self) -> None:
         """dK and dV of 64 keys."""
@@ -87,12 +94,12 @@ class Consumer(Warpgroup):
             self.use(done > 0)
             self.at.advance()
             self.ask_scores()
-            self.take_query_gradients(done > 0, pending=1)  # the scores
+            self.settle(done > 0, pending=1)  # the scores
             self.ask_score_gradients()
             self.take_scores()
         self.use(steps > 1)
-        self.take_query_gradients(steps > 1, pending=0)
-        self.last_query_gradients()
+        self.settle(steps > 1, pending=0)
+        self.last()
         self.at.advance()
         self.finish()
         self.keys_at.advance()
@@ -122,59 +129,28 @@ class Consumer(Warpgroup):
     # -- what they are used for ----------------------------------------------------------------------------------------
 
     def use(self, before: Expr) -> None:
-        """dV, dK and, for the tile ``before`` (if there is one), dQ, which stays in flight."""
-        b, stage = self.block, self.at.stage()
+        """Start dV and dK of a tile. before: whether there was a tile before."""
+        self.used = stage = let("used", self.at.stage())
         self.products.value_gradients(self.dv, self.scores.p, stage)
         self.scores.gradients(stage)
-        b.ds_ring.wait_empty(self.ds_at)
-        self.scores.stage_gradients(b.ds, self.ds_at.stage(), self.me * WARPGROUP_ROWS + b.warp * 16, b.lane)
-        do(T.ptx.fence.proxy.async_.shared__cta())
-        do(T.cuda.warp_sync())
-        with when(T.EQ(b.lane, 0)):
-            b.ds_ring.fill(self.ds_at.stage())
         self.products.key_gradients(self.dk, self.scores.ds, stage)
-        with when(before):
-            b.ds_ring.wait_full(self.made_at)
-        # Without a tile before, the product of what lies there is dropped: products do not like branches.
-        self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
-        self.sums.next_scale()
-        self.sums.read_scale(stage)
-        wait_products(1)
-        fence(self.dv, ceil_div(self.s.dv, 16) * 8)
-        fence(self.dk, ceil_div(self.s.d, 16) * 8)
+
+    def settle(self, before: Expr, pending: int) -> None:
+        """Wait for what ``use`` has left under way; ``pending`` products were started after it."""
+        self.take_keys(self.used, pending)
+
+    def take_keys(self, stage: Expr, pending: int) -> None:
+        """dV and dK have arrived: leave the stage of Q and dO."""
+        b, s = self.block, self.s
+        wait_products(pending)
+        fence(self.dv, ceil_div(s.dv, 16) * 8)
+        fence(self.dk, ceil_div(s.d, 16) * 8)
         do(T.cuda.warp_sync())
         b.do_ring.release(stage, only=T.EQ(b.lane, 0))
         b.q_ring.release(stage, only=T.EQ(b.lane, 0))
-        self.ds_at.advance()
 
-    def take_query_gradients(self, wanted: Expr, pending: int) -> None:
-        """Send dQ of the tile before away; ``pending`` products were started after it."""
-        wait_products(pending)
-        fence(self.sums.dq, self.sums.count)
-        with when(wanted):
-            self.send()
-
-    def last_query_gradients(self) -> None:
-        """dQ of the last tile."""
-        b = self.block
-        b.ds_ring.wait_full(self.made_at)
-        self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
-        self.sums.next_scale()
-        wait_products(0)
-        fence(self.sums.dq, self.sums.count)
-        self.send()
-
-    def send(self) -> None:
-        """Leave dQ where the sender finds it; its dS is done with."""
-        b = self.block
-        self.leave(b.ds_ring, self.made_at)
-        do(T.cuda.mbarrier_wait(b.sums_ring.empty(self.me), self.sums_phase()))
-        self.sums.stage(b.sums)
-        do(T.ptx.fence.proxy.async_.shared__cta())
-        do(T.cuda.warp_sync())
-        with when(T.EQ(b.lane, 0)):
-            b.sums_ring.fill(self.me)
-        self.sums_phase.set(T.bitwise_xor(self.sums_phase(), 1))
+    def last(self) -> None:
+        """What is left to do after the last tile."""
 
     # -- the end of a column tile --------------------------------------------------------------------------------------
 
@@ -187,7 +163,7 @@ class Consumer(Warpgroup):
         x1, x2, x3 = (at + self.me * T.if_then_else(T.EQ(self.view, 0), one, two)
                       for at, one, two in zip(x, first, second, strict=True))  # fmt: skip
         self.box = Point(x1, x2, x3, batch, head)
-        do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))  # dQ of both warpgroups reads all of K
+        self.finish_products()
         one = T.float32(1.0)
         ends = (End(self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
                 End(self.dk, s.d, s.d_chunks, b.k, a.scale, a.dk, a.part_k, b.k_ring))  # fmt: skip
@@ -211,6 +187,10 @@ class Consumer(Warpgroup):
                 wait_stores_read(len(ends) - 1 - n)
                 end.ring.release(0)
 
+    def finish_products(self) -> None:
+        """Until no product reads the keys and values that results will take the place of."""
+        self.own_barrier()
+
     def load_earlier(self, base: Expr) -> None:
         """Fetch what an earlier pass left of these keys to where the sums go."""
         b, s, a = self.block, self.s, self.a
@@ -230,3 +210,80 @@ class Consumer(Warpgroup):
                 at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
                 store_tile(end.part_maps, T.int32(0), at, end.slot, base, end.chunks, KEYS)
         commit_stores()
+
+
+class SummingConsumer(Consumer):
+    """A warpgroup that also adds up its share of dQ of every tile, a fifth product.
+
+    dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and they
+    drift apart until one computes exponentials while the other has the tensor cores.
+    """
+
+    def start_products(self) -> None:
+        super().start_products()
+        self.sums = QuerySums(self.s, self.block.statistics, self.me, self.block.warp, self.block.lane)
+
+    def enter_rings(self) -> None:
+        super().enter_rings()
+        b = self.block
+        self.made_at, self.ds_at = b.ds_ring.consumer("made"), b.ds_ring.producer("ds")
+        self.sums_phase = Cell("sums_phase", 1)
+
+    def use(self, before: Expr) -> None:
+        """dV, dK and, for the tile ``before`` (if there is one), dQ, which stays in flight."""
+        b, stage = self.block, self.at.stage()
+        self.products.value_gradients(self.dv, self.scores.p, stage)
+        self.scores.gradients(stage)
+        b.ds_ring.wait_empty(self.ds_at)
+        self.scores.stage_gradients(b.ds, self.ds_at.stage(), self.me * WARPGROUP_ROWS + b.warp * 16, b.lane)
+        do(T.ptx.fence.proxy.async_.shared__cta())
+        do(T.cuda.warp_sync())
+        with when(T.EQ(b.lane, 0)):
+            b.ds_ring.fill(self.ds_at.stage())
+        self.products.key_gradients(self.dk, self.scores.ds, stage)
+        with when(before):
+            b.ds_ring.wait_full(self.made_at)
+        # Without a tile before, the product of what lies there is dropped: products do not like branches.
+        self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
+        self.sums.next_scale()
+        self.sums.read_scale(stage)
+        self.take_keys(stage, pending=1)
+        self.ds_at.advance()
+
+    def settle(self, before: Expr, pending: int) -> None:
+        """Send dQ of the tile before away."""
+        wait_products(pending)
+        fence(self.sums.dq, self.sums.count)
+        with when(before):
+            self.send()
+
+    def last(self) -> None:
+        """dQ of the last tile."""
+        b = self.block
+        b.ds_ring.wait_full(self.made_at)
+        self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
+        self.sums.next_scale()
+        wait_products(0)
+        fence(self.sums.dq, self.sums.count)
+        self.send()
+
+    def send(self) -> None:
+        """Leave dQ where the sender finds it; its dS is done with."""
+        b = self.block
+        self.leave(b.ds_ring, self.made_at)
+        do(T.cuda.mbarrier_wait(b.sums_ring.empty(self.me), self.sums_phase()))
+        self.sums.stage(b.sums)
+        do(T.ptx.fence.proxy.async_.shared__cta())
+        do(T.cuda.warp_sync())
+        with when(T.EQ(b.lane, 0)):
+            b.sums_ring.fill(self.me)
+        self.sums_phase.set(T.bitwise_xor(self.sums_phase(), 1))
+
+    def finish_products(self) -> None:
+        """dQ of both warpgroups reads all of K."""
+        do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))
+
+
+def consumer_of(block: Block) -> Consumer:
+    """The consumer for the block's sizes."""
+    return (SummingConsumer if block.s.with_dq else Consumer)(block)
