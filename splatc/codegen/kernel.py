@@ -121,6 +121,11 @@ def two_walks(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec]:
     return replace(rows, tile_m=tile_m, tile_n=tile_n), columns
 
 
+def gradient_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
+    """All kernels that the gradients of a kernel may be computed by."""
+    return (gradient_spec(spec), *(two_walks(spec) if spec.kernel == "hopper" else ()))
+
+
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """The (tile_m, tile_n) worth considering, the most usual first (measured: docs/performance.md)."""
     if spec.role in (BACKWARD, COLUMNS):
@@ -128,8 +133,8 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
-    if spec.role == ROWS:
-        return (128, 128), (128, 64)
+    if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
+        return ((128, 64),) if spec.softcap and widest > 64 else ((128, 128), (128, 64))
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
     if widest > 128:

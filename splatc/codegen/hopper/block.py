@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
@@ -59,7 +60,8 @@ def table(name: str, dtype: str, width: int) -> Expr:
 class Block:
     """What all threads of a block share: their places, shared memory, rings."""
 
-    def __init__(self, s: Shape, a: Arguments) -> None:
+    def __init__(self, s: Shape, a: Any) -> None:
+        """a: Arguments, or of a kernel with a block like this one what it has instead."""
         self.s, self.a = s, a
         self.index = I.cta_id([a.blocks])
         self.warpgroup = I.warpgroup_id([s.warpgroups + 1])

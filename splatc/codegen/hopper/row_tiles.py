@@ -19,6 +19,8 @@ from splatc.codegen.hopper.warpgroup import Warpgroup
 class RowTiles(Warpgroup):
     """A warpgroup that computes 64 rows of every row tile that its block takes."""
 
+    words: Expr  # registers for a thread's mask bits
+
     def enter_rings(self) -> None:
         """Stand at the beginning of the rings."""
         b = self.block

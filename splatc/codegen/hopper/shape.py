@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.kernel import FORWARD, KernelSpec
+from splatc.codegen.kernel import FORWARD, ROWS, KernelSpec
 from splatc.errors import Unsupported
 
 SMEM_BYTES = 227 * 1024  # dynamic shared memory of one block on sm_90
@@ -170,7 +170,7 @@ def chunk(dtype: str) -> int:
 def can_gather(spec: KernelSpec) -> bool:
     """Whether there is a kernel with lists of keys for these sizes: copying them takes registers, and threads that
     tf32 needs for turning V over."""
-    if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role != FORWARD:
+    if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role not in (FORWARD, ROWS):
         return False
     return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128
 

@@ -129,25 +129,21 @@ class Consumer(Warpgroup):
     # -- what they are used for ----------------------------------------------------------------------------------------
 
     def use(self, before: Expr) -> None:
-        """Start dV and dK of a tile. before: whether there was a tile before."""
+        """Take dV of a tile and start its dK. before: whether there was a tile before."""
         self.used = stage = let("used", self.at.stage())
         self.products.value_gradients(self.dv, self.scores.p, stage)
         self.scores.gradients(stage)
         self.products.key_gradients(self.dk, self.scores.ds, stage)
+        wait_products(1)  # frees the registers of P: without that, ptxas finds too few for the next scores
+        fence(self.dv, ceil_div(self.s.dv, 16) * 8)
+        self.block.do_ring.release(stage, only=T.EQ(self.block.lane, 0))
 
     def settle(self, before: Expr, pending: int) -> None:
         """Wait for what ``use`` has left under way; ``pending`` products were started after it."""
-        self.take_keys(self.used, pending)
-
-    def take_keys(self, stage: Expr, pending: int) -> None:
-        """dV and dK have arrived: leave the stage of Q and dO."""
-        b, s = self.block, self.s
         wait_products(pending)
-        fence(self.dv, ceil_div(s.dv, 16) * 8)
-        fence(self.dk, ceil_div(s.d, 16) * 8)
+        fence(self.dk, ceil_div(self.s.d, 16) * 8)
         do(T.cuda.warp_sync())
-        b.do_ring.release(stage, only=T.EQ(b.lane, 0))
-        b.q_ring.release(stage, only=T.EQ(b.lane, 0))
+        self.block.q_ring.release(self.used, only=T.EQ(self.block.lane, 0))
 
     def last(self) -> None:
         """What is left to do after the last tile."""
@@ -247,7 +243,12 @@ class SummingConsumer(Consumer):
         self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
         self.sums.next_scale()
         self.sums.read_scale(stage)
-        self.take_keys(stage, pending=1)
+        wait_products(1)
+        fence(self.dv, ceil_div(self.s.dv, 16) * 8)
+        fence(self.dk, ceil_div(self.s.d, 16) * 8)
+        do(T.cuda.warp_sync())
+        b.do_ring.release(stage, only=T.EQ(b.lane, 0))
+        b.q_ring.release(stage, only=T.EQ(b.lane, 0))
         self.ds_at.advance()
 
     def settle(self, before: Expr, pending: int) -> None:

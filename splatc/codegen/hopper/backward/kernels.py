@@ -38,11 +38,11 @@ def gradients_hopper(spec: KernelSpec) -> Emitted:
     Raises Unsupported if there is no kernel for it.
     """
     if spec.role == ROWS:
-        s = row_shape_of(spec)
-        kernel, smem_bytes = queries.row_kernel(s)
-        modules = {rows.PREPARE: rows.prepare_statistics(s), queries.NAME: kernel,
-                   combine.NAME: combine.combine_parts(s.dtype, {"dq": s.d})}  # fmt: skip
-        return emitted(modules, queries.NAME, s.threads, smem_bytes)
+        r = row_shape_of(spec)
+        kernel, smem_bytes = queries.row_kernel(r)
+        modules = {rows.PREPARE: rows.prepare_statistics(r), queries.NAME: kernel,
+                   combine.NAME: combine.combine_parts(r.dtype, {"dq": r.d})}  # fmt: skip
+        return emitted(modules, queries.NAME, r.threads, smem_bytes)
     s = shape_of(spec)
     kernel, smem_bytes = column_kernel(s)
     modules = {NAME: kernel, combine.NAME: combine.combine_parts(s.dtype, {"dk": s.d, "dv": s.dv})}

@@ -77,6 +77,8 @@ class Arguments:
 class Block(block.Block):
     """The forward kernel's block, whose Q stages hold Q, dO and the statistics of queries."""
 
+    s: RowShape
+
     def allocate_rows(self, pool: Expr) -> None:
         super().allocate_rows(pool)
         s = self.s
@@ -131,8 +133,8 @@ class Consumer(RowTiles):
         masked = let("masked", b.messages[self.message + MASKED])  # tiles with mask bits: they come first
         self.ask_scores()
         self.read_statistics()
+        self.release_last_slot()  # before V is waited for: its producer may be waiting for the slot
         self.take_tile(masked > 0)
-        self.release_last_slot()
         with loop(masked - 1):
             self.next_tile(masked=True)
         with loop(tiles - T.max(masked, 1)):

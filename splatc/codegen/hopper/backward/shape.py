@@ -182,6 +182,11 @@ class RowShape(TileShape):
     def registers(self) -> tuple[int, int]:
         return (56, 224) if self.gather else (40, 232)
 
+    @property
+    def live_registers(self) -> int:
+        """S, dP and dQ: when dQ of a tile has arrived, its dS is done with."""
+        return self.n + ceil_div(self.d, 16) * 8
+
 
 def row_shape_of(spec: KernelSpec) -> RowShape:
     """The sizes of the kernel for dQ that a spec asks for; raises Unsupported for what there is no kernel for."""
@@ -190,6 +195,7 @@ def row_shape_of(spec: KernelSpec) -> RowShape:
     for stages, q_stages, _ in ring_stages(spec.tile_n, turned=False):
         shape = RowShape(spec.head_dim, spec.v_head_dim, KEYS, spec.tile_n, spec.dtype, spec.softcap, spec.gather,
                          stages, q_stages, staged=0)  # fmt: skip
-        if stages > 1 and shape.smem_bytes <= SMEM_BYTES:  # K of a tile is still in use when the next one is
+        fits = shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers
+        if fits and stages > 1:  # K of a tile is still in use when the next one is
             return shape
-    raise Unsupported(f"{spec.name}: a tile does not fit the shared memory of sm_90a")
+    raise Unsupported(f"{spec.name}: a tile fits neither the shared memory nor the registers of sm_90a")
