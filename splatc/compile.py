@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
@@ -16,6 +16,7 @@ from splatc.codegen.kernel import (
     no_gradients,
     patch_tiles,
     tile_shapes,
+    two_walks,
 )
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
@@ -32,9 +33,10 @@ from splatc.runtime.attention import CompiledAttention, Plan
 from splatc.runtime.cpu_call import workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
+from splatc.runtime.gradient_walks import Sources
 from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.gradients_gpu import GpuGradients
-from splatc.runtime.kernel import find_kernel
+from splatc.runtime.kernel import Kernel, find_kernel
 from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, is_torch
 from splatc.runtime.terms import Asked, TermOptions, asked_by
 from splatc.runtime.tuned import tuned_tiles
@@ -91,16 +93,29 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     def transposed_plan(kv_len: int, q_len: int) -> Plan:
         return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(first.spec), after)
 
-    def gradients(plan: Planner) -> Gradients | GpuGradients:
-        kernel = find_kernel(gradient_spec(first.spec))
-        dump_sources(kernel)
-        if kernel.spec.kernel == "hopper":
-            return GpuGradients(kernel, transposed_plan, layout, cap)
-        return Gradients(kernel, plan, transposed_plan, layout, cap)
+    @cache
+    def first_rows() -> Plan:
+        return best_plan(pattern, q_len, kv_len, two_walks(first.spec)[0], after=after)
 
-    kernel = find_kernel(first.spec)
+    def row_plan(q_len: int, kv_len: int) -> Plan:
+        known = first_rows()
+        lengths = q_len, kv_len
+        return known if lengths == (known.q_len, known.kv_len) else make_plan(pattern, *lengths, known.spec, after)
+
+    def gradients(plan: Planner) -> Gradients | GpuGradients:
+        if first.spec.kernel == "hopper":
+            sources = Sources(row_plan, transposed_plan, gradient_spec(first.spec), two_walks(first.spec)[1])
+            return GpuGradients(sources, found, layout, cap, Config.from_env().gradient_walks)
+        return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
+
+    return CompiledAttention(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))
+
+
+def found(spec: KernelSpec) -> Kernel:
+    """The kernel of a spec; its sources are written to where SPLATC_DUMP asks for them."""
+    kernel = find_kernel(spec)
     dump_sources(kernel)
-    return CompiledAttention(kernel, first, plan, layout, cap, gradients, no_gradients(first.spec))
+    return kernel
 
 
 def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,

@@ -8,6 +8,8 @@ SPLATC_DUMP_DIR       where to write it (default: ./splatc-dump)
 SPLATC_LOG_LEVEL      debug, info, warning, error, critical: log to stderr (default: the application decides)
 SPLATC_ARCH           compile for this (sm_90a, x86-64-v4, ...), not for what is here (default: detected)
 SPLATC_CUDA_COMPILER  what compiles CUDA: nvrtc or nvcc (default: the first of them that is installed)
+SPLATC_GRADIENT_WALKS how a Hopper GPU computes gradients: in one walk over tiles or two (default: the faster by the
+                      cost model)
 
 An empty variable counts as unset.
 """
@@ -25,6 +27,7 @@ from splatc.errors import InvalidInput
 
 DUMPS = ("ir", "cuda", "ptx", "llvm", "tables")
 CUDA_COMPILERS = ("nvrtc", "nvcc")  # the faster one first
+GRADIENT_WALKS = ("one", "two")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 DEFAULT_CACHE_SIZE = 2 << 30
 
@@ -41,7 +44,8 @@ class Config:
 
     cache_dir, dump_dir: absolute, need not exist. cache_size: bytes. dump: a subset of DUMPS.
     log_level: a `logging` level, or None to leave logging to the application. arch: None means "detect".
-    cuda_compiler: one of CUDA_COMPILERS, or None for the first that is installed.
+    cuda_compiler: one of CUDA_COMPILERS, or None for the first that is installed. gradient_walks: one of
+    GRADIENT_WALKS, or None for the one that is predicted to be faster.
     """
 
     cache_dir: Path
@@ -52,6 +56,7 @@ class Config:
     log_level: int | None = None
     arch: str | None = None
     cuda_compiler: str | None = None
+    gradient_walks: str | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
@@ -70,6 +75,7 @@ class Config:
             log_level=_level("SPLATC_LOG_LEVEL", get("LOG_LEVEL")),
             arch=_arch("SPLATC_ARCH", get("ARCH")),
             cuda_compiler=_one("SPLATC_CUDA_COMPILER", get("CUDA_COMPILER"), CUDA_COMPILERS),
+            gradient_walks=_one("SPLATC_GRADIENT_WALKS", get("GRADIENT_WALKS"), GRADIENT_WALKS),
         )
 
 

@@ -28,6 +28,7 @@ def test_every_variable(tmp_path):
             "SPLATC_LOG_LEVEL": "Info",
             "SPLATC_ARCH": "sm_90a",
             "SPLATC_CUDA_COMPILER": "NVCC",
+            "SPLATC_GRADIENT_WALKS": "Two",
             "SPLATC_CACHE_SIZE": "500MB",
         }
     )
@@ -40,6 +41,7 @@ def test_every_variable(tmp_path):
         log_level=logging.INFO,
         arch="sm_90a",
         cuda_compiler="nvcc",
+        gradient_walks="two",
     )
 
 
@@ -73,6 +75,7 @@ def test_sizes(text, size):
         ("SPLATC_ARCH", "sm_90a; rm"),
         ("SPLATC_ARCH", "../x"),
         ("SPLATC_CUDA_COMPILER", "clang"),
+        ("SPLATC_GRADIENT_WALKS", "three"),
     ],
 )
 def test_bad_values_name_the_variable_in_one_line(name, text):

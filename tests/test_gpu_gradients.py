@@ -11,6 +11,7 @@ import pytest
 
 import splatc
 from splatc import patterns as P
+from splatc.config import GRADIENT_WALKS
 from tests import library
 
 torch = pytest.importorskip("torch")
@@ -34,6 +35,14 @@ from tests.gpu_gradients import (  # noqa: E402  (it imports torch)
 )
 
 pytestmark = MARKS
+
+
+@pytest.fixture(autouse=True, params=GRADIENT_WALKS)
+def walks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs in one walk over tiles and in two."""
+    monkeypatch.setenv("SPLATC_GRADIENT_WALKS", request.param)
+    return str(request.param)
+
 
 TILE = 192  # rows or keys of a tile at most
 

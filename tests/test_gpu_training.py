@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from splatc.config import GRADIENT_WALKS
+
 torch = pytest.importorskip("torch")
 
 from tests.gpu_gradients import (  # noqa: E402  (it imports torch)
@@ -31,8 +33,10 @@ pytestmark = MARKS
 # -- streams, graphs, devices ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("walks", GRADIENT_WALKS)
 @pytest.mark.parametrize(("dtype", "dim"), KINDS)
-def test_another_stream(dtype: str, dim: int) -> None:
+def test_another_stream(dtype: str, dim: int, walks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLATC_GRADIENT_WALKS", walks)
     attend = compiled(MIXED, 500, 500, dim, dtype)
     *qkv, do = draw(500, 500, dim, dtype)
     wanted = backward(attend, qkv, do)
@@ -46,9 +50,11 @@ def test_another_stream(dtype: str, dim: int) -> None:
     assert all(same(got, wanted) for got in results)
 
 
+@pytest.mark.parametrize("walks", GRADIENT_WALKS)
 @pytest.mark.parametrize(("dtype", "dim"), KINDS)
-def test_a_captured_graph_reads_new_values(dtype: str, dim: int) -> None:
+def test_a_captured_graph_reads_new_values(dtype: str, dim: int, walks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward in one graph, replayed on other values, also after calls of many other lengths."""
+    monkeypatch.setenv("SPLATC_GRADIENT_WALKS", walks)
     attend = compiled(MIXED, 500, 500, dim, dtype)
     *qkv, do = draw(500, 500, dim, dtype)
     leaves = [x.detach().contiguous().requires_grad_() for x in qkv]

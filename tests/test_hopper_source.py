@@ -12,9 +12,20 @@ import pytest
 
 from splatc import patterns as P
 from splatc.codegen.build import build
+from splatc.codegen.hopper.backward.shape import row_shape_of
 from splatc.codegen.hopper.backward.shape import shape_of as gradient_shape
 from splatc.codegen.hopper.shape import SMEM_BYTES, Shape, shape_of
-from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, gradient_spec, kernel_spec, not_hopper
+from splatc.codegen.kernel import (
+    BACKWARD,
+    COLUMNS,
+    HOPPER_TILES,
+    ROWS,
+    KernelSpec,
+    gradient_specs,
+    kernel_spec,
+    not_hopper,
+    two_walks,
+)
 from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.compile import best_plan
@@ -60,9 +71,17 @@ def test_compiles_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
     assert "cp.async.bulk.tensor" in source
 
 
-GRADIENTS = [gradient_spec(spec) for spec in (
+LEARNING = [
     spec_of(64), spec_of(64, dtype="float16", softcap=True), spec_of(128), spec_of(128, dtype="float16", softcap=True),
-    spec_of(96, 64), spec_of(64, 128, "float16"), spec_of(16))]  # fmt: skip
+    spec_of(96, 64), spec_of(64, 128, "float16"), spec_of(16)]  # fmt: skip
+GRADIENTS = [one for spec in LEARNING for one in gradient_specs(spec)]
+GRADIENTS += [
+    replace(two_walks(spec_of(d, dtype=dtype, softcap=softcap))[0], tile_n=tile_n, gather=gather)
+    for d, dtype, softcap, tile_n, gather in (
+        (64, "float16", True, 64, True), (64, "bfloat16", False, 112, False), (128, "bfloat16", False, 64, False),
+        (128, "float16", False, 128, True), (128, "bfloat16", True, 112, True))
+]  # fmt: skip
+FUNCTIONS = {BACKWARD: 5, ROWS: 3, COLUMNS: 2}
 
 
 @needs_compiler
@@ -70,12 +89,12 @@ GRADIENTS = [gradient_spec(spec) for spec in (
 def test_gradients_compile_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
     build(spec, tmp_path)  # raises CompileError for spills, local memory and C75xx remarks
     functions = json.loads((tmp_path / "report.json").read_text())["functions"]
-    assert [f["spill_bytes"] + f["stack_bytes"] for f in functions] == [0] * 5
-    sizes = gradient_shape(spec)
-    columns = next(f for f in functions if "columns" in f["name"])
-    assert sizes.smem_bytes <= SMEM_BYTES and columns["smem_bytes"] <= sizes.smem_bytes
+    assert [f["spill_bytes"] + f["stack_bytes"] for f in functions] == [0] * FUNCTIONS[spec.role]
+    sizes = row_shape_of(spec) if spec.role == ROWS else gradient_shape(spec)
+    walk = next(f for f in functions if f["smem_bytes"])
+    assert sizes.smem_bytes <= SMEM_BYTES and walk["smem_bytes"] <= sizes.smem_bytes
     producer, consumer = sizes.registers
-    assert producer + 2 * consumer <= 3 * (65536 // columns["threads"] // 8 * 8)
+    assert producer + 2 * consumer <= 3 * (65536 // walk["threads"] // 8 * 8)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -96,6 +115,8 @@ def test_what_does_not_fit_is_refused() -> None:
         shape_of(spec_of(64, tile=(192, 128), gather=True))
     with pytest.raises(Unsupported, match="listed keys"):
         shape_of(spec_of(64, dtype="float32", gather=True))
+    with pytest.raises(Unsupported, match="nor the registers"):
+        row_shape_of(replace(two_walks(spec_of(128, softcap=True))[0], tile_n=128))
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
     assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64), (128, 32)}

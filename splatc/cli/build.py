@@ -23,7 +23,7 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import KernelSpec, gradient_spec
+from splatc.codegen.kernel import KernelSpec, gradient_spec, gradient_specs
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -100,24 +100,24 @@ def compile_kernel(
     ] = None,
     backward: Backward = False,
 ) -> None:
-    """Compile a kernel into the cache, ahead of time, and print its folder."""
+    """Compile a kernel into the cache, ahead of time, and print its folder (of gradients: of all that may be used)."""
     spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(target))
     if mask != "none":
         spec = plan_mask(sized_mask(mask, seq_len, kv_len), spec).spec
-    if backward:
-        spec = gradient_spec(spec)
+    specs = gradient_specs(spec) if backward else (spec,)
     root = kernel_cache(Config.from_env()).root
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
     if spec.target.kind == "cuda" and find_compiler() is None:
         raise Unsupported(f"compiling for {spec.target.arch} needs NVRTC or nvcc: {INSTALL} (`splatc dump` needs none)")
-    with console(stderr=True).status(f"compiling {spec.name} for {spec.target}"):
-        folder = find_kernel(spec).folder
-    if not folder.is_relative_to(root):
-        raise CacheError(
-            f"the kernel cannot be kept in {root} (read-only or full): set SPLATC_CACHE_DIR to another folder"
-        )
-    print(folder)
+    for one in specs:
+        with console(stderr=True).status(f"compiling {one.name} for {one.target}"):
+            folder = find_kernel(one).folder
+        if not folder.is_relative_to(root):
+            raise CacheError(
+                f"the kernel cannot be kept in {root} (read-only or full): set SPLATC_CACHE_DIR to another folder"
+            )
+        print(folder)
 
 
 def dump(

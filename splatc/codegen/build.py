@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
-from splatc.codegen.kernel import BACKWARD, KernelSpec
+from splatc.codegen.kernel import BACKWARD, FORWARD, KernelSpec
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
@@ -124,7 +124,7 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
 
 def emit(spec: KernelSpec) -> Emitted:
     """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
-    if spec.role == BACKWARD:
+    if spec.role != FORWARD:
         if spec.kernel != "hopper":
             raise Unsupported(f"there is no kernel for gradients of {spec.name} on {spec.target}: use the target cpu")
         from splatc.codegen.hopper.backward.kernels import gradients_hopper

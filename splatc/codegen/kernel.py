@@ -12,6 +12,7 @@ from splatc.ir.score import NO_SCORE, Score
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
 FORWARD, BACKWARD = "forward", "backward"
+ROWS, COLUMNS = "backward_rows", "backward_columns"  # a kernel each for dq, and for dk and dv
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
 WIDEST_GRADIENT = 128  # head dim: dK and dV of 64 keys stay in a warpgroup's registers
@@ -26,8 +27,8 @@ class KernelSpec:
     dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32), on a CPU also
     "float64" (all in float64). The hopper kernel rounds the factors of float32 products to tf32.
     tile_m, tile_n: query rows and key columns of a tile. score: what is done to scores (ir/score.py).
-    gather: some column tiles are lists of keys (hopper only). role: "forward", or "backward" for the functions that
-    compute gradients (cpu only).
+    gather: some column tiles are lists of keys (hopper only). role: "forward", "backward" for the functions that
+    compute gradients, or, on Hopper, "backward_rows" and "backward_columns" for those that do it in two walks.
     """
 
     kernel: str
@@ -115,15 +116,33 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
     return replace(spec, role=BACKWARD, tile_m=128, tile_n=128 if narrow else 64, gather=False)
 
 
+def two_walks(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec]:
+    """The specs of the kernels for the gradients of a Hopper kernel in two walks: over rows and over columns.
+
+    Of the tiles that the first may have (``tile_shapes``), the most usual one.
+    """
+    columns = replace(gradient_spec(spec), role=COLUMNS)
+    rows = replace(columns, role=ROWS)
+    tile_m, tile_n = tile_shapes(rows)[0]
+    return replace(rows, tile_m=tile_m, tile_n=tile_n), columns
+
+
+def gradient_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
+    """All kernels that the gradients of a kernel may be computed by."""
+    return (gradient_spec(spec), *(two_walks(spec) if spec.kernel == "hopper" else ()))
+
+
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """The (tile_m, tile_n) worth considering, the most usual first (measured: docs/performance.md)."""
-    if spec.role == BACKWARD:
+    if spec.role in (BACKWARD, COLUMNS):
         return ((spec.tile_m, spec.tile_n),)
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
     if _crowded(spec):
         return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
+    if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
+        return ((128, 64),) if spec.softcap and widest > 64 else ((128, 128), (128, 64))
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
     if widest > 128:

@@ -1,60 +1,43 @@
-"""Gradients of a compiled mask on a Hopper GPU: codegen/hopper/backward over the transposed mask's plan."""
+"""Gradients of a compiled mask on a Hopper GPU: codegen/hopper/backward, in one walk over tiles or in two."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from splatc.codegen.costs import costs_of
-from splatc.codegen.hopper.backward.shape import (
-    KEYS,
-    STATISTICS,
-    WARPGROUPS,
-    WARPS,
-    bound_rows,
-    rows_of,
-    shape_of,
-)
-from splatc.codegen.hopper.backward.shape import (
-    Shape as Sizes,
-)
-from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
+from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
+from splatc.codegen.kernel import KernelSpec
 from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step, config_of, contiguous, start_of
+from splatc.runtime.gradient_walks import Sources, Walk, Way, way_of
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import contiguous_copy, layout_of, output_layout, remember
 from splatc.runtime.launch_hopper import Maps, boxes_of, hopper_tables
-from splatc.runtime.plan import Launch
-from splatc.runtime.tensor_map import ALIGNMENT, Layout, sub_box, unswizzled
+from splatc.runtime.tensor_map import ALIGNMENT, Layout, geometry, sub_box, unswizzled
 from splatc.runtime.tensors import Shape, to_bhsd
-from splatc.runtime.work import Work, work_of
-
-if TYPE_CHECKING:
-    from splatc.runtime.attention import Plan
 
 INPUTS = ("q", "k", "v", "o", "do", "lse", "dlse")
 RESULTS = ("dq", "dk", "dv")
-SCRATCH = ("sums", "statistics", "bounds", "part_k", "part_v")
-TABLES = ("work", "entries", "bits", "combine", "positions")
+SCRATCH = ("sums", "statistics", "bounds", "part_q", "part_k", "part_v")
+TABLES = ("work", "entries", "bits", "gather", "combine", "positions")
 
 
 class GpuGradients:
-    """dq, dk, dv of one compiled mask on GPUs, bitwise equal from run to run.
+    """dq, dk, dv of one compiled mask on GPUs, bitwise equal from run to run."""
 
-    transposed(kv_len, q_len): the plan of the transposed mask.
-    """
-
-    def __init__(self, kernel: Kernel, transposed: Callable[[int, int], Plan], layout: str, cap: float,
-                 find_gpu: Callable[[int], Gpu] = gpu) -> None:  # fmt: skip
-        """kernel: of the role "backward". cap: the softcap of scores, 0 for none."""
-        self.kernel = kernel
-        self._transposed, self._layout, self._cap, self._find_gpu = transposed, layout, cap, find_gpu
+    def __init__(self, sources: Sources, find: Callable[[KernelSpec], Kernel], layout: str, cap: float,
+                 walks: str | None = None, find_gpu: Callable[[int], Gpu] = gpu) -> None:  # fmt: skip
+        """find: the kernel of a spec. cap: the softcap of scores, 0 for none. walks: "one" or "two", None for the
+        faster."""
+        self._sources, self._find, self._layout, self._cap = sources, find, layout, cap
+        self._walks, self._find_gpu = walks, find_gpu
         self._ready: dict[tuple[Any, ...], GradientCall] = {}
-        self._uploaded: dict[tuple[Any, ...], tuple[list[Columns], DeviceTables]] = {}
+        self._uploaded: dict[tuple[Any, ...], tuple[Way, DeviceTables]] = {}
 
     def __call__(self, shape: Shape, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any,
                  scale: float) -> tuple[Any, Any, Any]:  # fmt: skip
@@ -76,50 +59,32 @@ class GpuGradients:
             remember(self._ready, key, self._prepare(shape, layouts, q))
         return self._ready[key]({name: x.data_ptr() for name, x in tensors.items()}, scale)
 
+    def way(self, shape: Shape, device: int) -> Way:
+        """How calls of these sizes are computed on a GPU."""
+        on = self._find_gpu(device)
+        with on.torch.on(on.ordinal):
+            return self._way(shape, on)[0]
+
     def _prepare(self, shape: Shape, layouts: dict[str, Layout], q: Any) -> GradientCall:
         on = self._find_gpu(q.device.index)
         with on.torch.on(on.ordinal):
-            functions = load_functions(self.kernel.folder, self.kernel.spec.target.arch, on)
-            columns, tables = self._columns(shape, on)
-            call = Preparation(on, shape, shape_of(self.kernel.spec), layouts, functions, self._layout, self._cap,
-                               int(q.data_ptr()))  # fmt: skip
-            return GradientCall(on, call.sizes(columns), call.steps(columns, tables), tables, self._layout)
+            way, tables = self._way(shape, on)
+            call = Preparation(on, shape, way, tables, layouts, self._layout, self._cap, int(q.data_ptr()))
+            rows = None if way.rows is None else self._functions(way.rows, on)
+            steps = call.steps(self._functions(way.columns, on), rows)
+            return GradientCall(on, call.sizes(), steps, tables, self._layout)
 
-    def _columns(self, shape: Shape, on: Gpu) -> tuple[list[Columns], DeviceTables]:
-        """The launches of the column kernel, and their tables on the GPU."""
+    def _functions(self, spec: KernelSpec, on: Gpu) -> tuple[Function, ...]:
+        return load_functions(self._find(spec).folder, spec.target.arch, on)
+
+    def _way(self, shape: Shape, on: Gpu) -> tuple[Way, DeviceTables]:
+        """The walks over tiles, and their tables on the GPU."""
         key = shape.batch, shape.heads, shape.kv_heads, shape.q_len, shape.kv_len, on.ordinal
         if key not in self._uploaded:
-            spec = self.kernel.spec
-            costs = costs_of(spec, on.driver.multiprocessors(on.ordinal))
-            columns = []
-            for launch, member, members in column_launches(self._transposed(shape.kv_len, shape.q_len), shape):
-                dearer = replace(costs, tile=costs.tile * members, bits=costs.bits * members)
-                columns.append(Columns(launch, work_of(launch, shape.batch, dearer), member, members))
-            arrays = [hopper_tables(one.launch, one.work, spec) for one in columns]
-            remember(self._uploaded, key, (columns, DeviceTables(on, arrays)))
+            way = way_of(self._sources, shape, on.driver.multiprocessors(on.ordinal), self._walks)
+            arrays = [hopper_tables(one.launch, one.work, spec) for spec, one in way.walks]
+            remember(self._uploaded, key, (way, DeviceTables(on, arrays)))
         return self._uploaded[key]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A launch of the column kernel: of every key head, query heads ``member`` ... of those that share it."""
-
-    launch: Launch
-    work: Work
-    member: int
-    members: int
-
-
-def column_launches(plan: Plan, shape: Shape) -> list[tuple[Launch, int, int]]:
-    """(launch, first member, members): one for all query heads of a key head where they have the same mask."""
-    group = shape.heads // shape.kv_heads
-    same = plan.heads is None or all(h == plan.heads[i - i % group] for i, h in enumerate(plan.heads))
-    found = []
-    for member in range(1 if same else group):
-        for launch in plan.launches(shape.heads, *MAX_VIEWS, members=slice(member, None, group)):
-            merged = replace(launch, merge=launch.merge or member > 0)
-            found.append((merged, member, group if same else 1))
-    return found
 
 
 def readable(x: Any) -> Any:
@@ -129,19 +94,35 @@ def readable(x: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The tensors that a kernel sees through row views and column views, and its results, through halves of row views;
+    sums: whether it may add up dQ, through column views."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    results: tuple[str, ...]
+    sums: bool
+
+
+OF_QUERIES, OF_KEYS = ("q", "do", "statistics"), ("k", "v")
+OVER_ROWS = Seen(OF_QUERIES, OF_KEYS, ("dq",), sums=False)
+OVER_COLUMNS = Seen(OF_KEYS, OF_QUERIES, ("dk", "dv"), sums=True)
+
+
+@dataclass(frozen=True)
 class Preparation:
-    """What launches of the kernels are made of, for tensors of given sizes and strides."""
+    """What launches of the kernels are made of, for tensors of given sizes and strides. tables: of the way's walks."""
 
     gpu: Gpu
     shape: Shape
-    kernel: Sizes
+    way: Way
+    tables: DeviceTables
     layouts: dict[str, Layout]
-    functions: tuple[Function, ...]
     layout: str
     cap: float
     address: int
 
-    def sizes(self, columns: list[Columns]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def sizes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of all that a call allocates; results in the caller's layout."""
         s, dtype = self.shape, self.shape.dtype
         order = (0, 1, 2) if self.layout == "bhsd" else (0, 2, 1)
@@ -149,15 +130,20 @@ class Preparation:
         def result(*rows: int, dim: int) -> tuple[str, tuple[int, ...]]:
             return dtype, (*(rows[i] for i in order), dim)
 
-        parts = max(one.work.part_tiles for one in columns) * KEYS
+        row_parts, column_parts = (
+            max((one.work.part_tiles for one in walks), default=0) * KEYS
+            for walks in (self.way.row_walks, self.way.column_walks))  # fmt: skip
+        sums: dict[str, tuple[str, tuple[int, ...]]] = {
+            "sums": ("int32", (s.batch * s.heads * s.q_len, s.head_dim)),
+            "bounds": ("float32", (s.batch * s.kv_heads * self.bound_blocks, 2)),
+        }
         return {
             "dq": result(s.batch, s.heads, s.q_len, dim=s.head_dim),
             "dk": result(s.batch, s.kv_heads, s.kv_len, dim=s.head_dim),
             "dv": result(s.batch, s.kv_heads, s.kv_len, dim=s.v_head_dim),
-            "sums": ("int32", (s.batch * s.heads * s.q_len, s.head_dim)),
             "statistics": ("float32", (s.batch * s.heads * s.q_len, STATISTICS)),
-            "bounds": ("float32", (s.batch * s.kv_heads * self.bound_blocks, 2)),
-            "part_k": (dtype, (parts, s.head_dim)), "part_v": (dtype, (parts, s.v_head_dim)),
+            **(sums if self.way.rows is None else {}), "part_q": (dtype, (row_parts, s.head_dim)),
+            "part_k": (dtype, (column_parts, s.head_dim)), "part_v": (dtype, (column_parts, s.v_head_dim)),
         }  # fmt: skip
 
     @property
@@ -168,25 +154,38 @@ class Preparation:
     def bound_blocks(self) -> int:
         return -(-self.shape.kv_len // bound_rows(self.shape.kv_len, self.widest))
 
-    def steps(self, columns: list[Columns], tables: DeviceTables) -> list[Step]:
-        """In the order of their launches."""
-        bounds, prepare, column, combine, finish = self.functions
-        s = self.shape
+    def steps(self, columns: tuple[Function, ...], rows: tuple[Function, ...] | None) -> list[Step]:
+        """In the order of their launches, of the functions of the kernels."""
+        s, way = self.shape, self.way
         pairs, kv_pairs = s.batch * s.heads, s.batch * s.kv_heads
-        steps = [
+        blocks, first = -(-s.q_len // rows_of(self.widest)), len(way.row_walks)
+        if rows is not None:
+            prepare, walk, combine = rows
+            return [self._rows(prepare, pairs, blocks), *self._walks(way.row_walks, 0, OVER_ROWS, walk, combine),
+                    *self._walks(way.column_walks, first, OVER_COLUMNS, *columns)]  # fmt: skip
+        bounds, prepare, walk, combine, finish = columns
+        return [
             self._rows(bounds, kv_pairs, self.bound_blocks, rows=bound_rows(s.kv_len, self.widest)),
-            self._rows(prepare, pairs, -(-s.q_len // rows_of(self.widest))),
+            self._rows(prepare, pairs, blocks),
+            *self._walks(way.column_walks, first, OVER_COLUMNS, walk, combine),
+            self._rows(finish, pairs, -(-s.q_len // rows_of(s.head_dim))),
         ]
-        for i, one in enumerate(columns):
-            steps.append(self._columns(column, i, one, tables))
-            if one.work.part_tiles:
-                steps.append(self._combine(combine, i, one, tables))
-        return [*steps, self._rows(finish, pairs, -(-s.q_len // rows_of(s.head_dim)))]
 
     def _rows(self, function: Function, pairs: int, blocks_a_head: int, rows: int = 0) -> Step:
         """A kernel over rows: of ``pairs`` heads of all batch entries, blocks_a_head blocks each."""
         blocks = pairs * blocks_a_head
         return self._step(function, blocks, {"blocks_a_head": blocks_a_head, "rows": rows}, {})
+
+    def _walks(self, walks: Sequence[Walk], first: int, seen: Seen, function: Function,
+               combine: Function) -> list[Step]:  # fmt: skip
+        """Launches over tiles, whose tables are those from number ``first`` on; then, of those with parts, the sums."""
+        steps = []
+        for i, one in enumerate(walks, first):
+            values = {"merge": int(one.launch.merge), **_addresses(self.tables, i)}
+            steps.append(self._walk(function, one, values, seen))
+            if one.work.part_tiles:
+                steps.append(self._step(combine, len(one.work.combine) * KEYS // WARPS, values, {}))
+        return steps
 
     def _step(self, function: Function, blocks: int, values: dict[str, float], maps: Mapping[str, Any]) -> Step:
         s = self.shape
@@ -198,7 +197,8 @@ class Preparation:
         }  # fmt: skip
         for name, one in self._all_layouts().items():
             common |= {f"{name}_step": one.step, f"{name}_batch": one.batch_stride, f"{name}_head": one.head_stride,
-                       f"{name}_seq": one.seq_stride}  # fmt: skip
+                       f"{name}_seq": one.seq_stride, f"{name}_last": one.last[1],
+                       f"{name}_row": one.seq_stride}  # fmt: skip
         arguments = Arguments(function, {**common, **values}, maps)
         return Step(function, arguments, (blocks, 1, 1), holders, early=True)
 
@@ -216,39 +216,36 @@ class Preparation:
             "statistics": output_layout(replace(s, v_head_dim=STATISTICS), "bhsd", 4),
         }
 
-    def _columns(self, function: Function, i: int, one: Columns, tables: DeviceTables) -> Step:
-        driver, total, launch = self.gpu.driver, len(one.work.rows), one.launch
+    def _walk(self, function: Function, one: Walk, values: dict[str, float], seen: Seen) -> Step:
+        driver, total = self.gpu.driver, len(one.work.rows)
         per_sm = driver.blocks_per_multiprocessor(function.kernel, function.threads, function.smem_bytes,
                                                   self.gpu.ordinal)  # fmt: skip
         blocks = min(total, per_sm * driver.multiprocessors(self.gpu.ordinal))
-        values = {"total": total, "member": one.member, "members": one.members, "merge": int(launch.merge),
-                  "part_k_step": 0, "part_v_step": 0, **_addresses(tables, i)}  # fmt: skip
-        halves = [sub_box(box, WARPGROUPS) for box in boxes_of(launch.row_views)]
-        shares = [sub_box(box, WARPGROUPS) if self.kernel.halves_queries else (tuple(map(int, box)), (0, 0, 0))
-                  for box in boxes_of(launch.col_views)]  # fmt: skip
+        values = {**values, "total": total, "member": one.member, "members": one.members}
+        rows, cols = boxes_of(one.launch.row_views), boxes_of(one.launch.col_views)
+        halves = [sub_box(box, WARPGROUPS) for box in rows]
+        shares = [sub_box(box, self.way.columns.tile_n // WARPGROUP_ROWS) for box in cols] if seen.sums else []
         for name, parts, limit in (("row", halves, MAX_VIEWS[0]), ("sum", shares, MAX_VIEWS[1])):
-            for view in range(limit):
+            for view in range(limit if parts else 0):
                 step = parts[min(view, len(parts) - 1)][1]
                 values |= {f"{name}_step{view}_{axis}": step[axis - 1] for axis in (1, 2, 3)}
-        return self._step(function, blocks, values, self._maps(function, one, halves, shares))
+        return self._step(function, blocks, values, self._maps(function, one, seen, halves, shares))
 
-    def _maps(self, function: Function, one: Columns, halves: list[Any], shares: list[Any]) -> Mapping[str, Any]:
+    def _maps(self, function: Function, one: Walk, seen: Seen, halves: list[Any],
+              shares: list[Any]) -> Mapping[str, Any]:  # fmt: skip
         maps, layouts, dtype = Maps(self.gpu.driver, function, self.address), self._all_layouts(), self.shape.dtype
         rows, cols = one.launch.row_views, one.launch.col_views
-        for name in ("k", "v"):
-            maps.add(name, dtype, rows, boxes_of(rows), layouts[name], MAX_VIEWS[0])
-            maps.add(f"d{name}", dtype, rows, [box for box, _ in halves], layouts[f"d{name}"], MAX_VIEWS[0])
-            dim, size = layouts[name].dim, layouts[name].itemsize
-            maps.add_rows(f"part_{name}", f"part_{name}", dtype, max(one.work.part_tiles, 1) * KEYS, dim, size)
-        for name in ("q", "do"):
-            maps.add(name, dtype, cols, boxes_of(cols), layouts[name], MAX_VIEWS[1])
-        maps.add("statistics", "float32", cols, boxes_of(cols), layouts["statistics"], MAX_VIEWS[1], unswizzled)
-        maps.add("sums", "int32", cols, [box for box, _ in shares], layouts["sums"], MAX_VIEWS[1])
+        for names, views, limit in ((seen.rows, rows, MAX_VIEWS[0]), (seen.columns, cols, MAX_VIEWS[1])):
+            for name in names:
+                how = ("float32", unswizzled) if name == "statistics" else (dtype, geometry)
+                maps.add(name, how[0], views, boxes_of(views), layouts[name], limit, how[1])
+        for name in seen.results:
+            maps.add(name, dtype, rows, [box for box, _ in halves], layouts[name], MAX_VIEWS[0])
+            part, dim, size = f"part_{name[1:]}", layouts[name].dim, layouts[name].itemsize
+            maps.add_rows(part, part, dtype, max(one.work.part_tiles, 1) * KEYS, dim, size)
+        if seen.sums:
+            maps.add("sums", "int32", cols, [box for box, _ in shares], layouts["sums"], MAX_VIEWS[1])
         return maps.found
-
-    def _combine(self, function: Function, i: int, one: Columns, tables: DeviceTables) -> Step:
-        blocks = len(one.work.combine) * KEYS // WARPS
-        return self._step(function, blocks, {"merge": int(one.launch.merge), **_addresses(tables, i)}, {})
 
 
 def _addresses(tables: DeviceTables, launch: int) -> dict[str, float]:

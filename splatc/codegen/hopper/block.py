@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.copies import Maps, Rows
+from splatc.codegen.hopper.copies import Maps, Point, Rows, load_tile
 from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, named, when
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, TURNERS, Shape
@@ -26,10 +27,10 @@ class Arguments:
 
     def __init__(self, s: Shape) -> None:
         rows, cols = MAX_VIEWS
-        self.q, self.o = Maps("q", rows), Maps("o", rows)
+        self.q, self.out = Maps("q", rows), Maps("o", rows)
         self.k, self.v = Maps("k", cols), Maps("v", cols)
         self.part = Maps("part", 1)
-        self.o_steps = [[int_arg(f"o_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(rows)]
+        self.out_steps = [[int_arg(f"o_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(rows)]
         names = ("total", "blocks", "heads", "group", "q_len", "merge")
         self.total, self.blocks, self.heads, self.group, self.q_len, self.merge = map(int_arg, names)
         self.scale = I.arg("scale", I.float32())
@@ -47,7 +48,7 @@ class Arguments:
         self.terms = TermArguments(s.score, table)
         if s.positional:
             self.columns = table("columns", "int32", STRIDES + s.n)
-        for maps in (self.q, self.o, self.k, self.v, self.part):
+        for maps in (self.q, self.out, self.k, self.v, self.part):
             maps.declare()
 
 
@@ -65,7 +66,8 @@ def table(name: str, dtype: str, width: int) -> Expr:
 class Block:
     """What all threads of a block share: their places, shared memory, rings."""
 
-    def __init__(self, s: Shape, a: Arguments) -> None:
+    def __init__(self, s: Shape, a: Any) -> None:
+        """a: Arguments, or of a kernel with a block like this one what it has instead."""
         self.s, self.a = s, a
         self.index = I.cta_id([a.blocks])
         self.warpgroup = I.warpgroup_id([s.warpgroups + 1])
@@ -73,7 +75,7 @@ class Block:
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
         pool = T.SMEMPool()
-        self.q = pool.alloc((s.q_stages * s.q_slot // s.item_bytes,), s.dtype, align=1024)
+        self.allocate_rows(pool)
         self.k = pool.alloc((s.stages * s.k_bytes // s.item_bytes,), s.dtype, align=1024)
         self.v = pool.alloc((s.stages * s.v_bytes // s.item_bytes,), s.dtype, align=1024)
         if s.turned:
@@ -96,9 +98,20 @@ class Block:
         pool.commit()
         self.smem_bytes = pool.max_offset
 
+    def allocate_rows(self, pool: Expr) -> None:
+        """Room for what stays while the column tiles of a row tile come by."""
+        s = self.s
+        self.q = pool.alloc((s.q_stages * s.q_slot // s.item_bytes,), s.dtype, align=1024)
+
+    def load_rows(self, stage: Expr, view: Expr, at: Point) -> None:
+        """One thread: fetch it for a row tile."""
+        s, full = self.s, self.q_ring.full(stage)
+        self.q_ring.expect(stage, T.uint32(s.q_bytes))
+        load_tile(self.a.q, view, at, self.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, full)
+
     def start(self) -> None:
         """Set up what the block shares."""
-        start_block(self.thread, (self.a.q, self.a.k, self.a.v, self.a.o), self.rings)
+        start_block(self.thread, (self.a.q, self.a.k, self.a.v, self.a.out), self.rings)
 
 
 def start_block(thread: Expr, maps: Sequence[Maps], rings: Sequence[Ring]) -> None:

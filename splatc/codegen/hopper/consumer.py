@@ -7,35 +7,18 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import NEG_INF
-from splatc.codegen.hopper.block import (
-    BATCH,
-    HEAD,
-    ITEM,
-    MASKED,
-    MESSAGE,
-    ORIGIN,
-    PART,
-    PLACE,
-    ROW_OF_COLUMNS,
-    TILES,
-    VIEW,
-    X1,
-    X2,
-    X3,
-)
-from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
-from splatc.codegen.hopper.emit import Cell, Expr, do, emit_if, let, loop, registers, store, when
+from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, TILES
+from splatc.codegen.hopper.emit import Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import merge_weights, stage_output
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, output_of, wait_products
-from splatc.codegen.hopper.shape import STRIDES, WARPGROUP_ROWS
+from splatc.codegen.hopper.row_tiles import RowTiles
+from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_scores
-from splatc.codegen.hopper.terms import Key, Terms
-from splatc.codegen.hopper.warpgroup import Warpgroup
 
 TURN = 1  # named barriers from here on: turns of the warpgroups
 
 
-class Consumer(Warpgroup):
+class Consumer(RowTiles):
     """A warpgroup that computes 64 rows of every row tile."""
 
     def run(self) -> None:
@@ -48,24 +31,15 @@ class Consumer(Warpgroup):
         unit = a.cap if s.softcap else a.scale
         self.softmax = Softmax(self.scores.count, T.float32(1.0) if s.score.biases else unit)
         if s.positional:
-            self.unit, self.terms = unit, Terms(a.terms)
-            self.place = registers("place", PLACE, "int32")
+            self.unit = unit
         self.inverse, self.lse, self.old_lse, self.old_weight = (
             registers(name, 2) for name in ("inverse", "row_lse", "old_lse", "old_weight"))  # fmt: skip
         self.q_base = descriptor("q_desc", b.q, self.me * (WARPGROUP_ROWS * s.chunk), 1)
         self.k_base = descriptor("k_desc", b.k, 0, 1)
         self.v_base = descriptor("v_desc", b.v, 0, self.out.leading)
-        self.q_at, self.k_at, self.v_at = (
-            ring.consumer(name) for ring, name in ((b.q_ring, "q"), (b.k_ring, "k"), (b.v_ring, "v")))  # fmt: skip
-        self.old_phase = Cell("old_phase", 0)
-        if s.q_stages > 1:
-            self.unreleased = Cell("unreleased", 0)  # whether the last row tile's Q stage is still being stored from
+        self.enter_rings()
         self.first_turn()
-        b.q_ring.wait_full(self.q_at)
-        with I.While(b.messages[self.q_at.stage() * MESSAGE + TILES] > 0):
-            self.row_tile()
-            b.q_ring.wait_full(self.q_at)
-        wait_stores()
+        self.walk()
 
     # -- turns: one warpgroup at a time issues its products ------------------------------------------------------------
 
@@ -89,7 +63,6 @@ class Consumer(Warpgroup):
     def row_tile(self) -> None:
         """O and LSE of 64 rows."""
         b, s = self.block, self.s
-        self.message = let("message", self.q_at.stage() * MESSAGE)
         if s.positional:
             self.begin_terms()
         elif not s.wide:
@@ -111,7 +84,6 @@ class Consumer(Warpgroup):
         self.begin_merge()
         self.last_values()
         self.finish()
-        self.q_at.advance()
 
     def first_tile(self, q: Expr, masked: Expr) -> None:
         """S of the first tile and its softmax; nothing to overlap with yet."""
@@ -166,11 +138,6 @@ class Consumer(Warpgroup):
         self.out.fence()
         self.leave(b.v_ring, self.v_at)
 
-    def read_bits(self) -> None:
-        """Fetch this thread's mask bits of the K stage's tile."""
-        self.read_bits_of(self.k_at.stage(), self.words)
-        do(T.cuda.warp_sync())  # before lane 0 says for all that the stage is read
-
     def cap(self) -> None:
         """Softcap, where the kernel has it."""
         if self.s.softcap:
@@ -187,19 +154,6 @@ class Consumer(Warpgroup):
         self.find_rows()
         self.terms.begin(b.messages[self.message + BATCH], let("its_head", b.messages[self.message + HEAD]))
         self.queries = [self.terms.query_side(position) for position in self.position]
-
-    def find_columns(self) -> None:
-        """Where the lanes of the K stage's tile are."""
-        if self.s.positional:
-            for word in (ROW_OF_COLUMNS, ORIGIN):
-                store(self.place, word, self.block.places[self.k_at.stage() * PLACE + word])
-            do(T.cuda.warp_sync())  # before lane 0 says for all that the stage is read
-
-    def key_of(self, register: int) -> Key:
-        """The key of a score register."""
-        lane = 8 * (register // 4) + register % 2 + self.block.lane % 4 * 2
-        offset = self.a.columns[self.place[ROW_OF_COLUMNS], STRIDES + lane]
-        return self.terms.key_side(let("key_position", self.place[ORIGIN] + offset))
 
     def add_biases(self) -> None:
         """Scores in natural units, with their biases."""
@@ -231,10 +185,7 @@ class Consumer(Warpgroup):
         self.position = [let(f"position{r}", a.positions[item, self.row + 8 * r]) for r in range(2)]
 
     def read_message(self) -> None:
-        """Whose rows these are, and where: read late, to spare registers."""
-        words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
-        self.batch, self.head, self.part, self.view, *self.x = (
-            let(name, self.block.messages[self.message + word]) for name, word in words)  # fmt: skip
+        super().read_message()
         if self.s.wide or self.s.positional:
             self.find_rows()
 
@@ -243,29 +194,10 @@ class Consumer(Warpgroup):
         pair = T.cast(self.batch * self.a.heads + self.head, "int64")
         return pair * T.cast(self.a.q_len, "int64") + T.cast(self.position[r], "int64")
 
-    def box(self) -> Point:
-        """The warpgroup's 64 rows in the row view."""
-        first, second = self.a.o_steps
-        x1, x2, x3 = (x + self.me * T.if_then_else(T.EQ(self.view, 0), a, b)
-                      for x, a, b in zip(self.x, first, second, strict=True))  # fmt: skip
-        return Point(x1, x2, x3, self.batch, self.head)
-
-    def slot_base(self) -> Expr:
-        """Where the warpgroup's rows of the Q slot begin, in elements."""
-        return self.q_at.stage() * (self.s.q_slot // self.s.item_bytes) + self.me * (WARPGROUP_ROWS * self.s.chunk)
-
-    def merging(self) -> Expr:
-        return T.And(self.a.merge != 0, T.EQ(self.part, 0))
-
     def begin_merge(self) -> None:
         """Fetch what an earlier pass left of these rows: O to the Q slot (Q is done with), LSE to registers."""
-        b, s = self.block, self.s
         with when(self.merging()):
-            self.own_barrier()
-            with when(self.leader):
-                b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * 128 * s.dv_chunks))
-                load_tile(self.a.o, self.view, self.box(), b.q, self.slot_base(), s.dv_chunks, s.m,
-                          b.old_ring.full(self.me))  # fmt: skip
+            self.fetch_earlier()
             for r in range(2):
                 store(self.old_lse, r, T.float32(NEG_INF))
                 with when(self.position[r] >= 0):
@@ -284,15 +216,11 @@ class Consumer(Warpgroup):
         with I.If(self.merging()):
             with I.Then():
                 merge_weights(self.inverse, self.lse, self.old_lse, self.old_weight)
-                do(T.cuda.mbarrier_wait(b.old_ring.full(self.me), self.old_phase()))
-                self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
+                self.wait_earlier()
                 stage_output(*stage, self.old_weight)
             with I.Else():
                 stage_output(*stage)
-        do(T.ptx.fence.proxy.async_.shared__cta())
-        self.own_barrier()
-        with when(self.leader):
-            self.store_output()
+        self.send_output()
         with when(T.EQ(b.lane % 4, 0)):
             self.store_lse()
 
@@ -303,29 +231,6 @@ class Consumer(Warpgroup):
             for r in range(2):
                 store(self.old_lse, r, self.a.terms.sinks[self.head])
             merge_weights(self.inverse, self.lse, self.old_lse, self.old_weight)
-
-    def store_output(self) -> None:
-        b, s, a = self.block, self.s, self.a
-        with I.If(T.EQ(self.part, 0)):
-            with I.Then():
-                store_tile(a.o, self.view, self.box(), b.q, self.slot_base(), s.dv_chunks, s.m)
-            with I.Else():
-                row = (self.part - 1) * s.m + self.me * WARPGROUP_ROWS
-                at = Point(row, 0, 0, 0, 0)
-                store_tile(a.part, T.int32(0), at, b.q, self.slot_base(), s.dv_chunks, s.m)
-        commit_stores()
-        if s.q_stages == 1:
-            wait_stores_read()
-            b.q_ring.release(0)
-        else:
-            self.unreleased.set(1)
-
-    def release_last_slot(self) -> None:
-        """Give the row tile before's Q stage back as soon as its O has left."""
-        if self.s.q_stages > 1:
-            with when(T.And(self.leader, self.unreleased() != 0)):
-                wait_stores_read()
-                self.block.q_ring.release(T.bitwise_xor(self.q_at.stage(), 1))
 
     def store_lse(self) -> None:
         a = self.a

@@ -45,6 +45,10 @@ class GatheringProducer(Producer):
 
     def announce_next(self) -> None:
         number, shared = self.queue.number, self.block.next_row
+        if self.s.q_stages == 1:  # Q's place is free when consumers have had all of V
+            wait_copies(0)
+            self.report_late()
+            self.late_stage.set(-1)
         with when(self.leads()):
             store(shared, 0, number())
         self.sync_team()

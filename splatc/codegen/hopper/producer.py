@@ -69,19 +69,16 @@ class Producer:
                 store(self.row, i, self.a.work[self.queue.number(), i])
 
     def announce_next(self) -> None:
-        """Tell consumers of that row tile, and load its Q."""
-        b, s, row = self.block, self.s, self.row
+        """Tell consumers of that row tile, and load what of it stays."""
+        b, row = self.block, self.row
         with when(self.queue.number() < self.a.total):
             b.q_ring.wait_empty(self.q_at)
             stage = let("stage", self.q_at.stage())
-            full = b.q_ring.full(stage)
             self.told.set(stage * MESSAGE)
             with when(self.leads()):
                 for i in range(MESSAGE):
                     store(b.messages, self.told() + i, row[i])
-                b.q_ring.expect(stage, T.uint32(s.q_bytes))
-                at = Point(row[X1], row[X2], row[X3], row[BATCH], row[HEAD])
-                load_tile(self.a.q, row[VIEW], at, b.q, stage * (s.q_slot // s.item_bytes), s.d_chunks, s.m, full)
+                b.load_rows(stage, row[VIEW], Point(row[X1], row[X2], row[X3], row[BATCH], row[HEAD]))
             self.q_at.advance()
 
     def row_tile(self) -> None:

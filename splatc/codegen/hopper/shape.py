@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.kernel import FORWARD, KernelSpec
+from splatc.codegen.kernel import FORWARD, ROWS, KernelSpec
 from splatc.errors import Unsupported
 from splatc.ir.score import Score
 
@@ -76,6 +76,16 @@ class Shape:
     @property
     def dv_chunks(self) -> int:
         return ceil_div(self.dv, self.chunk)
+
+    @property
+    def out_dim(self) -> int:
+        """Columns of the result of a row."""
+        return self.dv
+
+    @property
+    def out_chunks(self) -> int:
+        """128-byte columns of it."""
+        return ceil_div(self.out_dim, self.chunk)
 
     @property
     def writers(self) -> int:
@@ -174,7 +184,7 @@ def chunk(dtype: str) -> int:
 def can_gather(spec: KernelSpec) -> bool:
     """Whether there is a kernel with lists of keys for these sizes: copying them takes registers, and threads that
     tf32 needs for turning V over."""
-    if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role != FORWARD:
+    if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role not in (FORWARD, ROWS):
         return False
     crowded = spec.score.positional and len(spec.score.names) > 2
     return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.hopper.backward.products import Places
 from splatc.codegen.hopper.backward.shape import STAGES, WARPGROUPS, Shape
 from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point
@@ -24,10 +26,14 @@ class Arguments:
     def __init__(self, s: Shape) -> None:
         rows, cols = MAX_VIEWS
         self.k, self.v, self.dk, self.dv = (Maps(name, rows) for name in ("k", "v", "dk", "dv"))
-        self.q, self.do, self.statistics, self.sums = (Maps(name, cols) for name in ("q", "do", "statistics", "sums"))
+        self.q, self.do, self.statistics = (Maps(name, cols) for name in ("q", "do", "statistics"))
+        self.walked = [self.k, self.v, self.q, self.do, self.statistics]
+        if s.with_dq:
+            self.sums = Maps("sums", cols)
+            self.walked.append(self.sums)
         self.part_k, self.part_v = Maps("part_k", 1), Maps("part_v", 1)
         self.row_steps = [[int_arg(f"row_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(rows)]
-        if s.halves_queries:
+        if s.with_dq and s.halves_queries:
             self.sum_steps = [[int_arg(f"sum_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(cols)]
         names = ("total", "blocks", "group", "member", "members", "merge")
         self.total, self.blocks, self.group, self.member, self.members, self.merge = map(int_arg, names)
@@ -37,8 +43,7 @@ class Arguments:
         self.entries = table("entries", "int32", 8)
         self.bits = table("bits", "uint32", s.bits_bytes // 4)
         self.counter = table("queue", "int32", 1)
-        for maps in (self.k, self.v, self.q, self.do, self.statistics, self.sums, self.dk, self.dv, self.part_k,
-                     self.part_v):  # fmt: skip
+        for maps in (*self.walked, self.dk, self.dv, self.part_k, self.part_v):
             maps.declare()
 
 
@@ -53,33 +58,39 @@ class Block:
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
         pool = T.SMEMPool()
-        sizes = {"k": s.k_bytes, "v": s.v_bytes, "q": STAGES * s.q_bytes, "do": STAGES * s.do_bytes,
-                 "ds": STAGES * s.ds_bytes}  # fmt: skip
+        sizes = {"k": s.k_bytes, "v": s.v_bytes, "q": STAGES * s.q_bytes, "do": STAGES * s.do_bytes}
+        if s.with_dq:
+            sizes["ds"] = STAGES * s.ds_bytes
         ends = list(accumulate(sizes.values(), initial=0))  # multiples of 1024: these lie one after the other
-        self.offsets = dict(zip(sizes, ends[:-1], strict=True))
-        self.k, self.v, self.q, self.do, self.ds = (
-            pool.alloc((size // s.item_bytes,), s.dtype, align=1024) for size in sizes.values())  # fmt: skip
-        self.sums = pool.alloc((WARPGROUPS * s.sum_bytes // 4,), "int32", align=1024)
+        offsets, stages = dict(zip(sizes, ends[:-1], strict=True)), {"q": s.q_bytes, "do": s.do_bytes, "ds": s.ds_bytes}
+        tiles = {name: pool.alloc((size // s.item_bytes,), s.dtype, align=1024) for name, size in sizes.items()}
+        self.k, self.v, self.q, self.do = (tiles[name] for name in ("k", "v", "q", "do"))
+        self.places = partial(Places, self.k, offsets, stages)
+        if s.with_dq:
+            self.ds = tiles["ds"]
+            self.sums = pool.alloc((WARPGROUPS * s.sum_bytes // 4,), "int32", align=1024)
         self.statistics = pool.alloc((STAGES * s.statistics_bytes // 4,), "float32", align=128)
         self.bits = pool.alloc((STAGES * s.bits_bytes // 4,), "uint32", align=128)
         self.message = pool.alloc((MESSAGE,), "int32", align=16)  # the column tile's row of the work table
         self.masked = pool.alloc((STAGES,), "int32", align=8)  # whether the tile in a stage has mask bits
         warps = 4 * WARPGROUPS
-        self.k_ring = Ring(pool, 1, readers=WARPGROUPS + 1)  # the third: who sends dQ, and reads the message
+        self.k_ring = Ring(pool, 1, readers=WARPGROUPS + s.with_dq)  # a third: who sends dQ, and reads the message
         self.v_ring = Ring(pool, 1, readers=WARPGROUPS)
         self.q_ring = Ring(pool, STAGES, readers=warps)
         self.do_ring = Ring(pool, STAGES, readers=warps)
-        self.ds_ring = Ring(pool, STAGES, readers=warps, writers=warps)
-        self.sums_ring = Ring(pool, WARPGROUPS, readers=1, writers=4)  # a stage a warpgroup
+        self.rings = [self.k_ring, self.v_ring, self.q_ring, self.do_ring]
+        if s.with_dq:
+            self.ds_ring = Ring(pool, STAGES, readers=warps, writers=warps)
+            self.sums_ring = Ring(pool, WARPGROUPS, readers=1, writers=4)  # a stage a warpgroup
+            self.rings += [self.ds_ring, self.sums_ring]
         self.old_ring = Ring(pool, WARPGROUPS, readers=1)  # the earlier pass's results, a stage a warpgroup
-        self.rings = [self.k_ring, self.v_ring, self.q_ring, self.do_ring, self.ds_ring, self.sums_ring, self.old_ring]
+        self.rings.append(self.old_ring)
         pool.commit()
         self.smem_bytes = pool.max_offset
 
     def start(self) -> None:
         """Set up what the block shares."""
-        a = self.a
-        start_block(self.thread, (a.k, a.v, a.q, a.do, a.statistics, a.sums), self.rings)
+        start_block(self.thread, self.a.walked, self.rings)
 
     def tiles(self) -> Iterator[Tile]:
         """Emit what follows for every tile of queries of the column tile in ``message``: one query head after the

@@ -1,4 +1,4 @@
-"""The kernel for column tiles that were cut into parts: their sum, from scratch memory, into dK and dV.
+"""The kernel for tiles of keys or queries that were cut into parts: their sum, from scratch memory, into dK, dV or dQ.
 
 A row is a warp's work, and parts are added in their order. With ``merge`` what an earlier pass left in place is one
 more.
@@ -7,30 +7,32 @@ more.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tvm.script import tirx as T
 
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.backward.rows import Rows, ints, kernel
-from splatc.codegen.hopper.backward.shape import KEYS, WARPS, Shape
+from splatc.codegen.hopper.backward.shape import KEYS, WARPS
 from splatc.codegen.hopper.combine import array, wide
 from splatc.codegen.hopper.emit import Expr, let, loop, registers, store, when
 
 NAME = "splatc_gradient_combine"
 
 
-def combine_parts(s: Shape):
-    """The function, not lowered; a grid of (column tiles * KEYS / WARPS) blocks.
+def combine_parts(dtype: str, dims: Mapping[str, int]):
+    """The function, not lowered; a grid of (tiles * KEYS / WARPS) blocks. dims: of the results, such as "dk".
 
-    combine: int32 (tiles, 8) batch, key head, item, first scratch tile, parts, 0, 0, 0. positions: of each item's keys.
+    combine: int32 (tiles, 8) batch, head, item, first scratch tile, parts, 0, 0, 0. positions: of each item's rows.
     """
 
     def declare() -> dict[str, Expr]:
-        tensors = {name: Rows(name, s.dtype, dim) for name, dim in (("dk", s.d), ("dv", s.dv))}
-        parts = {name: array(name, s.dtype) for name in ("part_k", "part_v")}
+        tensors = {name: Rows(name, dtype, dim) for name, dim in dims.items()}
+        parts = {name: array(name, dtype) for name in (f"part_{name[1:]}" for name in dims)}
         tables = {"combine": array("combine", "int32", 8), "positions": array("positions", "int32", KEYS)}
         return {**tensors, **parts, **tables, **ints("merge")}
 
-    def body(block, thread, dk, dv, part_k, part_v, combine, positions, merge):
+    def body(block, thread, combine, positions, merge, **tensors):
         lane = let("lane", thread % 32)
         tile = let("tile", T.truncdiv(block, KEYS // WARPS))
         row = let("row", T.truncmod(block, KEYS // WARPS) * WARPS + thread // 32)
@@ -39,8 +41,10 @@ def combine_parts(s: Shape):
             for i, name in enumerate(("batch", "head", "item", "first", "parts")))  # fmt: skip
         position = let("position", positions[item, row])
         with when(position >= 0):
-            for out, scratch in ((dk, part_k), (dv, part_v)):
-                add_parts(out, scratch, (batch, head, position), wide(first) * KEYS + wide(row), parts, lane, merge)
+            for name in dims:
+                first_row = wide(first) * KEYS + wide(row)
+                add_parts(tensors[name], tensors[f"part_{name[1:]}"], (batch, head, position), first_row, parts, lane,
+                          merge)  # fmt: skip
 
     return kernel(NAME, declare, body)
 

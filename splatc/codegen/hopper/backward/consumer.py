@@ -1,4 +1,4 @@
-"""A consumer warpgroup: dK and dV of 64 keys of every column tile, and its share of dQ of every tile of queries."""
+"""A consumer warpgroup: dK and dV of 64 keys of every column tile, and where wanted its share of dQ of every tile."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -9,7 +9,8 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.backward.products import Places, Products
+from splatc.codegen.hopper.backward.block import Block
+from splatc.codegen.hopper.backward.products import Products
 from splatc.codegen.hopper.backward.scores import QuerySums, Scores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, PART, TILES, VIEW, X1, X2, X3
@@ -46,31 +47,37 @@ class End(NamedTuple):
 
 
 class Consumer(Warpgroup):
-    """A warpgroup that computes 64 keys of every column tile.
+    """A warpgroup that computes 64 keys of every column tile, by four products of each of its tiles of queries.
 
-    dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and they
-    drift apart until one computes exponentials while the other has the tensor cores. ptxas wants no product in flight
-    at the end of the loop, so a pass of it begins with the products of one tile and ends with the scores of the next.
+    ptxas wants no product in flight at the end of the loop, so a pass of it begins with the products of one tile and
+    ends with the scores of the next.
     """
 
     def run(self) -> None:
-        b, s, a = self.block, self.s, self.a
+        b, s = self.block, self.s
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
-        self.products = Products(s, Places(s, b.k, b.offsets), self.me)
-        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
-        self.sums = QuerySums(s, b.statistics, self.me, b.warp, b.lane)
+        self.start_products()
         self.dk, self.dv = (registers(name, ceil_div(dim, 16) * 8) for name, dim in (("dk", s.d), ("dv", s.dv)))
         self.bits = registers("mask", s.bit_words, "uint32")
-        rings = (b.k_ring, "keys"), (b.q_ring, "q"), (b.ds_ring, "made")
-        self.keys_at, self.at, self.made_at = (ring.consumer(name) for ring, name in rings)
-        self.ds_at = b.ds_ring.producer("ds")
-        self.sums_phase, self.old_phase = Cell("sums_phase", 1), Cell("old_phase", 0)
+        self.enter_rings()
+        self.old_phase = Cell("old_phase", 0)
         b.k_ring.wait_full(self.keys_at)
         with I.While(b.message[TILES] > 0):
             self.column_tile()
             b.k_ring.wait_full(self.keys_at)
         wait_stores()
+
+    def start_products(self) -> None:
+        """What products and the scores between them need."""
+        b, s, a = self.block, self.s, self.a
+        self.products = Products(s, b.places(), self.me)
+        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
+
+    def enter_rings(self) -> None:
+        """Stand at the beginning of the rings."""
+        b = self.block
+        self.keys_at, self.at = b.k_ring.consumer("keys"), b.q_ring.consumer("q")
 
     def column_tile(self) -> None:
         """dK and dV of 64 keys."""
@@ -87,12 +94,12 @@ class Consumer(Warpgroup):
             self.use(done > 0)
             self.at.advance()
             self.ask_scores()
-            self.take_query_gradients(done > 0, pending=1)  # the scores
+            self.settle(done > 0, pending=1)  # the scores
             self.ask_score_gradients()
             self.take_scores()
         self.use(steps > 1)
-        self.take_query_gradients(steps > 1, pending=0)
-        self.last_query_gradients()
+        self.settle(steps > 1, pending=0)
+        self.last()
         self.at.advance()
         self.finish()
         self.keys_at.advance()
@@ -122,6 +129,103 @@ class Consumer(Warpgroup):
     # -- what they are used for ----------------------------------------------------------------------------------------
 
     def use(self, before: Expr) -> None:
+        """Take dV of a tile and start its dK. before: whether there was a tile before."""
+        self.used = stage = let("used", self.at.stage())
+        self.products.value_gradients(self.dv, self.scores.p, stage)
+        self.scores.gradients(stage)
+        self.products.key_gradients(self.dk, self.scores.ds, stage)
+        wait_products(1)  # frees the registers of P: without that, ptxas finds too few for the next scores
+        fence(self.dv, ceil_div(self.s.dv, 16) * 8)
+        self.block.do_ring.release(stage, only=T.EQ(self.block.lane, 0))
+
+    def settle(self, before: Expr, pending: int) -> None:
+        """Wait for what ``use`` has left under way; ``pending`` products were started after it."""
+        wait_products(pending)
+        fence(self.dk, ceil_div(self.s.d, 16) * 8)
+        do(T.cuda.warp_sync())
+        self.block.q_ring.release(self.used, only=T.EQ(self.block.lane, 0))
+
+    def last(self) -> None:
+        """What is left to do after the last tile."""
+
+    # -- the end of a column tile --------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """dK and dV of this warpgroup's keys to where they belong, through the places of K and V."""
+        b, s, a = self.block, self.s, self.a
+        words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
+        batch, head, self.part, self.view, *x = (let(name, b.message[word]) for name, word in words)
+        first, second = a.row_steps
+        x1, x2, x3 = (at + self.me * T.if_then_else(T.EQ(self.view, 0), one, two)
+                      for at, one, two in zip(x, first, second, strict=True))  # fmt: skip
+        self.box = Point(x1, x2, x3, batch, head)
+        self.finish_products()
+        one = T.float32(1.0)
+        ends = (End(self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
+                End(self.dk, s.d, s.d_chunks, b.k, a.scale, a.dk, a.part_k, b.k_ring))  # fmt: skip
+        base = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
+        merging = T.And(a.merge != 0, T.EQ(self.part, 0))
+        with when(merging):
+            self.load_earlier(base)
+        for end in ends:
+            stage = (end.o, end.dim, [end.factor] * 2, end.slot, base, KEYS, b.warp, hidden(b.lane, "int32"))
+            with I.If(merging):
+                with I.Then():
+                    stage_output(*stage, [one] * 2)
+                with I.Else():
+                    stage_output(*stage)
+        do(T.ptx.fence.proxy.async_.shared__cta())
+        self.own_barrier()
+        with when(self.leader):
+            for end in ends:
+                self.store(end, base)
+            for n, end in enumerate(ends):
+                wait_stores_read(len(ends) - 1 - n)
+                end.ring.release(0)
+
+    def finish_products(self) -> None:
+        """Until no product reads the keys and values that results will take the place of."""
+        self.own_barrier()
+
+    def load_earlier(self, base: Expr) -> None:
+        """Fetch what an earlier pass left of these keys to where the sums go."""
+        b, s, a = self.block, self.s, self.a
+        full = b.old_ring.full(self.me)
+        with when(self.leader):
+            b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * ROW_BYTES * (s.d_chunks + s.dv_chunks)))
+            load_tile(a.dv, self.view, self.box, b.v, base, s.dv_chunks, KEYS, full)
+            load_tile(a.dk, self.view, self.box, b.k, base, s.d_chunks, KEYS, full)
+        do(T.cuda.mbarrier_wait(full, self.old_phase()))
+        self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
+
+    def store(self, end: End, base: Expr) -> None:
+        with I.If(T.EQ(self.part, 0)):
+            with I.Then():
+                store_tile(end.maps, self.view, self.box, end.slot, base, end.chunks, KEYS)
+            with I.Else():
+                at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
+                store_tile(end.part_maps, T.int32(0), at, end.slot, base, end.chunks, KEYS)
+        commit_stores()
+
+
+class SummingConsumer(Consumer):
+    """A warpgroup that also adds up its share of dQ of every tile, a fifth product.
+
+    dQ of a tile is computed while the next tile is under way: so neither warpgroup waits for the other's dS, and they
+    drift apart until one computes exponentials while the other has the tensor cores.
+    """
+
+    def start_products(self) -> None:
+        super().start_products()
+        self.sums = QuerySums(self.s, self.block.statistics, self.me, self.block.warp, self.block.lane)
+
+    def enter_rings(self) -> None:
+        super().enter_rings()
+        b = self.block
+        self.made_at, self.ds_at = b.ds_ring.consumer("made"), b.ds_ring.producer("ds")
+        self.sums_phase = Cell("sums_phase", 1)
+
+    def use(self, before: Expr) -> None:
         """dV, dK and, for the tile ``before`` (if there is one), dQ, which stays in flight."""
         b, stage = self.block, self.at.stage()
         self.products.value_gradients(self.dv, self.scores.p, stage)
@@ -147,14 +251,14 @@ class Consumer(Warpgroup):
         b.q_ring.release(stage, only=T.EQ(b.lane, 0))
         self.ds_at.advance()
 
-    def take_query_gradients(self, wanted: Expr, pending: int) -> None:
-        """Send dQ of the tile before away; ``pending`` products were started after it."""
+    def settle(self, before: Expr, pending: int) -> None:
+        """Send dQ of the tile before away."""
         wait_products(pending)
         fence(self.sums.dq, self.sums.count)
-        with when(wanted):
+        with when(before):
             self.send()
 
-    def last_query_gradients(self) -> None:
+    def last(self) -> None:
         """dQ of the last tile."""
         b = self.block
         b.ds_ring.wait_full(self.made_at)
@@ -176,57 +280,11 @@ class Consumer(Warpgroup):
             b.sums_ring.fill(self.me)
         self.sums_phase.set(T.bitwise_xor(self.sums_phase(), 1))
 
-    # -- the end of a column tile --------------------------------------------------------------------------------------
+    def finish_products(self) -> None:
+        """dQ of both warpgroups reads all of K."""
+        do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))
 
-    def finish(self) -> None:
-        """dK and dV of this warpgroup's keys to where they belong, through the places of K and V."""
-        b, s, a = self.block, self.s, self.a
-        words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
-        batch, head, self.part, self.view, *x = (let(name, b.message[word]) for name, word in words)
-        first, second = a.row_steps
-        x1, x2, x3 = (at + self.me * T.if_then_else(T.EQ(self.view, 0), one, two)
-                      for at, one, two in zip(x, first, second, strict=True))  # fmt: skip
-        self.box = Point(x1, x2, x3, batch, head)
-        do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))  # dQ of both warpgroups reads all of K
-        one = T.float32(1.0)
-        ends = (End(self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
-                End(self.dk, s.d, s.d_chunks, b.k, a.scale, a.dk, a.part_k, b.k_ring))  # fmt: skip
-        base = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
-        merging = T.And(a.merge != 0, T.EQ(self.part, 0))
-        with when(merging):
-            self.load_earlier(base)
-        for end in ends:
-            stage = (end.o, end.dim, [end.factor] * 2, end.slot, base, KEYS, b.warp, hidden(b.lane, "int32"))
-            with I.If(merging):
-                with I.Then():
-                    stage_output(*stage, [one] * 2)
-                with I.Else():
-                    stage_output(*stage)
-        do(T.ptx.fence.proxy.async_.shared__cta())
-        self.own_barrier()
-        with when(self.leader):
-            for end in ends:
-                self.store(end, base)
-            for n, end in enumerate(ends):
-                wait_stores_read(len(ends) - 1 - n)
-                end.ring.release(0)
 
-    def load_earlier(self, base: Expr) -> None:
-        """Fetch what an earlier pass left of these keys to where the sums go."""
-        b, s, a = self.block, self.s, self.a
-        full = b.old_ring.full(self.me)
-        with when(self.leader):
-            b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * ROW_BYTES * (s.d_chunks + s.dv_chunks)))
-            load_tile(a.dv, self.view, self.box, b.v, base, s.dv_chunks, KEYS, full)
-            load_tile(a.dk, self.view, self.box, b.k, base, s.d_chunks, KEYS, full)
-        do(T.cuda.mbarrier_wait(full, self.old_phase()))
-        self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
-
-    def store(self, end: End, base: Expr) -> None:
-        with I.If(T.EQ(self.part, 0)):
-            with I.Then():
-                store_tile(end.maps, self.view, self.box, end.slot, base, end.chunks, KEYS)
-            with I.Else():
-                at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
-                store_tile(end.part_maps, T.int32(0), at, end.slot, base, end.chunks, KEYS)
-        commit_stores()
+def consumer_of(block: Block) -> Consumer:
+    """The consumer for the block's sizes."""
+    return (SummingConsumer if block.s.with_dq else Consumer)(block)

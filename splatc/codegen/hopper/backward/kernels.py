@@ -12,36 +12,50 @@ bits each time (rows.py). What goes before and after: rows.py, combine.py. Table
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from typing import Any
+
 import tvm
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.emitted import DeviceFunction, Emitted
-from splatc.codegen.hopper.backward import combine, rows
+from splatc.codegen.hopper.backward import combine, queries, rows
 from splatc.codegen.hopper.backward.block import Arguments, Block
-from splatc.codegen.hopper.backward.consumer import Consumer
+from splatc.codegen.hopper.backward.consumer import consumer_of
 from splatc.codegen.hopper.backward.producer import Producer, Sender
-from splatc.codegen.hopper.backward.shape import THREADS, Shape, shape_of
+from splatc.codegen.hopper.backward.shape import THREADS, Shape, row_shape_of, shape_of
 from splatc.codegen.hopper.emit import do, when
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import BACKWARD, ROWS, KernelSpec
 
 NAME = "splatc_gradient_columns"
 
 
 def gradients_hopper(spec: KernelSpec) -> Emitted:
-    """The functions of a spec with kernel "hopper" and role "backward", in the order of their launches, not lowered.
+    """The functions of a spec with kernel "hopper" and one of the roles of gradients, in the order of their launches,
+    not lowered.
 
     Raises Unsupported if there is no kernel for it.
     """
+    if spec.role == ROWS:
+        r = row_shape_of(spec)
+        kernel, smem_bytes = queries.row_kernel(r)
+        modules = {rows.PREPARE: rows.prepare_statistics(r), queries.NAME: kernel,
+                   combine.NAME: combine.combine_parts(r.dtype, {"dq": r.d})}  # fmt: skip
+        return emitted(modules, queries.NAME, r.threads, smem_bytes)
     s = shape_of(spec)
-    columns, smem_bytes = column_kernel(s)
-    modules = {
-        rows.BOUNDS: rows.find_bounds(s), rows.PREPARE: rows.prepare_rows(s), NAME: columns,
-        combine.NAME: combine.combine_parts(s), rows.FINISH: rows.finish_rows(s),
-    }  # fmt: skip
+    kernel, smem_bytes = column_kernel(s)
+    modules = {NAME: kernel, combine.NAME: combine.combine_parts(s.dtype, {"dk": s.d, "dv": s.dv})}
+    if spec.role == BACKWARD:
+        before = {rows.BOUNDS: rows.find_bounds(s), rows.PREPARE: rows.prepare_rows(s)}
+        modules = {**before, **modules, rows.FINISH: rows.finish_rows(s)}
+    return emitted(modules, NAME, s.threads, smem_bytes)
+
+
+def emitted(modules: dict[str, Any], walk: str, threads: int, smem_bytes: int) -> Emitted:
+    """Functions by name, of which ``walk`` has so many threads and so much shared memory."""
     functions = tuple(
-        DeviceFunction(f"{name}_kernel", *((s.threads, smem_bytes) if name == NAME else (THREADS, 0)))
+        DeviceFunction(f"{name}_kernel", *((threads, smem_bytes) if name == walk else (THREADS, 0)))
         for name in modules
     )
     return Emitted(tvm.IRModule(modules), functions)
@@ -62,8 +76,9 @@ def column_kernel(s: Shape):
                         do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](s.registers[0]))
                         with when(T.EQ(block.warp, 0)), when(T.cuda.elect_sync()):
                             Producer(block).run()
-                        with when(T.EQ(block.warp, 1)), when(T.cuda.elect_sync()):
-                            Sender(block).run()
+                        if s.with_dq:
+                            with when(T.EQ(block.warp, 1)), when(T.cuda.elect_sync()):
+                                Sender(block).run()
                     with I.Else():
-                        Consumer(block).run()
+                        consumer_of(block).run()
     return builder.get().with_attr("global_symbol", NAME), block.smem_bytes

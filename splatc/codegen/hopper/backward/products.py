@@ -1,4 +1,4 @@
-"""The five matrix products of a tile, 64 keys (or, of dQ, queries) a warpgroup, with fp32 accumulators in registers.
+"""The matrix products of a tile, 64 keys (or, of dQ, queries) a warpgroup, with fp32 accumulators in registers.
 
     S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q    dQ = dS K
 
@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.backward.shape import KEYS, Shape
+from splatc.codegen.hopper.backward.shape import KEYS, RowShape, Shape
 from splatc.codegen.hopper.emit import Expr, do, let, named
 from splatc.codegen.hopper.products import K_UNITS, PTX_TYPE, ROW_GROUP, SWIZZLE_128B, UNIT, along_row
 from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS
@@ -114,21 +114,16 @@ class Products:
         self._s, self._places = s, places
         kind = PTX_TYPE[s.dtype]
         d, dv = ceil_div(s.d, 16), ceil_div(s.dv, 16)
-        queries, keys = range(s.n // 16), range(KEYS // 16)
-
-        def along(steps: int, rows: int) -> tuple[int, ...]:
-            return tuple(along_row(kk, rows) for kk in range(steps))
-
-        def downward(steps: range) -> tuple[int, ...]:
-            return tuple(kk * STEP_DOWN for kk in steps)
-
+        queries, keys = s.n // 16, KEYS // 16
         self._scores = Product(s.n, kind, along(d, KEYS), along(d, s.n), (False, False), True)
         self._dp = Product(s.n, kind, along(dv, KEYS), along(dv, s.n), (False, False), True)
         self._dv = Product(16 * dv, kind, None, downward(queries), (False, True), False)
         self._dk = Product(16 * d, kind, None, downward(queries), (False, True), False)
-        self._dq = Product(s.sum_width, kind, downward(keys), downward(keys), (True, True), True)
         number = T.cast(me, "uint32")
         self._mine = let("my_rows", number * T.uint32(WARPGROUP_ROWS * ROW_BYTES // UNIT))
+        if not s.with_dq:
+            return
+        self._dq = Product(s.sum_width, kind, downward(keys), downward(keys), (True, True), True)
         # dQ: of my half of the queries (the next block of 64 in dS), or in my columns of K.
         half = KEYS * ROW_BYTES // UNIT if s.halves_queries or s.d_chunks > 1 else HALF_CHUNK
         share = let("my_share", number * T.uint32(half))
@@ -151,23 +146,54 @@ class Products:
         self._dq.issue(out, self._at("ds", stage, KEYS) + self._dq_a, self._at("k", None, KEYS) + self._dq_b)
 
     def _at(self, name: str, stage: Expr | None = None, rows: int = 0) -> Expr:
-        """The low word of the descriptor of a tile (in a stage); rows: of the tile, if it is summed along them."""
         return self._places.low(name, stage, rows)
+
+
+class RowProducts:
+    """The products of a consumer warpgroup of the row kernel, 64 queries: S = Q K^T, dP = dO V^T and dQ += dS K."""
+
+    def __init__(self, s: RowShape, places: Places, me: Expr) -> None:
+        self._n, self._places = s.n, places
+        kind, d, dv = PTX_TYPE[s.dtype], ceil_div(s.d, 16), ceil_div(s.dv, 16)
+        self._scores = Product(s.n, kind, along(d, s.m), along(d, s.n), (False, False), True)
+        self._dp = Product(s.n, kind, along(dv, s.m), along(dv, s.n), (False, False), True)
+        self._dq = Product(16 * d, kind, None, downward(s.n // 16), (False, True), False)
+        self._mine = let("my_rows", T.cast(me, "uint32") * T.uint32(WARPGROUP_ROWS * ROW_BYTES // UNIT))
+
+    def scores(self, out: Expr, q_stage: Expr, k_stage: Expr) -> None:
+        low = self._places.low
+        self._scores.issue(out, low("q", q_stage) + self._mine, low("k", k_stage))
+
+    def score_gradients(self, out: Expr, q_stage: Expr, v_stage: Expr) -> None:
+        low = self._places.low
+        self._dp.issue(out, low("do", q_stage) + self._mine, low("v", v_stage))
+
+    def query_gradients(self, out: Expr, ds: Expr, k_stage: Expr) -> None:
+        self._dq.issue(out, ds, self._places.low("k", k_stage, self._n))
+
+
+def along(steps: int, rows: int) -> tuple[int, ...]:
+    """Where the steps of a sum along the rows of a tile of so many rows begin."""
+    return tuple(along_row(kk, rows) for kk in range(steps))
+
+
+def downward(steps: int) -> tuple[int, ...]:
+    """The same for a sum along its columns."""
+    return tuple(kk * STEP_DOWN for kk in range(steps))
 
 
 class Places:
     """Where the tiles of a block lie in shared memory, as low words of matrix descriptors."""
 
-    def __init__(self, s: Shape, first: Expr, offsets: Mapping[str, int]) -> None:
-        """first: a buffer; offsets: in bytes from there, where each buffer of tiles begins."""
-        self._sizes = {"q": s.q_bytes, "do": s.do_bytes, "ds": s.ds_bytes}
-        self._offsets = offsets
+    def __init__(self, first: Expr, offsets: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+        """first: a buffer; offsets: in bytes from there, where each buffer of tiles begins; sizes: of its stages."""
+        self._offsets, self._sizes = offsets, sizes
         word = named("first_tile", I.alloc_local((1,), "uint64"))
         do(T.cuda.wgmma.encode_matrix_descriptor(T.address_of(word[0]), first.ptr_to([0]), 0, ROW_GROUP, SWIZZLE_128B))
         self._base = let("base", T.cast(T.bitwise_and(word[0], T.uint64(0x3FFF)), "uint32"))
 
-    def low(self, name: str, stage: Expr | None, rows: int) -> Expr:
-        """See Products._at."""
+    def low(self, name: str, stage: Expr | None, rows: int = 0) -> Expr:
+        """Of a tile (in a stage); rows: of the tile, if it is summed along them."""
         leading = rows * ROW_BYTES // UNIT if rows else 1  # from one 128-byte column of chunks to the next
         low = self._base + T.uint32(self._offsets[name] // UNIT + leading * LEADING)
         return low if stage is None else low + T.cast(stage, "uint32") * T.uint32(self._sizes[name] // UNIT)

@@ -1,11 +1,15 @@
-"""What gradients need before and after the column kernel, a few rows a warp: memory-bound, 16 bytes a lane.
+"""What gradients need before and after the walks over tiles, a few rows a warp: memory-bound, 16 bytes a lane.
+
+prepare   a query's statistics: (LSE in the log2 domain, delta, 0, 0)
+
+Where the column kernel adds up dQ, instead:
 
 bounds    the largest |K| and row norm of V of every head, by blocks of rows
 prepare   a query's statistics, and zeros for its sums: (LSE in the log2 domain, delta, scale in, scale out)
 finish    dQ = its sums times the scale out, rounded
 
-dQ is summed as integers: sum over tiles of round(dQ_tile * scale in), where scale in is the largest power of two that
-keeps the sum below 2^30:
+dQ is then summed as integers: sum over tiles of round(dQ_tile * scale in), where scale in is the largest power of two
+that keeps the sum below 2^30:
 
     |dQ_id| <= sum_j P_ij (|dP_ij| + |delta_i|) |K_jd| <= (|dO_i| max_j |V_j| + |delta_i|) max |K|
 
@@ -24,7 +28,16 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import LOG2E, NEG_INF
 from splatc.codegen.cuda_parts import from_lane
-from splatc.codegen.hopper.backward.shape import PASSES, STATISTICS, THREADS, VALUES, WARPS, Shape, lanes_of
+from splatc.codegen.hopper.backward.shape import (
+    PASSES,
+    STATISTICS,
+    THREADS,
+    VALUES,
+    WARPS,
+    RowShape,
+    Shape,
+    lanes_of,
+)
 from splatc.codegen.hopper.combine import array, wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, follow_kernels_before, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import unpack
@@ -199,14 +212,7 @@ def prepare_rows(s: Shape):
     def body(block, thread, o, do_, lse, dlse, bounds, statistics, sums, heads, group, q_len, blocks_a_head,
              bound_blocks, scale):  # fmt: skip
         place = Place(block, thread, blocks_a_head, heads, dim)
-        words = registers("words", 2 * PASSES * WORDS, "uint32")
-        first = let("first", place.block * (place.step * PASSES) + place.row)
-        for p in range(PASSES):
-            position = let("position", first + p * place.step)
-            for i, x in enumerate((o, do_)):
-                inside = T.And(position < q_len, place.column < x.dim)
-                at = x.at(place.batch, place.head, position, place.column)
-                load_words(words, (2 * p + i) * WORDS, at, inside)
+        words, first = load_outputs(place, o, do_, q_len)
         largest = HeadBounds(bounds, place, heads, group, bound_blocks)
         dots = registers("dots", 1)
         squares = registers("squares", 1)
@@ -230,10 +236,8 @@ def prepare_rows(s: Shape):
                     delta = let("delta", dots[0] - dlse[row])
                     bound = let("bound", (T.sqrt(squares[0]) * largest.norm + T.abs(delta)) * largest.entry)
                     scale_in = let("scale_in", power_below(bound))
-                    value = let("row_lse", lse[row])
-                    empty = T.EQ(value, T.float32(NEG_INF))  # its scores are masked: any number will do
+                    log2 = log2_of(lse[row])
                     at = row * STATISTICS
-                    log2 = T.if_then_else(empty, T.float32(0.0), value * T.float32(LOG2E))
                     out = T.if_then_else(is_finite(delta), scale / scale_in, T.reinterpret("float32", NAN))
                     do(T.ptx["st.global.v4.f32"](statistics.ptr_to([at]), log2, delta, scale_in, out))
                 for half in range(2):
@@ -241,6 +245,54 @@ def prepare_rows(s: Shape):
                     with when(column < s.d):
                         at = sums.ptr_to([row * s.d + wide(column)])
                         do(T.ptx["st.global.v4.b32"](at, *(zero[i] for i in range(WORDS))))
+
+    return kernel(PREPARE, declare, body)
+
+
+def load_outputs(place: Place, o: Rows, do_: Rows, q_len: Expr) -> tuple[Expr, Expr]:
+    """(words of a thread's PASSES rows, of O and dO in turn; the position of the first)."""
+    words = registers("words", 2 * PASSES * WORDS, "uint32")
+    first = let("first", place.block * (place.step * PASSES) + place.row)
+    for p in range(PASSES):
+        position = let("position", first + p * place.step)
+        for i, x in enumerate((o, do_)):
+            inside = T.And(position < q_len, place.column < x.dim)
+            at = x.at(place.batch, place.head, position, place.column)
+            load_words(words, (2 * p + i) * WORDS, at, inside)
+    return words, first
+
+
+def log2_of(lse: Expr) -> Expr:
+    """LSE in the log2 domain; of a row that attends to nothing, whose scores are masked, any number will do."""
+    value = let("row_lse", lse)
+    return T.if_then_else(T.EQ(value, T.float32(NEG_INF)), T.float32(0.0), value * T.float32(LOG2E))
+
+
+def prepare_statistics(s: RowShape):
+    """What ``prepare_rows`` does where nothing is to be summed."""
+    dim = max(s.d, s.dv)
+
+    def declare() -> dict[str, Expr]:
+        tensors = {"o": Rows("o", s.dtype, s.dv), "do_": Rows("do", s.dtype, s.dv)}
+        arrays = {name: array(name, "float32") for name in ("lse", "dlse", "statistics")}
+        return {**tensors, **arrays, **ints("heads", "q_len", "blocks_a_head")}
+
+    def body(block, thread, o, do_, lse, dlse, statistics, heads, q_len, blocks_a_head):
+        place = Place(block, thread, blocks_a_head, heads, dim)
+        words, first = load_outputs(place, o, do_, q_len)
+        dots = registers("dots", 1)
+        for p in range(PASSES):
+            position = let("position", first + p * place.step)
+            store(dots, 0, T.float32(0.0))
+            for w in range(WORDS):
+                outs, gradients = (unpack(words[(2 * p + i) * WORDS + w], s.dtype) for i in range(2))
+                for x, y in zip(outs, gradients, strict=True):
+                    store(dots, 0, dots[0] + x * y)
+            sum_of_lanes(dots, place.lanes)
+            with when(T.And(position < q_len, place.leads)):
+                row = let("row", wide(place.pair) * wide(q_len) + wide(position))
+                at, zero = statistics.ptr_to([row * STATISTICS]), T.float32(0.0)
+                do(T.ptx["st.global.v4.f32"](at, log2_of(lse[row]), dots[0] - dlse[row], zero, zero))
 
     return kernel(PREPARE, declare, body)
 

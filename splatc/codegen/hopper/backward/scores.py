@@ -1,16 +1,19 @@
 """What a thread computes between the products: probabilities, gradients of scores, and sums of dQ as integers.
 
-Of a tile's n queries (columns) and a warpgroup's 64 keys (rows), register 4i + 2r + c of thread (g, q) is row g + 8r
-and column 8i + 2q + c. A pair of them, c = 0 and 1, is rounded to one word: word 2i + r.
+Of a tile's n queries (columns) and a warpgroup's 64 keys (rows), in the row kernel the other way round, register
+4i + 2r + c of thread (g, q) is row g + 8r and column 8i + 2q + c. A pair of them, c = 0 and 1, is rounded to one word:
+word 2i + r.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm.script import tirx as T
 
 from splatc.codegen.constants import LOG2E
-from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, SUM_CHUNK, Shape
+from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, SUM_CHUNK, RowShape, Shape
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE, hidden
@@ -44,9 +47,8 @@ class Scores:
             for c in range(2):
                 lse = self._of_query(stage, i, c, LSE)
                 score = self.s[4 * i + 2 * r + c]
-                if self._twice is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-                    store(self._pair, 2 + c, T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(
-                        score * self._twice)))  # fmt: skip
+                if self._twice is not None:
+                    store(self._pair, 2 + c, capped(score * self._twice))
                     score = self._pair[2 + c]
                 store(self._pair, c, T.exp2(score * self._unit - lse))
                 if self._twice is not None:
@@ -61,11 +63,7 @@ class Scores:
     def mask(self, bits: Expr) -> None:
         """0 where the register's bit is clear. bits: words of a thread."""
         for words in (self.p, self.ds) if self._s.softcap else (self.p,):
-            for word in range(self.words):
-                bit = 2 * word
-                low = _kept(bits[bit // 32], bit % 32, 0xFFFF)
-                high = _kept(bits[bit // 32], bit % 32 + 1, 0xFFFF0000)
-                store(words, word, T.bitwise_and(words[word], T.bitwise_or(low, high)))
+            mask_words(words, self.words, bits)
 
     def gradients(self, stage: Expr) -> None:
         """ds = p (dp - delta), from p rounded."""
@@ -87,6 +85,64 @@ class Scores:
             at = stage * (KEYS * self._s.n) + i // 4 * (KEYS * width) + row * width + column16 * 8
             words = (self.ds[4 * i + j] for j in range(4))
             do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](target.ptr_to([at]), *words))
+
+
+class RowScores:
+    """Score gradients ds of a tile of queries (rows) by keys (columns), packed: an A operand.
+
+    lse, delta: of a thread's two rows, in registers.
+    """
+
+    def __init__(self, s: RowShape, scale: Expr, cap: Expr) -> None:
+        self._kind = PTX_TYPE[s.dtype]
+        self.count = s.n // 2
+        self.words = s.n // 4
+        self.s, self.dp = registers("scores", self.count), registers("dp", self.count)
+        self.ds = registers("ds", self.words, "uint32")
+        self.lse, self.delta = registers("row_lse", 2), registers("row_delta", 2)
+        self._unit = let("unit", (cap if s.softcap else scale) * T.float32(LOG2E))
+        self._twice = let("twice", scale / cap * T.float32(2 * LOG2E)) if s.softcap else None
+
+    def read_rows(self, statistics: Sequence[Expr]) -> None:
+        """Remember LSE and delta of the two rows: (LSE, LSE, delta, delta)."""
+        for r in range(2):
+            store(self.lse, r, statistics[r])
+            store(self.delta, r, statistics[2 + r])
+
+    def probabilities(self) -> None:
+        """s = exp(score - LSE), times the slope of a softcap."""
+        for i in range(self.count):
+            lse = self.lse[i // 2 % 2]
+            if self._twice is None:
+                store(self.s, i, T.exp2(self.s[i] * self._unit - lse))
+                continue
+            store(self.s, i, capped(self.s[i] * self._twice))
+            slope = T.float32(1.0) - self.s[i] * self.s[i]
+            store(self.s, i, T.exp2(self.s[i] * self._unit - lse) * slope)
+
+    def gradients(self) -> None:
+        """ds = s (dp - delta)."""
+        for word in range(self.words):
+            low, high = (self.s[i] * (self.dp[i] - self.delta[word % 2]) for i in (2 * word, 2 * word + 1))
+            do(T.ptx[f"cvt.rn.{self._kind}x2.f32"](self.ds[word], high, low))
+
+    def mask(self, bits: Expr) -> None:
+        """0 where the register's bit is clear, whatever it was. bits: words of a thread."""
+        mask_words(self.ds, self.words, bits)
+
+
+def capped(twice: Expr) -> Expr:
+    """tanh(x) of twice x in the log2 domain: 1 - 2 / (1 + exp(2x))."""
+    return T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(twice))
+
+
+def mask_words(words: Expr, count: int, bits: Expr) -> None:
+    """0 for both halves of a word whose bits are clear, two of ``bits`` each."""
+    for word in range(count):
+        bit = 2 * word
+        low = _kept(bits[bit // 32], bit % 32, 0xFFFF)
+        high = _kept(bits[bit // 32], bit % 32 + 1, 0xFFFF0000)
+        store(words, word, T.bitwise_and(words[word], T.bitwise_or(low, high)))
 
 
 def _kept(bits: Expr, bit: int, value: int) -> Expr:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.shape import ROW_BYTES, SMEM_BYTES, WARPGROUP_ROWS, chunk
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.hopper.shape import ROW_BYTES, SMEM_BYTES, WARPGROUP_ROWS, chunk, ring_stages
+from splatc.codegen.hopper.shape import Shape as TileShape
+from splatc.codegen.kernel import BACKWARD, KernelSpec
 from splatc.errors import Unsupported
+from splatc.ir.score import Score
 
 KEYS = 128  # of a column tile: 64 a warpgroup
 WARPGROUPS = KEYS // WARPGROUP_ROWS
@@ -43,15 +45,28 @@ def bound_rows(kv_len: int, dim: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """A column tile of 128 keys by n queries; d, dv: head dims of q/k and v/o; float16 or bfloat16."""
+    """A column tile of 128 keys by n queries; d, dv: head dims of q/k and v/o; float16 or bfloat16.
+
+    with_dq: whether the column kernel adds up dQ too, a fifth product of a tile.
+    """
 
     d: int
     dv: int
     n: int
     dtype: str
-    softcap: bool
+    score: Score
+    with_dq: bool
 
     item_bytes = 2
+
+    @property
+    def softcap(self) -> bool:
+        return self.score.softcap
+
+    @property
+    def positional(self) -> bool:
+        """Whether consumers have to know positions."""
+        return self.score.positional
 
     @property
     def threads(self) -> int:
@@ -125,8 +140,9 @@ class Shape:
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory: tiles, and a page for barriers and messages."""
-        stages = self.q_bytes + self.do_bytes + self.ds_bytes + self.statistics_bytes + self.bits_bytes
-        return self.k_bytes + self.v_bytes + STAGES * stages + WARPGROUPS * self.sum_bytes + 1024
+        stage = self.q_bytes + self.do_bytes + self.statistics_bytes + self.bits_bytes
+        of_dq = STAGES * self.ds_bytes + WARPGROUPS * self.sum_bytes if self.with_dq else 0
+        return self.k_bytes + self.v_bytes + STAGES * stage + of_dq + 1024
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -136,9 +152,60 @@ class Shape:
 
 def shape_of(spec: KernelSpec) -> Shape:
     """The sizes that a spec asks for; raises Unsupported for what there is no kernel for."""
-    s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.softcap)
+    s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.score, spec.role == BACKWARD)
     if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)):
         raise Unsupported(f"{spec.name}: gradients are computed by tiles of {KEYS} keys by 64 or 128 queries")
     if s.smem_bytes > SMEM_BYTES:
         raise Unsupported(f"{spec.name}: a tile does not fit the shared memory of sm_90a")
     return s
+
+
+@dataclass(frozen=True)
+class RowShape(TileShape):
+    """A tile of m queries by n keys, of the kernel that computes dQ: Q, dO and statistics of the queries stay.
+
+    A Q stage holds Q, through whose place dQ leaves, and after it dO.
+    """
+
+    @property
+    def out_dim(self) -> int:
+        return self.d
+
+    @property
+    def do_bytes(self) -> int:
+        return self.m * ROW_BYTES * self.dv_chunks
+
+    @property
+    def q_slot(self) -> int:
+        return self.q_bytes + self.do_bytes
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Of the queries of a row tile."""
+        return self.m * STATISTICS_BYTES
+
+    @property
+    def smem_bytes(self) -> int:
+        return super().smem_bytes + self.q_stages * self.statistics_bytes
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        return (56, 224) if self.gather else (40, 232)
+
+    @property
+    def live_registers(self) -> int:
+        """S, dP and dQ: when dQ of a tile has arrived, its dS is done with."""
+        return self.n + ceil_div(self.d, 16) * 8
+
+
+def row_shape_of(spec: KernelSpec) -> RowShape:
+    """The sizes of the kernel for dQ that a spec asks for; raises Unsupported for what there is no kernel for."""
+    if spec.tile_m != KEYS or spec.tile_n % 16 or not 16 <= spec.tile_n <= 128:
+        raise Unsupported(f"{spec.name}: gradients of queries are computed by tiles of {KEYS} queries")
+    for stages, q_stages, _ in ring_stages(spec.tile_n, turned=False):
+        shape = RowShape(spec.head_dim, spec.v_head_dim, KEYS, spec.tile_n, spec.dtype, spec.score, spec.gather,
+                         stages, q_stages, staged=0)  # fmt: skip
+        fits = shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers
+        if fits and stages > 1:  # K of a tile is still in use when the next one is
+            return shape
+    raise Unsupported(f"{spec.name}: a tile fits neither the shared memory nor the registers of sm_90a")

@@ -1,0 +1,166 @@
+"""Gradients on Hopper without a GPU: NumPy twins of the kernels read what the launches of either way prepare."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splatc import patterns as P
+from splatc.codegen.build import device_source, emit
+from splatc.codegen.costs import Costs
+from splatc.codegen.emitted import parse_signatures
+from splatc.codegen.kernel import KernelSpec, gradient_spec, kernel_spec, two_walks
+from splatc.codegen.target import Target
+from splatc.compile import best_plan, make_plan
+from splatc.config import GRADIENT_WALKS
+from splatc.patterns.heads import heads_of
+from splatc.runtime.gradient_walks import Sources, way_of
+from splatc.runtime.gradients_gpu import GpuGradients
+from splatc.runtime.kernel import Kernel
+from splatc.runtime.tensors import Shape
+from tests.fake_gpu import FakeDriver, FakeTorch, fake_gpu, write_built
+from tests.gradients_on_cpu import Kernels
+
+torch = pytest.importorskip("torch")
+
+from tests.dense_gradients import dense_attention, dense_gradients  # noqa: E402  (it imports torch)
+
+D, DV = 16, 24
+HOPPER = Target("cuda", "sm_90a")
+BLOCKS = P.mask(np.kron(np.eye(32, dtype=bool), np.ones((256, 256), bool)))
+MIXED = P.causal() & (P.window(30, 0) | P.strided(32))  # two passes
+walks = pytest.mark.parametrize("walks", GRADIENT_WALKS)
+
+
+@cache
+def signatures(spec: KernelSpec) -> dict[str, list[tuple[str, str]]]:
+    """The parameters that the generated functions have, in the order of their launches."""
+    emitted = emit(spec)
+    declared = {one.name: one.parameters for one in parse_signatures(device_source(emitted, "sm_90a"))}
+    return {one.name: list(declared[one.name]) for one in emitted.functions}
+
+
+class Machine:
+    """Gradients of a pattern by the NumPy twins. tile_n: of the row kernel, None for the one of the plan."""
+
+    def __init__(self, folder: Path, pattern: Any, walks: str | None, layout: str = "bhsd", sms: int = 3,
+                 tile_n: int | None = None) -> None:  # fmt: skip
+        self.pattern, self.layout = pattern, layout
+        self.forward = kernel_spec(D, DV, "float16", HOPPER)
+        self.driver = FakeDriver({}, {}, sms=sms)
+        gpu = fake_gpu(self.driver, FakeTorch())
+
+        def rows(q_len: int, kv_len: int) -> Any:
+            spec = two_walks(self.forward)[0]
+            return best_plan(pattern, q_len, kv_len, spec, None if tile_n is None else ((spec.tile_m, tile_n),))
+
+        def columns(kv_len: int, q_len: int) -> Any:
+            return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(self.forward))
+
+        def find(spec: KernelSpec) -> Kernel:
+            built = folder / spec.role
+            built.mkdir()
+            twins, functions = Kernels(D, DV).functions(spec.tile_n), []
+            for name, parameters in signatures(spec).items():
+                unique = f"{spec.role} {name}"
+                self.driver.parameters[unique], self.driver.kernels[unique] = parameters, twins[name]
+                functions.append({"name": unique, "threads": 128, "smem_bytes": 1024, "parameters": parameters})
+            write_built(built, functions)
+            return Kernel(spec, built)
+
+        self.sources = Sources(rows, columns, gradient_spec(self.forward), two_walks(self.forward)[1])
+        self.gradients = GpuGradients(self.sources, find, layout, 0.0, walks, lambda _: gpu)
+
+    def __call__(self, q: Any, k: Any, v: Any, o: Any, do: Any, lse: Any, dlse: Any, scale: float) -> list[Any]:
+        (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = q.shape, k.shape
+        shape = Shape(batch, heads, kv_heads, q_len, kv_len, D, DV, "float16", "cuda:0")
+        q, k, v, o, do = (x.transpose(1, 2) if self.layout == "bshd" else x for x in (q, k, v, o, do))
+        got = self.gradients(shape, q, k, v, o, lse, do, dlse, scale)
+        return [x.transpose(1, 2) if self.layout == "bshd" else x for x in got]
+
+
+def check(machine: Machine, q_len: int, kv_len: int | None = None, heads: int = 2, kv_heads: int = 2,
+          batch: int = 1) -> None:  # fmt: skip
+    """Each of dq, dk and dv is right."""
+    generator = torch.Generator().manual_seed(q_len)
+    kv_len = kv_len or q_len
+
+    def draw(*rows: int, dim: int) -> Any:
+        """bshd memory, seen as bhsd."""
+        return torch.randn(*rows, dim, generator=generator).half().transpose(1, 2)
+
+    q, do = draw(batch, q_len, heads, dim=D), draw(batch, q_len, heads, dim=DV)
+    k, v = draw(batch, kv_len, kv_heads, dim=D), draw(batch, kv_len, kv_heads, dim=DV)
+    dlse = torch.randn(batch, heads, q_len, generator=generator)
+    mask = torch.stack([torch.from_numpy(one.dense(q_len, kv_len)) for one in heads_of(machine.pattern, heads)])
+    keys, values = (x.repeat_interleave(heads // kv_heads, 1).double() for x in (k, v))
+    o, lse, *_ = dense_attention(q.double(), keys, values, mask, 0.3)
+    got = machine(q, k, v, o.half(), do, lse.float(), dlse, 0.3)
+    errors = dense_gradients(q, k, v, mask, do, dlse, 0.3).errors(got)
+    assert all(error < 5e-3 for error in errors.values()), errors
+
+
+@walks
+@pytest.mark.parametrize(
+    ("pattern", "q_len", "kv_len"),
+    [(P.window(30, 10), 300, 300), (P.strided(7), 400, 400), (MIXED, 300, 300), (P.causal("bottom_right"), 200, 300),
+     (P.causal("bottom_right") & ~P.global_rows(3) & ~P.global_cols(20), 300, 200), (P.window(-2000, 2005), 200, 200),
+     (P.neighborhood((20, 12), 5), 240, 240), (P.full(), 1, 1)],
+    ids=str,
+)  # fmt: skip
+def test_what_the_kernels_see(pattern: Any, q_len: int, kv_len: int, walks: str, tmp_path: Path) -> None:
+    check(Machine(tmp_path, pattern, walks), q_len, kv_len)
+
+
+@walks
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_batch_and_grouped_heads(walks: str, layout: str, tmp_path: Path) -> None:
+    check(Machine(tmp_path, MIXED, walks, layout), 200, heads=4, kv_heads=2, batch=2)
+
+
+@walks
+def test_a_pattern_for_each_head(walks: str, tmp_path: Path) -> None:
+    heads = P.per_head([MIXED, P.full(), P.strided(7), MIXED])
+    check(Machine(tmp_path, heads, walks), 200, heads=4, kv_heads=2)
+
+
+@walks
+def test_long_rows_in_parts(walks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several passes: the parts of a later one are added to what is there."""
+    free = lambda spec, workers: Costs(1.0, 0.0, 0.0, 0.0, 0.0, 1.0, workers, "")  # noqa: E731
+    monkeypatch.setattr("splatc.runtime.gradient_walks.costs_of", free)
+    for i, pattern in enumerate((P.longformer(20, 8), MIXED | P.global_rows(3) | P.global_cols(3))):
+        (tmp_path / str(i)).mkdir()
+        machine = Machine(tmp_path / str(i), pattern, walks, sms=16)
+        check(machine, 900)
+        names = [name.partition("splatc_gradient_")[2] for name, _, _ in machine.driver.launched]
+        assert names.count("combine_kernel") >= (1 if walks == "one" else 2)
+
+
+def test_lists_of_keys(tmp_path: Path) -> None:
+    """In the walk over rows."""
+    graph = P.mask(np.random.default_rng(0).random((600, 1000)) < 0.001)
+    machine = Machine(tmp_path, graph, "two", tile_n=64)
+    assert machine.sources.rows(600, 1000).spec.gather
+    check(machine, 600, 1000)
+
+
+def test_the_faster_way() -> None:
+    """The fewer tiles, the better are two walks."""
+    forward = kernel_spec(128, None, "bfloat16", HOPPER)
+    shape = Shape(1, 16, 16, 8192, 8192, 128, 128, "bfloat16", "cuda:0")
+
+    def chosen(pattern: Any, wanted: str | None = None) -> str:
+        rows, columns = two_walks(forward)
+        sources = Sources(lambda q_len, kv_len: best_plan(pattern, q_len, kv_len, rows),
+                          lambda kv_len, q_len: make_plan(pattern.transposed(), kv_len, q_len, columns),
+                          gradient_spec(forward), columns)  # fmt: skip
+        return "one" if way_of(sources, shape, 132, wanted).rows is None else "two"
+
+    assert chosen(P.full()) == chosen(P.causal()) == "one"
+    assert chosen(P.window(256, 0)) == chosen(BLOCKS) == "two"
+    assert chosen(P.full(), "two") == "two" and chosen(P.window(256, 0), "one") == "one"
