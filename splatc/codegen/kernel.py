@@ -112,8 +112,9 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
         raise Unsupported(why)
     if spec.kernel != "hopper":
         return replace(spec, role=BACKWARD)
-    narrow = max(spec.head_dim, spec.v_head_dim) <= 64 and not spec.softcap  # registers for twice the queries
-    return replace(spec, role=BACKWARD, tile_m=128, tile_n=128 if narrow else 64, gather=False)
+    score = replace(spec.score, sinks=False)  # LSE has them
+    narrow = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
+    return replace(spec, role=BACKWARD, score=score, tile_m=128, tile_n=128 if narrow else 64, gather=False)
 
 
 def two_walks(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec]:
@@ -129,7 +130,13 @@ def two_walks(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec]:
 
 def gradient_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
     """All kernels that the gradients of a kernel may be computed by."""
-    return (gradient_spec(spec), *(two_walks(spec) if spec.kernel == "hopper" else ()))
+    one = () if only_two_walks(spec) else (gradient_spec(spec),)
+    return (*one, *(two_walks(spec) if spec.kernel == "hopper" else ()))
+
+
+def only_two_walks(spec: KernelSpec) -> bool:
+    """Whether gradients take two walks whatever they cost: dQ in sums leaves no registers for biases and dropout."""
+    return spec.kernel == "hopper" and spec.score.positional
 
 
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
@@ -139,10 +146,11 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
+    if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
+        narrow = spec.score.positional or (spec.softcap and widest > 64)
+        return ((128, 64),) if narrow else ((128, 128), (128, 64))
     if _crowded(spec):
         return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
-    if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
-        return ((128, 64),) if spec.softcap and widest > 64 else ((128, 128), (128, 64))
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
     if widest > 128:
@@ -159,7 +167,8 @@ def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 
 def _crowded(spec: KernelSpec) -> bool:
     """Whether expressions on scores leave registers for small tiles only."""
-    return spec.score.positional and spec.score.names not in (("alibi",), ("dropout",))
+    few = spec.role == FORWARD and spec.score.names in (("alibi",), ("dropout",))
+    return spec.score.positional and not few
 
 
 def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:

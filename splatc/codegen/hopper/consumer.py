@@ -14,6 +14,7 @@ from splatc.codegen.hopper.products import Scores, at_stage, descriptor, output_
 from splatc.codegen.hopper.row_tiles import RowTiles
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_scores
+from splatc.codegen.hopper.terms import Pairs
 
 TURN = 1  # named barriers from here on: turns of the warpgroups
 
@@ -153,27 +154,24 @@ class Consumer(RowTiles):
         b = self.block
         self.find_rows()
         self.terms.begin(b.messages[self.message + BATCH], let("its_head", b.messages[self.message + HEAD]))
-        self.queries = [self.terms.query_side(position) for position in self.position]
+        queries = [self.terms.query_side(position) for position in self.position]
+        self.pairs = Pairs(self.terms, queries, self.key_of)
 
     def add_biases(self) -> None:
         """Scores in natural units, with their biases."""
         s = self.scores.s
         if self.s.score.biases:
-            for column in (i for i in range(self.scores.count) if i % 4 < 2):
-                key = self.key_of(column)
-                for r, query in enumerate(self.queries):
-                    at = column + 2 * r
-                    store(s, at, self.terms.add(s[at] * self.unit, query, key))
+            pairs = self.pairs.sweep()
+            for i in range(self.scores.count):
+                store(s, i, pairs.add(i, s[i] * self.unit))
 
     def drop(self) -> None:
         """Probabilities that dropout takes."""
         s = self.scores.s
         if self.s.score.dropout:
-            for column in (i for i in range(self.scores.count) if i % 4 < 2):
-                key = self.key_of(column)
-                for r, query in enumerate(self.queries):
-                    at = column + 2 * r
-                    store(s, at, T.if_then_else(self.terms.dropped(query, key), T.float32(0.0), s[at]))
+            pairs = self.pairs.sweep()
+            for i in range(self.scores.count):
+                store(s, i, pairs.kept(i, s[i]))
 
     # -- its end -------------------------------------------------------------------------------------------------------
 

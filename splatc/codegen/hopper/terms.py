@@ -7,6 +7,7 @@ the pairs is a few instructions. Positions of lanes that do not exist are any nu
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,17 +82,17 @@ class Terms:
         if score.has(BlockBias):
             self.first_block = let("first_block", head * (a.block_rows * a.block_cols))
 
-    def query_side(self, position: Expr) -> Query:
-        """Of a query's position."""
+    def query_side(self, position: Expr, word: Expr = None) -> Query:
+        """Of a query's position. word: of dropout, if it is known already."""
         a, score = self.a, self.score
-        moved = real = block = word = None
+        moved = real = block = None
         if score.has(Alibi) or score.has(RelativeBias):
             moved = let("moved", position + a.shift)
             real = let("query", T.cast(moved, "float32")) if score.has(Alibi) else None
         if score.has(BlockBias):
             row = _inside(T.truncdiv(position, a.block_size), a.block_rows)
             block = let("query_block", self.first_block + row * a.block_cols)
-        if score.dropout:
+        if score.dropout and word is None:
             word = query_word(a.seed, position, self.head, self.batch)
         return Query(moved, real, block, word)
 
@@ -127,6 +128,39 @@ class Terms:
     def dropped(self, q: Query, k: Key) -> Expr:
         """Whether dropout drops the pair."""
         return mix(T.bitwise_xor(q.word, k.word)) < self.a.threshold
+
+
+class Pairs:
+    """The pairs of a tile in a thread's registers: register 4i + 2r + c is row r of two and column (i, c).
+
+    Rows are known; ``column`` prepares the column of a register when a sweep over the registers comes to it.
+    """
+
+    def __init__(self, terms: Terms, rows: Sequence[Any], column: Callable[[int], Any],
+                 rows_are_keys: bool = False) -> None:  # fmt: skip
+        self._terms, self._rows, self._column, self._rows_are_keys = terms, rows, column, rows_are_keys
+        self._columns: dict[tuple[int, int], Any] = {}
+
+    def sweep(self) -> Pairs:
+        """Begin anew at the first register: columns take registers, so none is remembered from sweep to sweep."""
+        self._columns = {}
+        return self
+
+    def sides(self, i: int) -> tuple[Query, Key]:
+        """Of a register."""
+        at = i // 4, i % 2
+        if at not in self._columns:
+            self._columns[at] = self._column(i)
+        row, column = self._rows[i // 2 % 2], self._columns[at]
+        return (column, row) if self._rows_are_keys else (row, column)
+
+    def add(self, i: int, value: Expr) -> Expr:
+        """A register's score with its biases."""
+        return self._terms.add(value, *self.sides(i))
+
+    def kept(self, i: int, value: Expr) -> Expr:
+        """value, or 0 where dropout drops the register's pair."""
+        return T.if_then_else(self._terms.dropped(*self.sides(i)), T.float32(0.0), value)
 
 
 def _inside(index: Expr, count: Expr) -> Expr:

@@ -12,12 +12,13 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.backward.products import Places
-from splatc.codegen.hopper.backward.shape import STAGES, WARPGROUPS, Shape
+from splatc.codegen.hopper.backward.shape import KEYS, STAGES, WARPGROUPS, Shape
 from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point
 from splatc.codegen.hopper.emit import Expr, let, loop
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.hopper.terms import TermArguments
 
 
 class Arguments:
@@ -43,6 +44,9 @@ class Arguments:
         self.entries = table("entries", "int32", 8)
         self.bits = table("bits", "uint32", s.bits_bytes // 4)
         self.counter = table("queue", "int32", 1)
+        self.terms = TermArguments(s.score, table)
+        if s.positional:
+            self.positions = table("positions", "int32", KEYS)
         for maps in (*self.walked, self.dk, self.dv, self.part_k, self.part_v):
             maps.declare()
 
@@ -73,6 +77,8 @@ class Block:
         self.bits = pool.alloc((STAGES * s.bits_bytes // 4,), "uint32", align=128)
         self.message = pool.alloc((MESSAGE,), "int32", align=16)  # the column tile's row of the work table
         self.masked = pool.alloc((STAGES,), "int32", align=8)  # whether the tile in a stage has mask bits
+        if s.positional:
+            self.heads = pool.alloc((STAGES,), "int32", align=8)  # the query head of the tile in a stage
         warps = 4 * WARPGROUPS
         self.k_ring = Ring(pool, 1, readers=WARPGROUPS + s.with_dq)  # a third: who sends dQ, and reads the message
         self.v_ring = Ring(pool, 1, readers=WARPGROUPS)

@@ -13,7 +13,7 @@ from splatc.codegen.hopper.backward.block import Block
 from splatc.codegen.hopper.backward.products import Products
 from splatc.codegen.hopper.backward.scores import QuerySums, Scores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
-from splatc.codegen.hopper.block import BATCH, HEAD, PART, TILES, VIEW, X1, X2, X3
+from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, PART, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import (
     Maps,
     Point,
@@ -28,6 +28,7 @@ from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS
+from splatc.codegen.hopper.terms import Pairs, Terms
 from splatc.codegen.hopper.warpgroup import Warpgroup
 
 BOTH = 1  # the named barrier of both warpgroups
@@ -72,7 +73,9 @@ class Consumer(Warpgroup):
         """What products and the scores between them need."""
         b, s, a = self.block, self.s, self.a
         self.products = Products(s, b.places(), self.me)
-        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
+        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane, a.terms.kept if s.score.dropout else None)
+        if s.positional:
+            self.terms = Terms(a.terms)
 
     def enter_rings(self) -> None:
         """Stand at the beginning of the rings."""
@@ -86,6 +89,8 @@ class Consumer(Warpgroup):
             for i in range(count):
                 store(array, i, T.float32(0.0))
         steps = let("steps", b.message[TILES] * self.a.members)
+        if self.s.positional:
+            self.find_keys()
         self.ask_scores()
         b.v_ring.wait_full(self.keys_at)
         self.ask_score_gradients()
@@ -119,12 +124,27 @@ class Consumer(Warpgroup):
         b, stage = self.block, self.at.stage()
         wait_products(1)
         fence(self.scores.s, self.scores.count)
+        if self.s.positional:
+            self.begin_terms(stage)
         self.scores.probabilities(stage)
         with when(b.masked[stage] != 0):
             self.read_bits_of(stage, self.bits)
             self.scores.mask(self.bits)
         wait_products(0)
         fence(self.scores.dp, self.scores.count)
+
+    def find_keys(self) -> None:
+        """Positions of this thread's two keys."""
+        b = self.block
+        row = let("row", self.me * WARPGROUP_ROWS + b.warp * 16 + b.lane // 4)
+        self.key_positions = [let("key_position", self.a.positions[b.message[ITEM], row + 8 * r]) for r in range(2)]
+
+    def begin_terms(self, stage: Expr) -> None:
+        """What they need of a tile's head, this thread's keys and, as they come, its queries."""
+        self.terms.begin(None, let("its_head", self.block.heads[stage]))
+        keys = [self.terms.key_side(position) for position in self.key_positions]
+        self.scores.pairs = Pairs(self.terms, keys, lambda i: self.terms.query_side(*self.scores.of_query(stage, i)),
+                                  rows_are_keys=True)  # fmt: skip
 
     # -- what they are used for ----------------------------------------------------------------------------------------
 

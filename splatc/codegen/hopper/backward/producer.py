@@ -73,6 +73,8 @@ class Producer:
         b.q_ring.wait_empty(self.at)
         full = b.q_ring.full(stage)
         store(b.masked, stage, tile.bits)
+        if s.positional:
+            store(b.heads, stage, tile.at.head)
         size = s.q_bytes + s.statistics_bytes
         with I.If(tile.bits > 0):
             with I.Then():

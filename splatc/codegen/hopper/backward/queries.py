@@ -15,17 +15,19 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper import block
+from splatc.codegen.hopper.backward.bias_sums import BiasSums, SumArguments
 from splatc.codegen.hopper.backward.products import Places, RowProducts
-from splatc.codegen.hopper.backward.scores import RowScores
+from splatc.codegen.hopper.backward.scores import POSITION, WORD, RowScores
 from splatc.codegen.hopper.backward.shape import STATISTICS, RowShape
-from splatc.codegen.hopper.block import MASKED, MESSAGE, TILES, int_arg, start_block, table
+from splatc.codegen.hopper.block import HEAD, MASKED, MESSAGE, TILES, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point, Rows, load_tile
 from splatc.codegen.hopper.emit import Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.forward import producer_of
 from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.row_tiles import RowTiles
-from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
+from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, WARPGROUP_ROWS
+from splatc.codegen.hopper.terms import Pairs, Query, TermArguments
 
 NAME = "splatc_gradient_rows"
 
@@ -70,6 +72,9 @@ class Arguments:
             self.gather = table("gather", "int32", s.n)
             self.k_rows, self.v_rows = Rows("k", s.dtype, s.d, self.k), Rows("v", s.dtype, s.dv, self.v)
         self.counter = table("queue", "int32", 1)
+        self.terms, self.bias_sums = TermArguments(s.score, table), SumArguments(s.score, table)
+        if s.positional:
+            self.columns = table("columns", "int32", STRIDES + s.n)
         for maps in (self.q, self.do, self.statistics, self.out, self.k, self.v, self.part):
             maps.declare()
 
@@ -116,12 +121,13 @@ class Consumer(RowTiles):
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
         self.products = RowProducts(s, b.places(), self.me)
-        self.scores = RowScores(s, a.scale, a.cap)
+        self.scores = RowScores(s, a.scale, a.cap, a.terms.kept if s.score.dropout else None)
         self.count = ceil_div(s.d, 16) * 8
         self.dq = registers("dq", self.count)
         self.words = registers("mask", s.bit_words, "uint32")
         self.enter_rings()
         self.used_at = b.k_ring.consumer("used")  # the tile whose dS is in registers
+        self.bias_sums = BiasSums(a.bias_sums, self.terms, self.scores.count) if s.score.biases else None
         self.walk()
 
     def row_tile(self) -> None:
@@ -144,6 +150,8 @@ class Consumer(RowTiles):
             self.fetch_earlier()
         self.ask_query_gradients()
         self.take_query_gradients(pending=0)
+        if self.bias_sums is not None:
+            self.bias_sums.finish()
         self.finish()
 
     def next_tile(self, masked: bool) -> None:
@@ -159,6 +167,9 @@ class Consumer(RowTiles):
         b.v_ring.wait_full(self.v_at)
         self.products.score_gradients(self.scores.dp, self.q_at.stage(), self.v_at.stage())
         emit_if(masked, self.read_bits)
+        if self.s.positional:
+            self.find_columns()
+            self.scores.pairs.sweep()
         self.k_at.advance()
         wait_products(1)
         fence(self.scores.s, self.scores.count)
@@ -166,8 +177,12 @@ class Consumer(RowTiles):
         wait_products(0)
         fence(self.scores.dp, self.scores.count)
         self.leave(b.v_ring, self.v_at)
+        if self.s.positional:
+            self.scores.pairs.sweep()
         self.scores.gradients()
         emit_if(masked, self.mask)
+        if self.bias_sums is not None:
+            self.bias_sums.add(self.scores.dp, self.scores.pairs)
 
     def ask_scores(self) -> None:
         self.block.k_ring.wait_full(self.k_at)
@@ -190,6 +205,16 @@ class Consumer(RowTiles):
         b = self.block
         row = let("row", self.q_at.stage() * self.s.m + self.me * WARPGROUP_ROWS + b.warp * 16 + b.lane // 4)
         self.scores.read_rows([b.statistics[(row + 8 * r) * STATISTICS + word] for word in range(2) for r in range(2)])
+        if self.s.positional:
+            self.terms.begin(None, let("its_head", b.messages[self.message + HEAD]))
+            queries = [self.query(let("statistics", (row + 8 * r) * STATISTICS)) for r in range(2)]
+            self.scores.pairs = Pairs(self.terms, queries, self.key_of)
+
+    def query(self, at: Expr) -> Query:
+        """A query, of its statistics."""
+        position, word = (self.block.statistics[at + what] for what in (POSITION, WORD))
+        return self.terms.query_side(let("query_position", T.reinterpret("int32", position)),
+                                     let("query_word", T.reinterpret("uint32", word)))  # fmt: skip
 
     def finish(self) -> None:
         """dQ of this warpgroup's queries to where it belongs."""

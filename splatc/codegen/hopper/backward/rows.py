@@ -1,6 +1,7 @@
 """What gradients need before and after the walks over tiles, a few rows a warp: memory-bound, 16 bytes a lane.
 
-prepare   a query's statistics: (LSE in the log2 domain, delta, 0, 0)
+prepare   a query's statistics: (LSE in the log2 domain, delta, its word of dropout, its position); integers, where
+          a term asks for them
 
 Where the column kernel adds up dQ, instead:
 
@@ -42,6 +43,7 @@ from splatc.codegen.hopper.combine import array, wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, follow_kernels_before, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE
+from splatc.codegen.hopper.terms import query_word
 
 NAN = T.uint32(0x7FC00000)
 WORDS = VALUES // 2
@@ -275,9 +277,10 @@ def prepare_statistics(s: RowShape):
     def declare() -> dict[str, Expr]:
         tensors = {"o": Rows("o", s.dtype, s.dv), "do_": Rows("do", s.dtype, s.dv)}
         arrays = {name: array(name, "float32") for name in ("lse", "dlse", "statistics")}
-        return {**tensors, **arrays, **ints("heads", "q_len", "blocks_a_head")}
+        seed = {"seed": array("seed", "uint32")} if s.score.dropout else {}
+        return {**tensors, **arrays, **seed, **ints("heads", "q_len", "blocks_a_head")}
 
-    def body(block, thread, o, do_, lse, dlse, statistics, heads, q_len, blocks_a_head):
+    def body(block, thread, o, do_, lse, dlse, statistics, heads, q_len, blocks_a_head, seed=None):
         place = Place(block, thread, blocks_a_head, heads, dim)
         words, first = load_outputs(place, o, do_, q_len)
         dots = registers("dots", 1)
@@ -291,8 +294,12 @@ def prepare_statistics(s: RowShape):
             sum_of_lanes(dots, place.lanes)
             with when(T.And(position < q_len, place.leads)):
                 row = let("row", wide(place.pair) * wide(q_len) + wide(position))
-                at, zero = statistics.ptr_to([row * STATISTICS]), T.float32(0.0)
-                do(T.ptx["st.global.v4.f32"](at, log2_of(lse[row]), dots[0] - dlse[row], zero, zero))
+                at, word, place_of = statistics.ptr_to([row * STATISTICS]), T.float32(0.0), T.float32(0.0)
+                if s.positional:
+                    place_of = T.reinterpret("float32", position)
+                if seed is not None:
+                    word = T.reinterpret("float32", query_word(seed, position, place.head, place.batch))
+                do(T.ptx["st.global.v4.f32"](at, log2_of(lse[row]), dots[0] - dlse[row], word, place_of))
 
     return kernel(PREPARE, declare, body)
 

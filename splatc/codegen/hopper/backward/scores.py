@@ -18,43 +18,68 @@ from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE, hidden
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, chunk
+from splatc.codegen.hopper.terms import Pairs
 
-LSE, DELTA, SCALE_IN = 0, 1, 2  # words of a query's statistics; the fourth is for the end (rows.py)
+# Words of a query's statistics (rows.py); in one walk, and in two
+LSE, DELTA, SCALE_IN = 0, 1, 2
+WORD, POSITION = 2, 3
 
 
 class Scores:
-    """Probabilities p and score gradients ds of a tile, packed; both are A operands."""
+    """Probabilities p and score gradients ds of a tile, packed; both are A operands.
 
-    def __init__(self, s: Shape, scale: Expr, cap: Expr, statistics: Expr, lane: Expr) -> None:
-        self._s, self._statistics = s, statistics
+    With a softcap or dropout ds first holds what of p the gradients take: before dropout, times the slope of the cap.
+    pairs: of the tile in a stage, where a term asks for it.
+    """
+
+    pairs: Pairs
+
+    def __init__(self, s: Shape, scale: Expr, cap: Expr, statistics: Expr, lane: Expr, kept: Expr = None) -> None:
+        """kept: what dropout multiplies the probabilities by that it leaves."""
+        self._s, self._statistics, self._kept = s, statistics, kept
         self.count = s.n // 2
         self.words = s.n // 4
         self.s, self.dp = registers("scores", self.count), registers("dp", self.count)
         self.p, self.ds = (registers(name, self.words, "uint32") for name in ("probs", "ds"))
         self._pair = registers("pair", 4)
-        self._unit = let("unit", (cap if s.softcap else scale) * T.float32(LOG2E))
+        self._natural = cap if s.softcap else scale
+        self._unit = let("unit", self._natural * T.float32(LOG2E))
         self._twice = let("twice", scale / cap * T.float32(2 * LOG2E)) if s.softcap else None
+        self._apart = s.softcap or s.score.dropout
         self._mine = let("my_columns", lane % 4 * (2 * STATISTICS))
+
+    def of_query(self, stage: Expr, register: int) -> tuple[Expr, Expr]:
+        """(position, word of dropout) of the query of a register."""
+        position, word = (self._of_query(stage, register // 4, register % 2, what) for what in (POSITION, WORD))
+        return let("query_position", T.reinterpret("int32", position)), T.reinterpret("uint32", word)
 
     def _of_query(self, stage: Expr, i: int, c: int, word: int) -> Expr:
         """A statistic of the query of column group i, column c."""
         return self._statistics[stage * (self._s.n * STATISTICS) + self._mine + (8 * i + c) * STATISTICS + word]
 
     def probabilities(self, stage: Expr) -> None:
-        """p = exp(score - LSE) of the scores; with a softcap, ds = p times the slope of the cap."""
+        """p = exp(score - LSE) of the scores, after dropout; ds where it is kept apart."""
+        score = self._s.score
         for word in range(self.words):
             i, r = divmod(word, 2)
             for c in range(2):
-                lse = self._of_query(stage, i, c, LSE)
-                score = self.s[4 * i + 2 * r + c]
+                at = 4 * i + 2 * r + c
+                lse, value = self._of_query(stage, i, c, LSE), self.s[at]
                 if self._twice is not None:
-                    store(self._pair, 2 + c, capped(score * self._twice))
-                    score = self._pair[2 + c]
-                store(self._pair, c, T.exp2(score * self._unit - lse))
+                    store(self._pair, 2 + c, capped(value * self._twice))
+                    value = self._pair[2 + c]
+                if score.biases:
+                    store(self._pair, c, T.exp2(self.pairs.add(at, value * self._natural) * T.float32(LOG2E) - lse))
+                else:
+                    store(self._pair, c, T.exp2(value * self._unit - lse))
                 if self._twice is not None:
                     store(self._pair, 2 + c, self._pair[c] * (T.float32(1.0) - self._pair[2 + c] * self._pair[2 + c]))
+                elif self._apart:
+                    store(self._pair, 2 + c, self._pair[c])
+                if score.dropout:
+                    store(self._pair, c, self.pairs.kept(at, self._pair[c] * self._kept))
             self._pack(self.p, word, self._pair[0], self._pair[1])
-            if self._twice is not None:
+            if self._apart:
                 self._pack(self.ds, word, self._pair[2], self._pair[3])
 
     def _pack(self, words: Expr, at: int, low: Expr, high: Expr) -> None:
@@ -62,17 +87,20 @@ class Scores:
 
     def mask(self, bits: Expr) -> None:
         """0 where the register's bit is clear. bits: words of a thread."""
-        for words in (self.p, self.ds) if self._s.softcap else (self.p,):
+        for words in (self.p, self.ds) if self._apart else (self.p,):
             mask_words(words, self.words, bits)
 
     def gradients(self, stage: Expr) -> None:
-        """ds = p (dp - delta), from p rounded."""
+        """ds = p (dp - delta), from p rounded; dp of a pair that was dropped, which p says, is 0."""
         for word in range(self.words):
             i, r = divmod(word, 2)
-            p = unpack((self.ds if self._s.softcap else self.p)[word], self._s.dtype)
+            p = unpack((self.ds if self._apart else self.p)[word], self._s.dtype)
             for c in range(2):
-                delta = self._of_query(stage, i, c, DELTA)
-                store(self._pair, c, p[c] * (self.dp[4 * i + 2 * r + c] - delta))
+                delta, dp = self._of_query(stage, i, c, DELTA), self.dp[4 * i + 2 * r + c]
+                if self._s.score.dropout:
+                    left = unpack(self.p[word], self._s.dtype)[c]
+                    dp = T.if_then_else(T.EQ(left, T.float32(0.0)), T.float32(0.0), dp * self._kept)
+                store(self._pair, c, p[c] * (dp - delta))
             self._pack(self.ds, word, self._pair[0], self._pair[1])
 
     def stage_gradients(self, target: Expr, stage: Expr, first_row: Expr, lane: Expr) -> None:
@@ -90,18 +118,25 @@ class Scores:
 class RowScores:
     """Score gradients ds of a tile of queries (rows) by keys (columns), packed: an A operand.
 
-    lse, delta: of a thread's two rows, in registers.
+    lse, delta: of a thread's two rows, in registers. pairs: of the tile, where a term asks for it; dp then becomes what
+    biases take: the gradients without the slope of a softcap.
     """
 
-    def __init__(self, s: RowShape, scale: Expr, cap: Expr) -> None:
-        self._kind = PTX_TYPE[s.dtype]
+    pairs: Pairs
+
+    def __init__(self, s: RowShape, scale: Expr, cap: Expr, kept: Expr = None) -> None:
+        """kept: what dropout multiplies the probabilities by that it leaves."""
+        self._kind, self._dtype, self._score, self._kept = PTX_TYPE[s.dtype], s.dtype, s.score, kept
         self.count = s.n // 2
         self.words = s.n // 4
         self.s, self.dp = registers("scores", self.count), registers("dp", self.count)
         self.ds = registers("ds", self.words, "uint32")
         self.lse, self.delta = registers("row_lse", 2), registers("row_delta", 2)
-        self._unit = let("unit", (cap if s.softcap else scale) * T.float32(LOG2E))
+        self._natural = cap if s.softcap else scale
+        self._unit = let("unit", self._natural * T.float32(LOG2E))
         self._twice = let("twice", scale / cap * T.float32(2 * LOG2E)) if s.softcap else None
+        if s.softcap and s.score.biases:
+            self._slopes, self._pair = registers("slopes", self.words, "uint32"), registers("slope", 2)
 
     def read_rows(self, statistics: Sequence[Expr]) -> None:
         """Remember LSE and delta of the two rows: (LSE, LSE, delta, delta)."""
@@ -113,6 +148,9 @@ class RowScores:
         """s = exp(score - LSE), times the slope of a softcap."""
         for i in range(self.count):
             lse = self.lse[i // 2 % 2]
+            if self._score.biases:
+                self._biased(i, lse)
+                continue
             if self._twice is None:
                 store(self.s, i, T.exp2(self.s[i] * self._unit - lse))
                 continue
@@ -120,15 +158,44 @@ class RowScores:
             slope = T.float32(1.0) - self.s[i] * self.s[i]
             store(self.s, i, T.exp2(self.s[i] * self._unit - lse) * slope)
 
+    def _biased(self, i: int, lse: Expr) -> None:
+        """s[i] = exp(score with its biases - LSE); the slope of a softcap goes to slopes."""
+        if self._twice is not None:
+            store(self.s, i, capped(self.s[i] * self._twice))
+            store(self._pair, i % 2, T.float32(1.0) - self.s[i] * self.s[i])
+            if i % 2:
+                self._pack(self._slopes, i // 2, self._pair[0], self._pair[1])
+        store(self.s, i, T.exp2(self.pairs.add(i, self.s[i] * self._natural) * T.float32(LOG2E) - lse))
+
+    def _pack(self, words: Expr, at: int, low: Expr, high: Expr) -> None:
+        do(T.ptx[f"cvt.rn.{self._kind}x2.f32"](words[at], high, low))
+
     def gradients(self) -> None:
         """ds = s (dp - delta)."""
         for word in range(self.words):
-            low, high = (self.s[i] * (self.dp[i] - self.delta[word % 2]) for i in (2 * word, 2 * word + 1))
-            do(T.ptx[f"cvt.rn.{self._kind}x2.f32"](self.ds[word], high, low))
+            both = [self._gradient(i) for i in (2 * word, 2 * word + 1)]
+            if self._score.biases and self._twice is not None:
+                slopes = unpack(self._slopes[word], self._dtype)
+                both = [one * slope for one, slope in zip(both, slopes, strict=True)]
+            self._pack(self.ds, word, *both)
+
+    def _gradient(self, i: int) -> Expr:
+        dp = self.dp[i]
+        if self._score.dropout:
+            dp = self.pairs.kept(i, dp * self._kept)
+        gradient = self.s[i] * (dp - self.delta[i // 2 % 2])
+        if not self._score.biases:
+            return gradient
+        store(self.dp, i, gradient)
+        return self.dp[i]
 
     def mask(self, bits: Expr) -> None:
         """0 where the register's bit is clear, whatever it was. bits: words of a thread."""
         mask_words(self.ds, self.words, bits)
+        if self._score.biases:
+            for i in range(self.count):
+                kept = T.bitwise_and(bits[i // 32], T.uint32(1 << (i % 32))) != T.uint32(0)
+                store(self.dp, i, T.if_then_else(kept, self.dp[i], T.float32(0.0)))
 
 
 def capped(twice: Expr) -> Expr:

@@ -153,6 +153,8 @@ class Shape:
 def shape_of(spec: KernelSpec) -> Shape:
     """The sizes that a spec asks for; raises Unsupported for what there is no kernel for."""
     s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.score, spec.role == BACKWARD)
+    if s.with_dq and s.positional:
+        raise Unsupported(f"{spec.name}: gradients with biases or dropout take two walks")
     if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)):
         raise Unsupported(f"{spec.name}: gradients are computed by tiles of {KEYS} keys by 64 or 128 queries")
     if s.smem_bytes > SMEM_BYTES:
