@@ -113,8 +113,9 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
     if spec.kernel != "hopper":
         return replace(spec, role=BACKWARD)
     score = replace(spec.score, sinks=False)  # LSE has them
-    narrow = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
-    return replace(spec, role=BACKWARD, score=score, tile_m=128, tile_n=128 if narrow else 64, gather=False)
+    many = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
+    tile_n = 32 if _very_crowded(score) else 128 if many else 64
+    return replace(spec, role=BACKWARD, score=score, tile_m=128, tile_n=tile_n, gather=False)
 
 
 def two_walks(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec]:
@@ -148,7 +149,7 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     widest = max(spec.head_dim, spec.v_head_dim)
     if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
         narrow = spec.score.positional or (spec.softcap and widest > 64)
-        return ((128, 64),) if narrow else ((128, 128), (128, 64))
+        return ((128, 32),) if _very_crowded(spec.score) else ((128, 64),) if narrow else ((128, 128), (128, 64))
     if _crowded(spec):
         return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
@@ -169,6 +170,11 @@ def _crowded(spec: KernelSpec) -> bool:
     """Whether expressions on scores leave registers for small tiles only."""
     few = spec.role == FORWARD and spec.score.names in (("alibi",), ("dropout",))
     return spec.score.positional and not few
+
+
+def _very_crowded(score: Score) -> bool:
+    """Whether expressions on scores leave registers for the smallest tiles only, in gradients."""
+    return score.positional and len(score.names) > 3
 
 
 def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:

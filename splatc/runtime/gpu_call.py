@@ -16,7 +16,7 @@ from splatc.runtime.gpu import DeviceTables, Gpu
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import Layout
 from splatc.runtime.tensors import Shape
-from splatc.runtime.term_values import TermSlots
+from splatc.runtime.term_values import NONE, Slots, term_values
 from splatc.runtime.work import Work
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class GpuCall:
         self._take_queue = gpu.queue_slots.take if self._queues else None
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._scale: float | None = None
-        self._terms = TermSlots(steps)
+        self._terms = Slots(steps, NONE)
         self._stream: int | None = None
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of
@@ -118,7 +118,7 @@ class GpuCall:
             if scale != self._scale:
                 self._rescale(scale)
             if terms is not None:
-                self._terms.fill(terms)
+                self._terms.fill(term_values(terms))
             if stream != self._stream or captured:
                 self._follow(stream, captured)
             if self._take_queue:

@@ -11,7 +11,9 @@ from typing import Any
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
 from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
 from splatc.codegen.kernel import KernelSpec
+from splatc.ir.terms import NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Bound, Function
+from splatc.runtime.bias_gradients import PARAMETERS, BiasGradients, without_pairs
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step, config_of, contiguous, start_of
 from splatc.runtime.gradient_walks import Sources, Walk, Way, way_of
@@ -20,6 +22,7 @@ from splatc.runtime.launch import contiguous_copy, layout_of, output_layout, rem
 from splatc.runtime.launch_hopper import Maps, boxes_of, hopper_tables
 from splatc.runtime.tensor_map import ALIGNMENT, Layout, geometry, sub_box, unswizzled
 from splatc.runtime.tensors import Shape, to_bhsd
+from splatc.runtime.term_values import NONE, Slots, term_values
 
 INPUTS = ("q", "k", "v", "o", "do", "lse", "dlse")
 RESULTS = ("dq", "dk", "dv")
@@ -40,16 +43,18 @@ class GpuGradients:
         self._uploaded: dict[tuple[Any, ...], tuple[Way, DeviceTables]] = {}
 
     def __call__(self, shape: Shape, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any,
-                 scale: float) -> tuple[Any, Any, Any]:  # fmt: skip
-        """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse.
+                 scale: float, terms: Terms | None = None) -> tuple[Any, ...]:  # fmt: skip
+        """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse; then those
+        of what there is of ``terms.learnable``.
 
         All but lse and dlse, (batch, heads, q_len), are in the compiled layout; so are the results, contiguous and of
         the dtype of q.
         """
         import torch
 
+        terms = terms or NO_TERMS
         if not (shape.q_len and shape.kv_len):
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms, lse, dlse)
         tensors = {name: readable(to_bhsd(x.detach(), self._layout))
                    for name, x in zip(INPUTS, (q, k, v, o, do.to(q.dtype)), strict=False)}  # fmt: skip
         tensors["lse"], tensors["dlse"] = lse.detach().contiguous(), dlse.detach().to(lse.dtype).contiguous()
@@ -57,7 +62,11 @@ class GpuGradients:
         if key not in self._ready:
             layouts = {name: layout_of(tensors[name]) for name in INPUTS[:5]}
             remember(self._ready, key, self._prepare(shape, layouts, q))
-        return self._ready[key]({name: x.data_ptr() for name, x in tensors.items()}, scale)
+        biases = BiasGradients(terms, shape, tensors["do"], tensors["v"], tensors["dlse"])
+        addresses = {name: x.data_ptr() for name, x in tensors.items()}
+        made = self._ready[key](addresses, scale, {**term_values(terms), **biases.values})
+        delta = made["statistics"].view(*tensors["lse"].shape, STATISTICS)[..., 1]
+        return made["dq"], made["dk"], made["dv"], *biases.results(tensors["lse"], delta)
 
     def way(self, shape: Shape, device: int) -> Way:
         """How calls of these sizes are computed on a GPU."""
@@ -181,7 +190,9 @@ class Preparation:
         """Launches over tiles, whose tables are those from number ``first`` on; then, of those with parts, the sums."""
         steps = []
         for i, one in enumerate(walks, first):
-            values = {"merge": int(one.launch.merge), **_addresses(self.tables, i)}
+            names = (*TABLES, "columns") if self.way.columns.score.positional else TABLES
+            addresses = {f"{name}_ptr": self.tables.address(i, name) for name in names}
+            values: dict[str, float] = {"merge": int(one.launch.merge), **addresses}
             steps.append(self._walk(function, one, values, seen))
             if one.work.part_tiles:
                 steps.append(self._step(combine, len(one.work.combine) * KEYS // WARPS, values, {}))
@@ -193,7 +204,7 @@ class Preparation:
         common: dict[str, float] = {
             "blocks": blocks, "heads": s.heads, "kv_heads": s.kv_heads, "group": s.heads // s.kv_heads,
             "q_len": s.q_len, "kv_len": s.kv_len, "bound_blocks": self.bound_blocks, "scale": 0.0, "cap": self.cap,
-            **dict.fromkeys(holders.values(), 0),
+            **NONE, **PARAMETERS, **dict.fromkeys(holders.values(), 0),
         }  # fmt: skip
         for name, one in self._all_layouts().items():
             common |= {f"{name}_step": one.step, f"{name}_batch": one.batch_stride, f"{name}_head": one.head_stride,
@@ -248,10 +259,6 @@ class Preparation:
         return maps.found
 
 
-def _addresses(tables: DeviceTables, launch: int) -> dict[str, float]:
-    return {f"{name}_ptr": tables.address(launch, name) for name in TABLES}
-
-
 class GradientCall:
     """Steps, and what each call puts into them: addresses, the scale, the stream."""
 
@@ -267,6 +274,7 @@ class GradientCall:
         self._lock = threading.Lock()
         self._bounds = {name: self._bound(name, steps) for name in (*INPUTS, *RESULTS, *SCRATCH, "queue")}
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
+        self._terms = Slots(steps, (*NONE, *PARAMETERS))
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of
         self._starts = [start_of(config, step) for config, step in zip(self._configs, steps, strict=True)]
@@ -276,8 +284,9 @@ class GradientCall:
         maps = [one for step in steps for one in step.arguments.maps.values() if one.tensor == name]
         return Bound(self._gpu.driver, slots, maps, -1)
 
-    def __call__(self, addresses: dict[str, int], scale: float) -> tuple[Any, Any, Any]:
-        """(dq, dk, dv) of tensors at these addresses that are as this call was prepared for."""
+    def __call__(self, addresses: dict[str, int], scale: float, terms: Mapping[str, float]) -> dict[str, Any]:
+        """All that it allocates, dq, dk and dv among it, of tensors at these addresses that are as this call was
+        prepared for. terms: parameters."""
         on = self._gpu
         with on.torch.on(on.ordinal):
             mine = {name: self._empty(shape, strides, dtype=dtype, device=on.device)
@@ -291,9 +300,10 @@ class GradientCall:
                         self._bounds[name].move(address)
                 for slot in self._scales:
                     slot.value = scale
+                self._terms.fill(terms)
                 for config in self._configs:
                     config.stream = stream
                 self._tables.used(stream, captured)
                 for start in self._starts:
                     on.driver.launch(*start, on.ordinal)
-        return mine["dq"], mine["dk"], mine["dv"]
+        return mine

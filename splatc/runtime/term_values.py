@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from splatc.ir.dropout import threshold_of
@@ -33,15 +33,14 @@ def term_values(terms: Terms) -> dict[str, float]:
     return values
 
 
-class TermSlots:
-    """Where the steps of a call hold those parameters."""
+class Slots:
+    """Where the steps of a call hold certain parameters."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[Step], names: Iterable[str]) -> None:
         self._slots: list[tuple[str, Any]] = [
-            (name, slot) for step in steps for name in NONE if (slot := step.arguments.slot(name)) is not None
+            (name, slot) for name in names for step in steps if (slot := step.arguments.slot(name)) is not None
         ]
 
-    def fill(self, terms: Terms) -> None:
-        values = term_values(terms)
+    def fill(self, values: Mapping[str, float]) -> None:
         for name, slot in self._slots:
             slot.value = values[name]

@@ -155,7 +155,7 @@ def shape_of(spec: KernelSpec) -> Shape:
     s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.score, spec.role == BACKWARD)
     if s.with_dq and s.positional:
         raise Unsupported(f"{spec.name}: gradients with biases or dropout take two walks")
-    if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)):
+    if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)) and (s.with_dq or spec.tile_n != 32):
         raise Unsupported(f"{spec.name}: gradients are computed by tiles of {KEYS} keys by 64 or 128 queries")
     if s.smem_bytes > SMEM_BYTES:
         raise Unsupported(f"{spec.name}: a tile does not fit the shared memory of sm_90a")
