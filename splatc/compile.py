@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
 from splatc.codegen.kernel import (
@@ -25,6 +25,7 @@ from splatc.errors import InvalidInput
 from splatc.formats.acsr import ACSR
 from splatc.ir.passes import PASSES, Schedule, lower, run_passes
 from splatc.ir.program import Cover, Program
+from splatc.ir.score import score_of
 from splatc.patterns import as_pattern
 from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
@@ -37,7 +38,11 @@ from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.kernel import Kernel, find_kernel
 from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, is_torch
+from splatc.runtime.terms import Asked, TermOptions, asked_by
 from splatc.runtime.tuned import tuned_tiles
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 After = Callable[[str, Program], None]
 
@@ -54,15 +59,17 @@ def analyze(mask: Any, seq_len: int | None = None, kv_len: int | None = None) ->
 
 
 def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None, head_dim: int, dtype: Any,
-            v_head_dim: int | None = None, softcap: float | None = None, target: str | Target | None = None,
-            layout: str = "bhsd", tile: tuple[int, int] | None = None, allow_tf32: bool = True,
-            after: After | None = None) -> CompiledAttention:  # fmt: skip
+            v_head_dim: int | None = None, softcap: float | None = None, alibi: bool = False,
+            relative_bias: bool = False, block_bias: bool = False, sinks: bool = False, dropout: bool = False,
+            target: str | Target | None = None, layout: str = "bhsd", tile: tuple[int, int] | None = None,
+            allow_tf32: bool = True, after: After | None = None) -> CompiledAttention:  # fmt: skip
     """Compile masked attention.
 
     mask: a pattern, its text, a boolean matrix, a scipy.sparse matrix, a networkx graph, a FlexAttention mask_mod or
     BlockMask, or a list with one of these for each head. seq_len, kv_len: as in ``analyze``; other lengths reuse the
     binary. dtype: "float32", "float16", "bfloat16" (on a CPU also "float64") or torch's. softcap: scores s become
-    softcap * tanh(s / softcap).
+    softcap * tanh(s / softcap). alibi, relative_bias, block_bias, sinks, dropout: whether calls bring these
+    (``TermOptions``; what they do: ir/score.py).
     target: "cpu", "cuda" or an arch such as "sm_90a" (default: the GPU here, else the CPU). layout: "bhsd" or "bshd".
     tile: (query rows, key columns) of a tile, default: the fastest for this mask by ``splatc tune`` or the cost model.
     allow_tf32: on a Hopper GPU, compute float32 by tensor cores, which round the factors of products to tf32 (11 bits;
@@ -72,8 +79,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     """
     pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
     cap = check_softcap(softcap)
-    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), softcap=cap > 0, tile=tile,
-                       allow_tf32=allow_tf32)  # fmt: skip
+    score = score_of(cap > 0, alibi, relative_bias, block_bias, sinks, dropout)
+    spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), score, tile, allow_tf32)
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
 
@@ -137,10 +144,9 @@ def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after
     distinct = tuple(dict.fromkeys(heads))
     acsrs = [ACSR.from_pattern(one, q_len, kv_len) for one in distinct]
     schedule = schedule_of(spec)
-    programs = [
-        run_passes(lower(acsr), schedule, PASSES, after or (ir_dump(one, q_len, kv_len) if watched else None))
-        for one, acsr in zip(distinct, acsrs, strict=True)
-    ]
+    programs = [run_passes(lower(acsr, spec.score), schedule, PASSES,
+                           after or (ir_dump(one, q_len, kv_len) if watched else None))
+                for one, acsr in zip(distinct, acsrs, strict=True)]  # fmt: skip
     tables = [tuple(build_tables(d, schedule.fill_empty) for _, d in p.domains if isinstance(d, Cover))
               for p in programs]  # fmt: skip
     for one, acsr, passes in zip(distinct, acsrs, tables, strict=True):
@@ -163,8 +169,11 @@ def schedule_of(spec: KernelSpec) -> Schedule:
 
 def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, return_lse: bool = False,
               enable_gqa: bool = False, softcap: float | None = None, layout: str = "bhsd",
-              allow_tf32: bool = True) -> Any:  # fmt: skip
-    """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention."""
+              allow_tf32: bool = True, **options: Unpack[TermOptions]) -> Any:  # fmt: skip
+    """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention.
+
+    options: biases, sinks and dropout, as ``TermOptions`` says; a kernel is compiled for what there is.
+    """
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     if is_torch(q) and is_torch(k) and is_torch(v):
@@ -173,15 +182,17 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
     if not isinstance(mask, Pattern):
         mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
     kind = "cpu" if s.device == "cpu" else "cuda"
-    compiled = _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, kind, layout, allow_tf32)
-    return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa)
+    compiled = _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, kind, layout, allow_tf32,
+                     asked_by(options))  # fmt: skip
+    return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa, **options)
 
 
 @lru_cache(maxsize=256)
 def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: int, dtype: str,
-          softcap: float | None, kind: str, layout: str, allow_tf32: bool) -> CompiledAttention:  # fmt: skip
+          softcap: float | None, kind: str, layout: str, allow_tf32: bool,
+          asked: Asked) -> CompiledAttention:  # fmt: skip
     return compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype,
-                   softcap=softcap, target=kind, layout=layout, allow_tf32=allow_tf32)  # fmt: skip
+                   softcap=softcap, target=kind, layout=layout, allow_tf32=allow_tf32, **asked._asdict())  # fmt: skip
 
 
 def resolve_mask(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:

@@ -28,6 +28,7 @@ from splatc.codegen.target import Target
 from splatc.compile import best_plan
 from splatc.errors import CacheError, CompileError, InvalidInput, Unsupported
 from splatc.ir.passes import PASSES
+from splatc.ir.score import score_of
 from splatc.runtime import tuned
 from splatc.runtime.tuned import Found, remember_tile, tuned_tiles
 from splatc.runtime.work import finish, work_of
@@ -73,7 +74,7 @@ def test_what_was_tuned_is_found_by_another_process(file, monkeypatch):
 @pytest.mark.parametrize("other", [
     {"pattern": P.causal()}, {"q_len": 513}, {"kv_len": 1024}, {"spec": replace(SPEC, head_dim=128)},
     {"spec": replace(SPEC, v_head_dim=128)}, {"spec": replace(SPEC, dtype="float16")},
-    {"spec": replace(SPEC, softcap=True)}, {"spec": replace(SPEC, target=Target("cuda", "sm_100a"))},
+    {"spec": replace(SPEC, score=score_of(sinks=True))}, {"spec": replace(SPEC, target=Target("cuda", "sm_100a"))},
     {"spec": replace(SPEC, kernel="portable")}, {"spec": kernel_spec(64, None, "bfloat16", Target("cpu", "native"))},
 ])  # fmt: skip
 def test_another_request_is_another_tuning(other):

@@ -27,6 +27,7 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
+from splatc.codegen.cpu_score import TermArguments, Terms, match_terms
 from splatc.codegen.cpu_tile import Scratch, Shape, emit_tile
 from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, load
 from splatc.codegen.cpu_walk import (
@@ -59,8 +60,9 @@ def attention_cpu(spec: KernelSpec) -> tvm.IRModule:
             scale = I.arg("scale", s.scalar(None))
             cap = I.arg("cap", s.scalar(None))
             merge = I.arg("merge", I.int32())
+            terms = match_terms(s)
             with I.parallel(0, walk.chunks.shape[0] - 1) as worker:
-                emit_worker(t, walk, s, worker, scale * s.scalar(LOG2E), cap * s.scalar(LOG2E), merge)
+                emit_worker(t, walk, s, worker, scale * s.scalar(LOG2E), cap * s.scalar(LOG2E), merge, terms)
     return tvm.IRModule({NAME: builder.get().with_attr("global_symbol", NAME)})
 
 
@@ -84,7 +86,7 @@ def shape_of(spec: KernelSpec) -> Shape:
         lanes //= 2
     while spec.tile_m % (lanes * vecs):
         vecs //= 2
-    return Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.softcap, lanes, vecs, rows)
+    return Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, lanes, vecs, rows)
 
 
 @dataclass(frozen=True)
@@ -105,34 +107,44 @@ def match_tensors(s: Shape) -> Tensors:
     return Tensors(q, k, v, o=match_strided("o", (*rows, T.int64(s.dv)), s.dtype), lse=match_array("lse", rows, s.acc))
 
 
-def emit_worker(t: Tensors, walk: Walk, s: Shape, worker: Expr, factor: Expr, cap: Expr, merge: Expr) -> None:
+def emit_worker(
+    t: Tensors, walk: Walk, s: Shape, worker: Expr, factor: Expr, cap: Expr, merge: Expr, arguments: TermArguments
+) -> None:
     """All items of one worker, one after the other; factor and cap are in the log2 domain."""
-    b = Scratch(s, cap)
+    cap = I.Bind(T.Broadcast(cap, s.lanes))
+    b = Scratch(s)
+    terms = Terms(s, arguments, cap, b.row_pos, b.col_pos)
     group = group_size(t.q, t.k)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_kv = (batch, head), (batch, I.Bind(T.truncdiv(head, group)))
         emit_row_positions(walk, item, b.row_pos, t.q.shape[2])
+        terms.emit_begin_rows(batch, head)
         emit_pack_transposed(b.qt, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, factor)
-        emit_start(t, b, s, at, merge)
+        emit_start(t, b, s, at, merge, arguments.sinks)
 
         def pack() -> None:
+            terms.emit_begin_columns()
             emit_pack_rows(b.k, s.d, t.k, at_kv, b.col_pos, s.n, s.d, s)
             emit_pack_rows(b.v, s.dv, t.v, at_kv, b.col_pos, s.n, s.dv, s)
 
-        emit_tiles(walk, item, b.col_pos, t.k.shape[2], pack, lambda bits: emit_tile(b, s, bits))
+        emit_tiles(walk, item, b.col_pos, t.k.shape[2], pack, lambda bits: emit_tile(b, s, terms, bits))
         emit_finish(t, b, s, at)
 
     emit_items(walk, worker, one)
 
 
-def emit_start(t: Tensors, b: Scratch, s: Shape, at: At, merge: Expr) -> None:
-    """The empty state; with merge the state in the outputs: m = LSE * log2(e), l = 1, acc = O."""
+def emit_start(t: Tensors, b: Scratch, s: Shape, at: At, merge: Expr, sinks: Expr | None) -> None:
+    """The empty state, with sinks m = sink * log2(e), l = 1; with merge the state in the outputs: m = LSE * log2(e),
+    l = 1, acc = O."""
     emit_fill(b.m, s.m, NEG_INF, s)
     emit_fill(b.l, s.m, 0.0, s)
     with I.If(T.EQ(merge, 0)):
         with I.Then():
             emit_fill(b.ot, s.m * s.dv_pitch, 0.0, s)
+            if sinks is not None:
+                emit_fill(b.m, s.m, sinks[at[1]] * s.scalar(LOG2E), s)
+                emit_fill(b.l, s.m, 1.0, s)
         with I.Else():
             with I.serial(0, s.m) as i:
                 I.buffer_store(b.live_pos, T.int32(-1), [i])

@@ -34,7 +34,8 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
-from splatc.codegen.cpu_tile import Bits, Shape, cap_score, emit_dots, emit_guard, emit_weighted_sum
+from splatc.codegen.cpu_score import cap_score
+from splatc.codegen.cpu_tile import Bits, Shape, emit_dots, emit_guard, emit_weighted_sum
 from splatc.codegen.cpu_vector import LOG2E, Expr, exp2, load, scratch, store
 from splatc.codegen.cpu_walk import (
     Walk,
@@ -48,6 +49,7 @@ from splatc.codegen.cpu_walk import (
     match_walk,
 )
 from splatc.codegen.kernel import KernelSpec
+from splatc.ir.score import Softcap
 
 DQ, DKV = "splatc_attention_dq", "splatc_attention_dkv"
 
@@ -133,7 +135,7 @@ class Scratch:
         self.y1, self.y2 = s.scratch(s.n * s.d), s.scratch(s.n * s.dv)
         self.p = s.scratch(s.n * s.width)  # of one block, as the next two
         self.ds = s.scratch(s.n * s.width)
-        self.slope = s.scratch(s.n * s.width) if s.softcap else None
+        self.slope = s.scratch(s.n * s.width) if s.score.has(Softcap) else None
         self.sum1t = s.scratch(s.m * s.d_pitch)  # over columns: dS * y1
         self.rows = s.scratch(s.m * max(s.d_pitch, s.dv_pitch))
         self.row_pos, self.col_pos = scratch(s.m, "int32"), scratch(s.n, "int32")
@@ -253,7 +255,7 @@ def emit_probabilities(b: Scratch, s: Shape, block: Expr, stats: Statistics, bit
 
     def one(j: Expr, v: int, score: Expr) -> None:
         at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
-        if s.softcap:
+        if s.score.has(Softcap):
             score, slope = cap_score(score, b.cap, s)
             store(b.slope, at, slope, s.lanes)
         p = exp2(score - stats.lse(j, row), s.lanes, s.acc)
@@ -268,7 +270,7 @@ def emit_score_gradients(b: Scratch, s: Shape, block: Expr, stats: Statistics, b
     def one(j: Expr, v: int, dp: Expr) -> None:
         at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
         ds = load(b.p, at, s.lanes) * (dp - stats.delta(j, row))
-        if s.softcap:
+        if s.score.has(Softcap):
             ds = ds * load(b.slope, at, s.lanes)
         store(b.ds, at, ds if bits is None else T.Select(bits.on(s, j, row), ds, s.constant(0.0)), s.lanes)
 

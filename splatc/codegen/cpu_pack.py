@@ -82,7 +82,7 @@ def emit_transpose_out(rows: Expr, src: Expr, s: Shape, pitch: int, factor: Call
                 store(rows, (row + i) * pitch + c * n, vector, n)
 
 
-def emit_fill(dst: Expr, count: int, value: float, s: Shape) -> None:
+def emit_fill(dst: Expr, count: int, value: Expr, s: Shape) -> None:
     """dst[:count] = value; count: a multiple of the lanes."""
     with I.serial(0, count // s.lanes) as x:
-        store(dst, x * s.lanes, s.constant(value), s.lanes)
+        store(dst, x * s.lanes, T.Broadcast(s.scalar(value), s.lanes), s.lanes)

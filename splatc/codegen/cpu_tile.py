@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import NEG_INF
-from splatc.codegen.cpu_vector import LOG2E, Expr, Register, constant, exp2, load, scratch, store
+from splatc.codegen.cpu_vector import Expr, Register, constant, exp2, load, scratch, store
+from splatc.ir.score import Score
+
+if TYPE_CHECKING:
+    from splatc.codegen.cpu_score import Terms
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Shape:
     m: int
     n: int
     dtype: str
-    softcap: bool
+    score: Score
     lanes: int
     vecs: int
     rows: int
@@ -82,9 +87,7 @@ class Scratch:
     Those named *t are transposed: element (x, query) of a block at (block * pitch + x) * width + query.
     """
 
-    def __init__(self, s: Shape, cap: Expr) -> None:
-        """cap: of scores times log2(e)."""
-        self.cap = I.Bind(T.Broadcast(cap, s.lanes))
+    def __init__(self, s: Shape) -> None:
         self.qt = s.scratch(s.m * s.d_pitch)  # times scale * log2(e)
         self.k = s.scratch(s.n * s.d)
         self.v = s.scratch(s.n * s.dv)
@@ -113,14 +116,14 @@ class Bits:
         return T.NE(T.bitwise_and(T.Broadcast(word, s.lanes), test), constant(0, s.lanes, "uint32"))
 
 
-def emit_tile(b: Scratch, s: Shape, bits: Bits | None) -> None:
+def emit_tile(b: Scratch, s: Shape, terms: Terms, bits: Bits | None) -> None:
     """Online softmax over one packed tile; bits: None for a full tile."""
     guard = None if bits is None else emit_guard(bits, b.v, s.n * s.dv, s)
     with I.serial(0, s.blocks) as block:
         top = [s.register(s.constant(NEG_INF)) for _ in range(s.vecs)]
         alpha = [s.register() for _ in range(s.vecs)]
-        emit_scores(b, s, block, top, bits)
-        emit_softmax(b, s, block, top, alpha)
+        emit_scores(b, s, terms, block, top, bits)
+        emit_softmax(b, s, terms, block, top, alpha)
         emit_weighted_sum(b.ot, s.dv_pitch, b.v, s.dv, b.st, s, block, guard, alpha)
 
 
@@ -176,12 +179,13 @@ def emit_dots(
     row_groups(s.n, s.rows, group)
 
 
-def emit_scores(b: Scratch, s: Shape, block: Expr, top: list[Register], bits: Bits | None) -> None:
-    """st[j, i] = <k_j, q_i>, -inf where a bit is off; top[i] = max(top[i], their maximum over j)."""
+def emit_scores(
+    b: Scratch, s: Shape, terms: Terms, block: Expr, top: list[Register], bits: Bits | None
+) -> None:
+    """st[j, i] = every step of <k_j, q_i>, -inf where a bit is off; top[i] = max(top[i], their maximum over j)."""
 
     def one(j: Expr, v: int, score: Expr) -> None:
-        if s.softcap:
-            score, _ = cap_score(score, b.cap, s)
+        score, _ = terms.apply(score, j, block * s.width + v * s.lanes)
         if bits is not None:
             score = T.Select(bits.on(s, j, block * s.width + v * s.lanes), score, s.constant(NEG_INF))
         score = I.Bind(score)
@@ -191,19 +195,11 @@ def emit_scores(b: Scratch, s: Shape, block: Expr, top: list[Register], bits: Bi
     emit_dots(s, b.k, b.qt, s.d, s.d_pitch, block, one)
 
 
-def cap_score(score: Expr, cap: Expr, s: Shape) -> tuple[Expr, Expr]:
-    """(cap * tanh(score / cap), its derivative), by tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|) and the sign of x;
-    1 - tanh(x)^2 = 4 e / (1 + e)^2 loses nothing where tanh is nearly 1.
-    """
-    x = I.Bind(score / cap)
-    e = I.Bind(exp2(T.max(x, -x) * s.constant(-2 * LOG2E), s.lanes, s.acc))
-    one, zero = s.constant(1.0), s.constant(0.0)
-    size = I.Bind((one - e) / (one + e) * cap)
-    return T.Select(x < zero, zero - size, size), s.constant(4.0) * e / ((one + e) * (one + e))
-
-
-def emit_softmax(b: Scratch, s: Shape, block: Expr, top: list[Register], alpha: list[Register]) -> None:
-    """m' = max(m, top); st = exp2(st - m'); alpha = exp2(m - m'); l = l * alpha + sum of st over j."""
+def emit_softmax(
+    b: Scratch, s: Shape, terms: Terms, block: Expr, top: list[Register], alpha: list[Register]
+) -> None:
+    """m' = max(m, top); p = exp2(st - m'); alpha = exp2(m - m'); l = l * alpha + sum of p over j; st = p, or 0 where it
+    is dropped."""
     lanes = s.lanes
     base = [s.register() for _ in range(s.vecs)]
     total = [s.register() for _ in range(s.vecs)]
@@ -220,7 +216,7 @@ def emit_softmax(b: Scratch, s: Shape, block: Expr, top: list[Register], alpha: 
             at = j * s.width + v * lanes
             p = I.Bind(exp2(load(b.st, at, lanes) - base[v].get(), lanes, s.acc))
             total[v].set(total[v].get() + p)
-            store(b.st, at, p, lanes)
+            store(b.st, at, terms.emit_dropped(p, j, block * s.width + v * lanes), lanes)
     for v in range(s.vecs):
         store(b.l, block * s.width + v * lanes, total[v].get(), lanes)
 

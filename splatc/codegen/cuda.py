@@ -118,6 +118,8 @@ def choose_blocking(spec: KernelSpec) -> Blocking:
             f"the CUDA kernel has no tile of {spec.tile_m} x {spec.tile_n}: "
             "rows must be 32, 64 or 128 and columns a multiple of 16 up to 128"
         )
+    if (others := [name for name in spec.score.names if name != "softcap"]):
+        raise Unsupported(f"the portable CUDA kernel has no {', '.join(others)}: use the target cpu, or sm_90a")
     if min(spec.head_dim, spec.v_head_dim) < 1:
         raise Unsupported(f"head dims must be at least 1, got {spec.head_dim} and {spec.v_head_dim}")
     limit = smem_limit(spec.target.arch)

@@ -7,6 +7,7 @@ from typing import Any
 
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput, Unsupported
+from splatc.ir.score import NO_SCORE, Score
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
@@ -25,7 +26,7 @@ class KernelSpec:
     kernel: "cpu", "portable" (CUDA, fp32 multiply-adds) or "hopper" (sm_90a: TMA and tensor cores).
     dtype: "float32", "float16" or "bfloat16" for q, k, v and o (LSE and accumulation are float32), on a CPU also
     "float64" (all in float64). The hopper kernel rounds the factors of float32 products to tf32.
-    tile_m, tile_n: query rows and key columns of a tile. softcap: scores are cap * tanh(score / cap).
+    tile_m, tile_n: query rows and key columns of a tile. score: what is done to scores (ir/score.py).
     gather: some column tiles are lists of keys (hopper only). role: "forward", "backward" for the functions that
     compute gradients, or, on Hopper, "backward_rows" and "backward_columns" for those that do it in two walks.
     """
@@ -37,20 +38,25 @@ class KernelSpec:
     tile_m: int
     tile_n: int
     target: Target
-    softcap: bool = False
+    score: Score = NO_SCORE
     gather: bool = False
     role: str = FORWARD
+
+    @property
+    def softcap(self) -> bool:
+        """Whether scores are capped."""
+        return self.score.softcap
 
     @property
     def name(self) -> str:
         """A readable name: attention_hopper_d64_bfloat16_m192n128, attention_backward_cpu_d64_float32_m64n64."""
         what = "attention" if self.role == FORWARD else f"attention_{self.role}"
         dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
-        features = "".join(f"_{name}" for name in ("softcap", "gather") if getattr(self, name))
+        features = "".join(f"_{name}" for name in (*self.score.names, *(("gather",) if self.gather else ())))
         return f"{what}_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
 
 
-def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target, softcap: bool = False,
+def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Target, score: Score = NO_SCORE,
                 tile: tuple[int, int] | None = None, allow_tf32: bool = True) -> KernelSpec:  # fmt: skip
     """The spec that a user's options name; dtype may be torch's, tile defaults to a good one. Raises InvalidInput.
 
@@ -68,7 +74,7 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     if tile is not None and tile not in all_tiles(kernel, name):
         known = ", ".join(f"({m}, {n})" for m, n in all_tiles(kernel, name))
         raise InvalidInput(f"tile is {tile!r}: for these options it can be {known}, or None")
-    spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, softcap)
+    spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, score)
     tile_m, tile_n = tile or tile_shapes(spec)[0]
     return replace(spec, tile_m=tile_m, tile_n=tile_n)
 
@@ -135,18 +141,25 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     widest = max(spec.head_dim, spec.v_head_dim)
     if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
         return ((128, 64),) if spec.softcap and widest > 64 else ((128, 128), (128, 64))
+    if _crowded(spec):
+        return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
     if widest > 128:
         return ((128, 64),)
-    tall = ((192, 128),) if widest <= 64 and not spec.softcap else ()  # with it, 192 rows take too many registers
+    tall = ((192, 128),) if widest <= 64 and not spec.score else ()  # with one, 192 rows take too many registers
     return (*tall, (128, 128), (128, 64))
 
 
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods: 28 x 4 keys around 16 x 8 queries, where they fit."""
     wide = max(spec.head_dim, spec.v_head_dim) > 128
-    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not wide else ()
+    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not (wide or _crowded(spec)) else ()
+
+
+def _crowded(spec: KernelSpec) -> bool:
+    """Whether expressions on scores leave registers for small tiles only."""
+    return spec.score.positional and spec.score.names not in (("alibi",), ("dropout",))
 
 
 def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:
@@ -156,5 +169,5 @@ def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:
     return TF32_TILES if dtype == "float32" else HOPPER_TILES
 
 
-HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), PATCH_TILE)
+HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 32), PATCH_TILE)
 TF32_TILES = tuple((m, n) for m in (64, 128, 192) for n in (32, 64, 128))

@@ -8,51 +8,81 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import VerifyError
+from splatc.formats.strips import Ints
 from splatc.ir.cover import paint
+from splatc.ir.numbers import Numbers
 from splatc.ir.program import GATHERED, Attend, Cover, Domain, Mask, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score
 from splatc.ir.see import see
 from splatc.ir.views import View
 
 Float = NDArray[np.float64]
+NO_NUMBERS = Numbers()
 
 
-def interpret(program: Program, q: Float, k: Float, v: Float, scale: float) -> tuple[Float, Float]:
+def interpret(program: Program, q: Float, k: Float, v: Float, scale: float,
+              numbers: Numbers = NO_NUMBERS) -> tuple[Float, Float]:  # fmt: skip
     """(o, lse) of one head: q (q_len, d), k (kv_len, d), v (kv_len, dv) float64 -> o (q_len, dv), lse (q_len,)."""
     env: dict[str, Float] = {"q": q, "k": k, "v": v}
+    rows, cols = np.arange(program.q_len), np.arange(program.kv_len)
     for op in program.body:
         match op:
-            case Sddmm(out, a, b, over):
-                env[out] = np.where(elements(program.domain(over)), env[a] @ env[b].T * scale, -np.inf)
-            case Softmax(out, lse, x):
-                env[lse] = _logsumexp(env[x])
-                env[out] = np.exp(env[x] - np.where(np.isinf(env[lse]), 0.0, env[lse])[:, None])
+            case Sddmm(out, a, b, over, steps):
+                s, _ = numbers.scores(steps, env[a] @ env[b].T * scale, rows, cols)
+                env[out] = np.where(elements(program.domain(over)), s, -np.inf)
+            case Softmax(out, lse, x, sinks, dropout):
+                env[lse] = np.logaddexp(_logsumexp(env[x]), numbers.sink if sinks else -np.inf)
+                env[out] = _weights(env[x], env[lse])
+                if dropout:
+                    env[out] *= numbers.dropped(rows, cols)
             case Spmm(out, p, w):
                 env[out] = env[p] @ env[w]
-            case Attend(out, lse, a, b, w, over, merging):
-                new = _attend(program.domain(over), env[a], env[b], env[w], scale)
+            case Attend(out, lse, a, b, w, over, merging, score):
+                new = _attend(program.domain(over), env[a], env[b], env[w], scale, score, numbers)
                 env[out], env[lse] = _merge((env[out], env[lse]), new) if merging else new
     return env["o"], env["lse"]
 
 
 def interpret_gradients(program: Program, transposed: Program, q: Float, k: Float, v: Float, do: Float, dlse: Float,
-                        scale: float) -> tuple[Float, Float, Float]:  # fmt: skip
+                        scale: float, numbers: Numbers = NO_NUMBERS) -> tuple[Float, ...]:  # fmt: skip
     """(dq, dk, dv) of one head for the gradients do (q_len, dv) of o and dlse (q_len,) of lse; shapes as in
-    ``interpret``. dq is summed over the tiles of the program, dk and dv over those of the transposed mask's program."""
-    o, lse = interpret(program, q, k, v, scale)
-    lse, delta = np.where(np.isinf(lse), 0.0, lse), (do * o).sum(1) - dlse
-    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    ``interpret``. dq is summed over the tiles of the program, dk and dv over those of the transposed mask's program.
 
-    def of_tile(i: NDArray[np.int64], j: NDArray[np.int64], held: NDArray[np.bool_]) -> tuple[Float, Float]:
-        p = np.exp(np.where(held, q[i] @ k[j].T * scale, -np.inf) - lse[i, None])
-        return p, p * (do[i] @ v[j].T - delta[i, None]) * scale
+    They are followed by the gradients of what the score has of ``Terms.learnable``, of this head, over the tiles of
+    the program.
+    """
+    score, terms = program.score, numbers.terms
+    o, lse = interpret(program, q, k, v, scale, numbers)
+    delta = (do * o).sum(1) - dlse
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    tables = [np.zeros(() if x.ndim == 1 else x.shape[1:]) for x in terms.learnable if x is not None]
+
+    def of_tile(i: Ints, j: Ints, held: NDArray[np.bool_]) -> tuple[Float, Float, Float]:
+        """(probabilities after dropout, gradients of scores, those of products)."""
+        s, slope = numbers.scores(score.steps, q[i] @ k[j].T * scale, i, j)
+        p = _weights(np.where(held, s, -np.inf), lse[i])
+        factor = numbers.dropped(i, j) if score.dropout else np.ones_like(p)
+        ds = p * (factor * (do[i] @ v[j].T) - delta[i, None])
+        return p * factor, ds, ds * slope * scale
 
     for i, j, held in _existing(program):
-        dq[i] += of_tile(i, j, held)[1] @ k[j]
+        _, ds, dqk = of_tile(i, j, held)
+        dq[i] += dqk @ k[j]
+        for table, step in zip(tables, score.biases, strict=False):
+            match step:
+                case Alibi():
+                    table -= (ds * numbers.distance(i, j)).sum()
+                case RelativeBias():
+                    np.add.at(table, numbers.offset(i, j), ds)
+                case BlockBias():
+                    np.add.at(table, numbers.block(i, j), ds)
     for j, i, held in _existing(transposed):
-        p, ds = of_tile(i, j, held.T)
-        dk[j] += ds.T @ q[i]
+        p, _, dqk = of_tile(i, j, held.T)
+        dk[j] += dqk.T @ q[i]
         dv[j] += p.T @ do[i]
-    return dq, dk, dv
+    if score.sinks:
+        tables[-1] -= (_weights(np.full((len(q), 1), numbers.sink), lse)[:, 0] * delta).sum()
+    return dq, dk, dv, *tables
 
 
 def _existing(program: Program) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
@@ -130,22 +160,30 @@ def _region_elements(pieces: NDArray[np.int64], rows: View, cols: View) -> tuple
     return np.concatenate(found_q), np.concatenate(found_k)
 
 
-def _attend(domain: Domain, q: Float, k: Float, v: Float, scale: float) -> tuple[Float, Float]:
+def _attend(domain: Domain, q: Float, k: Float, v: Float, scale: float, score: Score,
+            numbers: Numbers) -> tuple[Float, Float]:  # fmt: skip
     """Online softmax over the tiles of a cover (over everything at once for other domains)."""
-    empty = np.zeros((len(q), v.shape[1])), np.full(len(q), -np.inf)
-    if not isinstance(domain, Cover):
-        s = np.where(elements(domain), q @ k.T * scale, -np.inf)
+
+    def part(i: Ints, j: Ints, held: NDArray[np.bool_]) -> tuple[Float, Float]:
+        s, _ = numbers.scores(score.steps, q[i] @ k[j].T * scale, i, j)
+        s = np.where(held, s, -np.inf)
         lse = _logsumexp(s)
-        return np.exp(s - np.where(np.isinf(lse), 0.0, lse)[:, None]) @ v, lse
-    o, lse = empty
+        p = _weights(s, lse)
+        return (p * numbers.dropped(i, j) if score.dropout else p) @ v[j], lse
+
+    o, lse = np.zeros((len(q), v.shape[1])), np.full(len(q), numbers.sink if score.sinks else -np.inf)
+    if not isinstance(domain, Cover):
+        return _merge((o, lse), part(np.arange(len(q)), np.arange(len(k)), elements(domain)))
     for rows, cols, held in tiles(domain):
         rows_ok, cols_ok = rows >= 0, cols >= 0
         i, j = rows[rows_ok], cols[cols_ok]
-        s = np.where(held[np.ix_(rows_ok, cols_ok)], q[i] @ k[j].T * scale, -np.inf)
-        part = _logsumexp(s)
-        p = np.exp(s - np.where(np.isinf(part), 0.0, part)[:, None]) @ v[j]
-        o[i], lse[i] = _merge((o[i], lse[i]), (p, part))
+        o[i], lse[i] = _merge((o[i], lse[i]), part(i, j, held[np.ix_(rows_ok, cols_ok)]))
     return o, lse
+
+
+def _weights(s: Float, lse: Float) -> Float:
+    """exp(s - lse) of rows, 0 where lse is -inf."""
+    return np.asarray(np.exp(s - np.where(np.isinf(lse), 0.0, lse)[:, None]))
 
 
 def _merge(a: tuple[Float, Float], b: tuple[Float, Float]) -> tuple[Float, Float]:

@@ -14,6 +14,7 @@ from splatc.ir.choose import choose_regions
 from splatc.ir.cover import cover
 from splatc.ir.gather import gather_tiles
 from splatc.ir.program import Attend, Cover, Mask, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.score import NO_SCORE, Score
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Schedule:
 Pass = Callable[[Program, Schedule], Program]
 
 
-def lower(acsr: ACSR) -> Program:
-    """Masked attention as three operations over the mask."""
-    body = (Sddmm("s", "q", "k", over="m"), Softmax("p", "lse", "s"), Spmm("o", "p", "v"))
+def lower(acsr: ACSR, score: Score = NO_SCORE) -> Program:
+    """Masked attention as three operations over the mask, with what a Score adds to them."""
+    body = (Sddmm("s", "q", "k", "m", score.steps), Softmax("p", "lse", "s", score.sinks, score.dropout),
+            Spmm("o", "p", "v"))  # fmt: skip
     return Program(acsr.q_len, acsr.kv_len, (("m", Mask(acsr)),), body)
 
 
@@ -65,11 +67,11 @@ def fuse_attention(program: Program, schedule: Schedule) -> Program:
     p, lse = softmax(s)     ->   o, lse = attend(q, k, v) over m0
     o = spmm(p, v)               o, lse = attend(q, k, v) over m1 merging (o, lse)
 
-    One attend for each row view of m. Requires regions.
+    One attend for each row view of m, sinks in the first. Requires regions.
     """
     match program.body:
         case (Sddmm(s, q, k, over), Softmax(p, lse, x), Spmm(o, probs, v)) if (s, p) == (x, probs):
-            pass
+            score = program.score
         case _:
             return program
     domain = program.domain(over)
@@ -81,7 +83,8 @@ def fuse_attention(program: Program, schedule: Schedule) -> Program:
     for i, view in enumerate(views):
         part = tuple(region for region in domain.regions if region.rows == view)
         domains.append((f"{over}{i}", Regions(domain.q_len, domain.kv_len, part)))
-        body.append(Attend(o, lse, q, k, v, over=f"{over}{i}", merging=i > 0))
+        mine = replace(score, sinks=score.sinks and i == 0)
+        body.append(Attend(o, lse, q, k, v, over=f"{over}{i}", merging=i > 0, score=mine))
     return replace(program, domains=kept + tuple(domains), body=tuple(body))
 
 

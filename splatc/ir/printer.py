@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from splatc.formats.acsr import Pieces
 from splatc.ir.program import GATHERED, Attend, Cover, Domain, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score, Softcap, Step
 
 SHOWN = 8  # pieces, items, ... printed before "..."
 
@@ -67,14 +68,27 @@ def _cover(name: str, cover: Cover) -> list[str]:
 
 def _operation(op: Operation) -> str:
     match op:
-        case Sddmm(out, q, k, over):
-            return f"{out} = sddmm({q}, {k}) over {over}"
-        case Softmax(out, lse, x):
-            return f"{out}, {lse} = softmax({x})"
+        case Sddmm(out, q, k, over, steps):
+            return f"{out} = sddmm({q}, {k}) over {over}" + _piped(Score(steps))
+        case Softmax(out, lse, x, sinks, dropout):
+            return f"{out}, {lse} = softmax({x}{', sinks' if sinks else ''})" + _piped(Score(dropout=dropout))
         case Spmm(out, p, v):
             return f"{out} = spmm({p}, {v})"
-        case Attend(out, lse, q, k, v, over, merging):
-            return f"{out}, {lse} = attend({q}, {k}, {v}) over {over}" + (f" merging ({out}, {lse})" if merging else "")
+        case Attend(out, lse, q, k, v, over, merging, score):
+            into = f" merging ({out}, {lse})" if merging else ""
+            return f"{out}, {lse} = attend({q}, {k}, {v}) over {over}{into}" + _piped(score)
+
+
+STEPS: dict[type[Step], str] = {
+    Softcap: "softcap(cap)", Alibi: "alibi(slopes)", RelativeBias: "bias(relative)", BlockBias: "bias(blocks)",
+}  # fmt: skip
+
+
+def _piped(score: Score) -> str:
+    """What follows in turn: " | softcap(cap) | alibi(slopes) | softmax(sinks) | dropout(seed)"."""
+    words = [STEPS[type(step)] for step in score.steps]
+    words += [word for word, there in (("softmax(sinks)", score.sinks), ("dropout(seed)", score.dropout)) if there]
+    return "".join(f" | {word}" for word in words)
 
 
 def _point(*x: int) -> str:

@@ -6,6 +6,12 @@ A program computes masked attention. It starts as three operations over a mask a
     p, lse = softmax(s)               ->         o, lse = attend(q, k, v) over t0
     o = spmm(p, v)                               o, lse = attend(q, k, v) over t1 merging (o, lse)
 
+What else is done to scores and probabilities (ir/score.py) stands behind bars:
+
+    s = sddmm(q, k) over m | softcap(cap) | alibi(slopes)
+    p, lse = softmax(s, sinks) | dropout(seed)
+    o = spmm(p, v)
+
 What an operation runs over is a domain: a Mask (ACSR), Regions (its pieces, each with the view it is seen through) or a
 Cover (tiles). Every domain describes the same set of (query, key) pairs.
 """
@@ -20,6 +26,7 @@ from numpy.typing import NDArray
 from splatc.formats.acsr import ACSR
 from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import Ints
+from splatc.ir.score import NO_SCORE, Score, Step
 from splatc.ir.views import View
 
 
@@ -99,21 +106,27 @@ Domain = Mask | Regions | Cover
 
 @dataclass(frozen=True)
 class Sddmm:
-    """out[q, k] = scale * <q_q, k_k> for the pairs of the domain."""
+    """out[q, k] = scale * <q_q, k_k> for the pairs of the domain, then every step in turn."""
 
     out: str
     q: str
     k: str
     over: str
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """out = softmax along k over the pairs that x has; lse = its log-sum-exp. An empty row gives nothing and -inf."""
+    """out = softmax along k over the pairs that x has; lse = its log-sum-exp. An empty row gives nothing and -inf.
+
+    sinks: a logit more in every row, without a column. dropout: of out; lse is that of before.
+    """
 
     out: str
     lse: str
     x: str
+    sinks: bool = False
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,8 @@ class Spmm:
 
 @dataclass(frozen=True)
 class Attend:
-    """The three above in one, over tiles; merging: combined with the (out, lse) already there."""
+    """The three above in one, over tiles; merging: combined with the (out, lse) already there, so that sinks are of the
+    first only."""
 
     out: str
     lse: str
@@ -136,6 +150,7 @@ class Attend:
     v: str
     over: str
     merging: bool
+    score: Score = NO_SCORE
 
 
 Operation = Sddmm | Softmax | Spmm | Attend
@@ -152,3 +167,22 @@ class Program:
 
     def domain(self, name: str) -> Domain:
         return dict(self.domains)[name]
+
+    @property
+    def score(self) -> Score:
+        """All that is done to scores and probabilities."""
+        parts = [_score(op) for op in self.body]
+        steps = next((part.steps for part in parts if part.steps), ())
+        return Score(steps, any(part.sinks for part in parts), any(part.dropout for part in parts))
+
+
+def _score(op: Operation) -> Score:
+    match op:
+        case Sddmm():
+            return Score(op.steps)
+        case Softmax():
+            return Score((), op.sinks, op.dropout)
+        case Attend():
+            return op.score
+        case Spmm():
+            return NO_SCORE

@@ -9,12 +9,13 @@ from splatc.formats.fold import unnest
 from splatc.formats.strips import ROW, ROWS, element_counts
 from splatc.ir.printer import to_text
 from splatc.ir.program import GATHERED, Attend, Cover, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.score import ORDER
 from splatc.ir.see import see
 
 
 def verify(program: Program) -> None:
     """Raise VerifyError, naming every fault, unless the program is legal."""
-    faults = _names(program)
+    faults = _names(program) + _scores(program)
     for name, domain in program.domains:
         match domain:
             case Mask(acsr):
@@ -46,16 +47,33 @@ def _names(program: Program) -> list[str]:
     return faults
 
 
+def _scores(program: Program) -> list[str]:
+    """All passes do the same to scores, in the order of ORDER; sinks are counted once."""
+    faults = []
+    score = program.score
+    kinds = [type(step) for step in score.steps]
+    if kinds != [kind for kind in ORDER if kind in kinds]:
+        faults.append("steps of scores are not in their order")
+    for i, op in enumerate(program.body):
+        if not isinstance(op, Attend):
+            continue
+        if (op.score.steps, op.score.dropout) != (score.steps, score.dropout):
+            faults.append(f"operation {i} does something else to scores than others do")
+        if op.merging and op.score.sinks:
+            faults.append(f"operation {i} counts the sinks again")
+    return faults
+
+
 def _operands(op: Operation) -> tuple[list[str], list[str], str | None]:
     """(what it uses, what it makes, the domain it runs over)."""
     match op:
-        case Sddmm(out, q, k, over):
+        case Sddmm(out, q, k, over, _):
             return [q, k], [out], over
-        case Softmax(out, lse, x):
+        case Softmax(out, lse, x, _, _):
             return [x], [out, lse], None
         case Spmm(out, p, v):
             return [p, v], [out], None
-        case Attend(out, lse, q, k, v, over, merging):
+        case Attend(out, lse, q, k, v, over, merging, _):
             return [q, k, v, *([out, lse] if merging else [])], [out, lse], over
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from splatc.compile import compile
 from splatc.errors import InvalidInput
+from splatc.ir.terms import NO_TERMS, Terms
 from splatc.patterns import Pattern, parse
 from splatc.runtime import torch_ops
 from splatc.runtime.attention import CompiledAttention
 from splatc.runtime.handles import new_handle
 from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast
+from splatc.runtime.terms import NOTHING, Asked, TermOptions, asked_by, asked_of, terms_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @lru_cache(maxsize=256)
@@ -46,34 +51,37 @@ class AnyLength:
         self._compiled: dict[tuple[Any, ...], CompiledAttention] = {}
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
-                 return_lse: bool = False, enable_gqa: bool = False) -> Any:  # fmt: skip
-        """As ``CompiledAttention``, but under autocast in the dtype that autocast asks for."""
+                 return_lse: bool = False, enable_gqa: bool = False,
+                 **options: Unpack[TermOptions]) -> Any:  # fmt: skip
+        """As ``CompiledAttention``, but under autocast in the dtype that autocast asks for, and with any options."""
         if torch.compiler.is_compiling():
-            return by_operator(self._handle, q, k, v, scale, return_lse, enable_gqa)
+            return by_operator(self._handle, self.layout, q, k, v, scale, return_lse, enable_gqa, options)
         if isinstance(q, torch.Tensor) and torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
             q, k, v = for_autocast(q, k, v)
-        attend = self.compiled(q, k, v, enable_gqa)
-        return attend(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa)
+        attend = self.compiled(q, k, v, enable_gqa, asked_by(options))
+        return attend(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa, **options)
 
     @property
     def handle(self) -> str:
         """What the operator calls it."""
         return self._handle
 
-    def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+    def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
+            terms: Terms | None = None) -> tuple[Any, Any]:  # fmt: skip
         """(o, lse), without gradients: the operator's forward."""
-        return self.compiled(q, k, v, enable_gqa).run(q, k, v, scale, enable_gqa)
+        return self.compiled(q, k, v, enable_gqa, asked_of(terms)).run(q, k, v, scale, enable_gqa, terms)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
-                 enable_gqa: bool) -> tuple[Any, Any, Any]:  # fmt: skip
-        """(dq, dk, dv): the operator's backward."""
-        return self.compiled(q, k, v, enable_gqa).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa)
+                 enable_gqa: bool, terms: Terms | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+        """The gradients that ``CompiledAttention.backward`` gives: the operator's backward."""
+        attend = self.compiled(q, k, v, enable_gqa, asked_of(terms))
+        return attend.backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, terms)
 
-    def compiled(self, q: Any, k: Any, v: Any, enable_gqa: bool = False) -> CompiledAttention:
-        """The compiled mask for tensors like these. Raises InvalidInput for tensors that do not fit."""
+    def compiled(self, q: Any, k: Any, v: Any, enable_gqa: bool = False, asked: Asked = NOTHING) -> CompiledAttention:
+        """The compiled mask for tensors like these and what is asked. Raises InvalidInput for what does not fit."""
         if not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (q, k, v)):
             raise InvalidInput(f"q, k and v must be torch tensors of 4 dimensions, {self.layout}")
-        key = q.dtype, q.shape[-1], v.shape[-1], q.device.type
+        key = q.dtype, q.shape[-1], v.shape[-1], q.device.type, asked
         if key not in self._compiled:
             s = check_call(q, k, v, self.layout, enable_gqa)
             lengths = (s.q_len, s.kv_len) if self.seq_len is None else (self.seq_len, self.seq_len)
@@ -81,7 +89,7 @@ class AnyLength:
             self._compiled[key] = compile(
                 self.pattern, seq_len=q_len, kv_len=kv_len, head_dim=s.head_dim, v_head_dim=s.v_head_dim, dtype=s.dtype,
                 softcap=self.softcap, target=s.device.partition(":")[0], layout=self.layout,
-                allow_tf32=self.allow_tf32,
+                allow_tf32=self.allow_tf32, **asked._asdict(),
             )  # fmt: skip
         return self._compiled[key]
 
@@ -94,12 +102,14 @@ class AnyLength:
         return _restore, (_text(self.pattern), *options)
 
 
-def by_operator(handle: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
-                return_lse: bool, enable_gqa: bool) -> Any:  # fmt: skip
+def by_operator(handle: str, layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+                return_lse: bool, enable_gqa: bool, options: Any) -> Any:  # fmt: skip
     """The call of an AnyLength as a compiler records it."""
     q, k, v = for_autocast(q, k, v)
     number = None if scale is None else float(scale)
-    o, lse = torch_ops.attention(q, k, v, handle, number, enable_gqa)
+    dtype = "float64" if q.dtype == torch.float64 else "float32"
+    terms = terms_of(q, k, layout, dtype, **options) if options else NO_TERMS
+    o, lse = torch_ops.attention(q, k, v, handle, number, enable_gqa, *terms.arguments)
     return (o, lse) if return_lse else o
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,17 +11,22 @@ from splatc.errors import InvalidInput
 from splatc.nn.any_length import AnyLength, any_length, by_operator
 from splatc.patterns import Pattern, as_pattern
 from splatc.runtime.tensors import check_call
+from splatc.runtime.terms import TermOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Any, *, scale: float | None = None,
                      softcap: float | None = None, return_lse: bool = False, enable_gqa: bool = False,
-                     layout: str = "bhsd", allow_tf32: bool = True) -> Any:  # fmt: skip
+                     layout: str = "bhsd", allow_tf32: bool = True, **options: Unpack[TermOptions]) -> Any:  # fmt: skip
     """Attention of q (batch, heads, q_len, head_dim) to k (batch, kv_heads, kv_len, head_dim) and v (batch, kv_heads,
     kv_len, v_head_dim), where ``pattern`` says so; (batch, seq, heads, dim) with layout="bshd".
 
     pattern: a pattern of ``splatc.patterns``, its text, or whatever else ``splatc.patterns.as_pattern`` takes, such as
     a list with one for each head. scale: of the scores, default 1/sqrt(head_dim). softcap: scores s become softcap *
     tanh(s / softcap). enable_gqa: allow fewer key/value heads. allow_tf32: as of ``splatc.compile``.
+    options: biases, sinks and dropout, as ``TermOptions`` (runtime/terms.py) says.
 
     Returns o like q, with v_head_dim; with return_lse also lse (batch, heads, q_len), natural log, float32 (for
     float64: float64). Both are differentiable where the device has gradients. A row that attends to nothing gives 0
@@ -33,12 +38,12 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern:
         if not isinstance(pattern, (Pattern, str)):
             raise InvalidInput("inside torch.compile give a pattern of splatc.patterns (a list: per_head(...)) or text")
         handle = _constant_handle(pattern, layout, softcap, allow_tf32)
-        return by_operator(handle, q, k, v, scale, return_lse, enable_gqa)
+        return by_operator(handle, layout, q, k, v, scale, return_lse, enable_gqa, options)
     if not isinstance(pattern, (Pattern, str)):
         s = check_call(q, k, v, layout, enable_gqa)
         pattern = as_pattern(pattern, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
     attend = _attention(pattern, layout, softcap, allow_tf32)
-    return attend(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa)
+    return attend(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa, **options)
 
 
 @lru_cache(maxsize=256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.hopper.shape import ITEM_BYTES, MAX_VIEWS
@@ -13,8 +13,9 @@ from splatc.codegen.kernel import KernelSpec, dtypes_of
 from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput, Unsupported
 from splatc.ir.program import Cover, Program
+from splatc.ir.terms import NO_TERMS, Terms
 from splatc.patterns.base import Pattern
-from splatc.runtime.cpu_call import exchange, table_arguments
+from splatc.runtime.cpu_call import exchange, table_arguments, term_arguments
 from splatc.runtime.explain import Explanation
 from splatc.runtime.gradients import Gradients
 from splatc.runtime.gradients_gpu import GpuGradients
@@ -33,7 +34,11 @@ from splatc.runtime.tensors import (
     outputs,
     to_bhsd,
 )
+from splatc.runtime.terms import TermOptions, asked_in, check_terms, terms_of
 from splatc.runtime.work import work_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ALL = slice(None)
 
@@ -86,7 +91,7 @@ Planner = Callable[[int, int], Plan]
 
 class CompiledAttention:
     """Masked attention for one mask, head_dim, dtype and target: ``f(q, k, v, scale=None, return_lse=False,
-    enable_gqa=False)``.
+    enable_gqa=False)``, and what else it was compiled for (``TermOptions``).
 
     Lengths other than the compiled ones reuse the binary: a symbolic pattern is planned anew (milliseconds,
     remembered).
@@ -100,6 +105,8 @@ class CompiledAttention:
         self.kernel = kernel
         self.layout = layout
         self._cap = cap
+        self._asked = asked_in(kernel.spec.score)
+        self._asks = any(self._asked)
         self._make_gradients = None if refused else gradients
         self._refused = refused
         self._handle = new_handle(self, f"{kernel.spec.name} {layout}")
@@ -154,7 +161,7 @@ class CompiledAttention:
     # -- calling it ----------------------------------------------------------------------------------------------------
 
     def __call__(self, q: Any, k: Any, v: Any, *, scale: float | None = None, return_lse: bool = False,
-                 enable_gqa: bool = False) -> Any:  # fmt: skip
+                 enable_gqa: bool = False, **options: Unpack[TermOptions]) -> Any:  # fmt: skip
         """Attention of q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim) and v (batch, kv_heads,
         kv_len, v_head_dim), torch tensors or NumPy arrays of the compiled dtype; (batch, seq, heads, dim) with
         layout="bshd".
@@ -162,29 +169,40 @@ class CompiledAttention:
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
         v_head_dim, and with return_lse also lse (batch, heads, q_len), natural log, float32 (for float64: float64). A
         row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. On a
-        CPU, and in 16-bit types on a Hopper GPU, both are differentiable. Raises InvalidInput for tensors
-        that do not fit.
+        CPU, and in 16-bit types on a Hopper GPU, both are differentiable. options: the ``TermOptions`` that this was
+        compiled for. Raises InvalidInput for tensors that do not fit.
         """
+        terms = self._terms(q, k, options) if options or self._asks else None
         if hasattr(q, "requires_grad"):  # a torch tensor
             import torch
 
             traced = torch.compiler.is_compiling()
             if traced or torch._C._is_any_autocast_enabled():
                 q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
-            if traced or self._must_differentiate(torch, q, k, v):
-                return self._by_operator(q, k, v, scale, return_lse, enable_gqa)
-        o, lse = self.run(q, k, v, scale, enable_gqa)
+            if traced or self._must_differentiate(torch, q, k, v, terms):
+                return self._by_operator(q, k, v, scale, return_lse, enable_gqa, terms)
+        o, lse = self.run(q, k, v, scale, enable_gqa, terms)
         return (o, lse) if return_lse else o
 
-    def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+    def _terms(self, q: Any, k: Any, options: Any) -> Terms | None:
+        spec = self.kernel.spec
+        terms = terms_of(q, k, self.layout, spec.dtype, spec.score, **options)
+        return terms if self._asks else None
+
+    def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
+            terms: Terms | None = None) -> tuple[Any, Any]:  # fmt: skip
         """(o, lse), without gradients."""
-        return (self._launcher if self._on_gpu else self._run_on_cpu)(q, k, v, scale, enable_gqa)
+        return (self._launcher if self._on_gpu else self._run_on_cpu)(q, k, v, scale, enable_gqa, terms)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
-                 enable_gqa: bool) -> tuple[Any, Any, Any]:  # fmt: skip
-        """(dq, dk, dv) for the gradients do of o and dlse of lse; torch tensors, in the compiled layout."""
+                 enable_gqa: bool, terms: Terms | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+        """(dq, dk, dv, those of what there is of ``terms.learnable``) for the gradients do of o and dlse of lse; torch
+        tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
-        return self._gradients(shape, q, k, v, o, lse, do, dlse, check_scale(scale, shape.head_dim))
+        if terms is not None:
+            raise Unsupported(f"there are no gradients of biases, sinks and dropout yet: {DETACH}")
+        dq, dk, dv = self._gradients(shape, q, k, v, o, lse, do, dlse, check_scale(scale, shape.head_dim))
+        return dq, dk, dv, []
 
     @cached_property
     def _gradients(self) -> Gradients | GpuGradients:
@@ -192,34 +210,42 @@ class CompiledAttention:
             raise Unsupported(f"{self._refused}: {DETACH}")
         return self._make_gradients(self._planned)
 
-    def _must_differentiate(self, torch: Any, q: Any, k: Any, v: Any) -> bool:
+    def _must_differentiate(self, torch: Any, q: Any, k: Any, v: Any, terms: Terms | None) -> bool:
         """Whether an eager call has to be differentiable, and can be: what cannot is refused by the direct way."""
         if torch._C._are_functorch_transforms_active():
             raise Unsupported(NO_TRANSFORMS)
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        grad = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or (terms is not None and terms.requires_grad)
+        )
         if grad and self._refused:
             raise Unsupported(f"{self._refused}: {DETACH}")
         return bool(grad)
 
-    def _by_operator(self, q: Any, k: Any, v: Any, scale: Any, return_lse: bool, enable_gqa: bool) -> Any:
+    def _by_operator(self, q: Any, k: Any, v: Any, scale: Any, return_lse: bool, enable_gqa: bool,
+                     terms: Terms | None) -> Any:  # fmt: skip
         from splatc.runtime import torch_ops
 
         number = None if scale is None else float(scale)
-        o, lse = torch_ops.attention(q, k, v, self._handle, number, enable_gqa)
+        o, lse = torch_ops.attention(q, k, v, self._handle, number, enable_gqa, *(terms or NO_TERMS).arguments)
         return (o, lse) if return_lse else o
 
-    def _run_on_cpu(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+    def _run_on_cpu(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
+                    terms: Terms | None) -> tuple[Any, Any]:  # fmt: skip
         shape = check_call(q, k, v, self.layout, enable_gqa)
         self._check(shape)
+        if terms is not None:
+            check_terms(terms, shape)
         number = check_scale(scale, shape.head_dim)
         tensors = [last_axis_contiguous(to_bhsd(x, self.layout)) for x in (q, k, v)]
         o, lse = outputs(q, shape, self.layout)
         if shape.q_len and shape.kv_len:
-            run = self.kernel.load()
+            run, rest = self.kernel.load(), term_arguments(self.kernel.spec.score, terms)
             for merge, tables in enumerate(self._tables(shape)):
-                run(*(exchange(x) for x in (*tensors, o, lse)), *tables, number, self._cap, int(merge > 0))
+                run(*(exchange(x) for x in (*tensors, o, lse)), *tables, number, self._cap, int(merge > 0), *rest)
         else:
             o[...], lse[...] = 0, -float("inf")
+            if terms is not None and terms.sinks is not None:
+                lse[...] = terms.sinks[:, None]
         return to_bhsd(o, self.layout), lse
 
     def _check(self, shape: Shape) -> None:

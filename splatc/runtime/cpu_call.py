@@ -6,6 +6,9 @@ import os
 import sys
 from typing import Any
 
+from splatc.ir.dropout import threshold_of
+from splatc.ir.score import Score
+from splatc.ir.terms import Terms
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensors import is_torch
 
@@ -14,6 +17,20 @@ def table_arguments(launch: Launch, batch: int) -> tuple[Any, ...]:
     """The tables of a launch as a CPU kernel takes them."""
     arrays = launch.work, launch.items, launch.joined_entries, launch.views, launch.bits
     return tuple(exchange(x) for x in (*arrays, launch.chunks(batch, workers())))
+
+
+def term_arguments(score: Score, terms: Terms | None) -> tuple[Any, ...]:
+    """What a CPU kernel takes for its Score, after all else (codegen/cpu_score.py)."""
+    if terms is None:
+        return ()
+    blocks = None if terms.block_bias is None else terms.block_bias.reshape(len(terms.block_bias), -1)
+    tensors = terms.alibi_slopes, terms.relative_bias, blocks, terms.sinks, terms.seed
+    numbers: list[int | float] = [terms.shift] if score.biases else []
+    if blocks is not None:
+        numbers += [terms.block_size, terms.block_bias.shape[2]]
+    if score.dropout:
+        numbers += [threshold_of(terms.dropout_p), 1 / (1 - terms.dropout_p)]
+    return (*(exchange(x) for x in tensors if x is not None), *numbers)
 
 
 def exchange(x: Any) -> Any:

@@ -1,10 +1,11 @@
 """splatc's operators in PyTorch: what autograd, torch.compile, torch.export and torch.func see.
 
-    splatc::attention(q, k, v, mask, scale, enable_gqa) -> (o, lse)
-    splatc::attention_backward(q, k, v, o, lse, do, dlse, mask, scale, enable_gqa) -> (dq, dk, dv)
+    splatc::attention(q, k, v, mask, scale, enable_gqa, *terms) -> (o, lse)
+    splatc::attention_backward(q, k, v, o, lse, do, dlse, mask, scale, enable_gqa, *terms) -> (dq, dk, dv, dterms)
 
 ``mask`` is the handle of a CompiledAttention, which has to be alive when an operator runs: whoever calls it holds it,
-as does the autograd graph. A handle means nothing in another process.
+as does the autograd graph. A handle means nothing in another process. ``terms`` are the fields of ``Terms``; dterms are
+the gradients of those of its tensors that are there, without the seed.
 """
 
 from __future__ import annotations
@@ -14,21 +15,28 @@ from typing import Any
 import torch
 
 from splatc.errors import Unsupported
+from splatc.ir.terms import LEARNABLE, NO_TERMS, Terms
 from splatc.runtime.handles import find
 from splatc.runtime.tensors import NO_TRANSFORMS, computed_in, dtype_name
+
+TENSORS = len(LEARNABLE) + 1  # of Terms: these and the seed
 
 
 @torch.library.custom_op("splatc::attention", mutates_args=())
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, scale: float | None, enable_gqa: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: str, scale: float | None, enable_gqa: bool,
+    alibi_slopes: torch.Tensor | None = None, relative_bias: torch.Tensor | None = None,
+    block_bias: torch.Tensor | None = None, sinks: torch.Tensor | None = None, seed: torch.Tensor | None = None,
+    block_size: int = 0, shift: int = 0, dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(o, lse) as CompiledAttention returns them."""
-    o, lse = find(mask).run(q, k, v, scale, enable_gqa)
+    terms = Terms(alibi_slopes, relative_bias, block_bias, sinks, seed, block_size, shift, dropout_p)
+    o, lse = find(mask).run(q, k, v, scale, enable_gqa, _or_none(terms))
     return o, lse
 
 
 @attention.register_fake
-def _(q: Any, k: Any, v: Any, mask: str, scale: float | None, enable_gqa: bool) -> tuple[Any, Any]:
+def _(q: Any, k: Any, v: Any, mask: str, *options: Any, **terms: Any) -> tuple[Any, Any]:
     batch, *middle, _ = q.shape
     rows = middle if find(mask).layout == "bhsd" else middle[::-1]
     lse = q.new_empty((batch, *rows), dtype=getattr(torch, computed_in(dtype_name(q))))
@@ -39,27 +47,43 @@ def _(q: Any, k: Any, v: Any, mask: str, scale: float | None, enable_gqa: bool) 
 def attention_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
     dlse: torch.Tensor, mask: str, scale: float | None, enable_gqa: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dq, dk, dv) of the gradients do and dlse of o and lse."""
-    dq, dk, dv = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa)
-    return dq, dk, dv
+    alibi_slopes: torch.Tensor | None = None, relative_bias: torch.Tensor | None = None,
+    block_bias: torch.Tensor | None = None, sinks: torch.Tensor | None = None, seed: torch.Tensor | None = None,
+    block_size: int = 0, shift: int = 0, dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+    """The gradients for those, do and dlse, of o and lse."""
+    terms = Terms(alibi_slopes, relative_bias, block_bias, sinks, seed, block_size, shift, dropout_p)
+    dq, dk, dv, dterms = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(terms))
+    return dq, dk, dv, dterms
 
 
 @attention_backward.register_fake
 def _(
-    q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: float | None, enable_gqa: bool
-) -> tuple[Any, Any, Any]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: float | None, enable_gqa: bool,
+    *terms: Any, **named: Any,
+) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+    learnable = [*terms[: len(LEARNABLE)], *(named.get(name) for name in LEARNABLE)]
+    dterms = [x.new_empty(x.shape) for x in learnable if x is not None]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dterms
+
+
+def _or_none(terms: Terms) -> Terms | None:
+    return terms if terms.seed is not None or any(x is not None for x in terms.learnable) else None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-    q, k, v, *options = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.options, ctx.kept_alive = options, find(options[0])
+    q, k, v, mask, scale, enable_gqa = inputs[:6]
+    terms = inputs[6:] or NO_TERMS.arguments
+    ctx.save_for_backward(q, k, v, *output, *terms[:TENSORS])
+    ctx.options, ctx.numbers, ctx.kept_alive = (mask, scale, enable_gqa), terms[TENSORS:], find(mask)
 
 
 def _backward(ctx: Any, do: Any, dlse: Any) -> tuple[Any, ...]:
-    return *attention_backward(*ctx.saved_tensors, do, dlse, *ctx.options), None, None, None
+    q, k, v, o, lse, *tensors = ctx.saved_tensors
+    dq, dk, dv, dterms = attention_backward(q, k, v, o, lse, do, dlse, *ctx.options, *tensors, *ctx.numbers)
+    left = iter(dterms)
+    of_terms = (None if x is None else next(left) for x in tensors[: len(LEARNABLE)])
+    return dq, dk, dv, None, None, None, *of_terms, None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

@@ -97,8 +97,8 @@ def _key(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec) -> str:
 
 
 def _dims(spec: KernelSpec) -> dict[str, Any]:
-    return {"head_dim": spec.head_dim, "v_head_dim": spec.v_head_dim, "dtype": spec.dtype, "softcap": spec.softcap,
-            "arch": spec.target.arch}  # fmt: skip
+    return {"head_dim": spec.head_dim, "v_head_dim": spec.v_head_dim, "dtype": spec.dtype,
+            "score": list(spec.score.names), "arch": spec.target.arch}  # fmt: skip
 
 
 def _entry(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, found: Found) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Block:
         offsets, stages = dict(zip(sizes, ends[:-1], strict=True)), {"q": s.q_bytes, "do": s.do_bytes, "ds": s.ds_bytes}
         tiles = {name: pool.alloc((size // s.item_bytes,), s.dtype, align=1024) for name, size in sizes.items()}
         self.k, self.v, self.q, self.do = (tiles[name] for name in ("k", "v", "q", "do"))
-        self.places = partial(Places, self.k, offsets, stages)
+        self.tile_places = partial(Places, self.k, offsets, stages)
         if s.with_dq:
             self.ds = tiles["ds"]
             self.sums = pool.alloc((WARPGROUPS * s.sum_bytes // 4,), "int32", align=1024)

@@ -71,7 +71,7 @@ class Consumer(Warpgroup):
     def start_products(self) -> None:
         """What products and the scores between them need."""
         b, s, a = self.block, self.s, self.a
-        self.products = Products(s, b.places(), self.me)
+        self.products = Products(s, b.tile_places(), self.me)
         self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane)
 
     def enter_rings(self) -> None:

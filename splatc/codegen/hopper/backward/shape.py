@@ -193,7 +193,7 @@ def row_shape_of(spec: KernelSpec) -> RowShape:
     if spec.tile_m != KEYS or spec.tile_n % 16 or not 16 <= spec.tile_n <= 128:
         raise Unsupported(f"{spec.name}: gradients of queries are computed by tiles of {KEYS} queries")
     for stages, q_stages, _ in ring_stages(spec.tile_n, turned=False):
-        shape = RowShape(spec.head_dim, spec.v_head_dim, KEYS, spec.tile_n, spec.dtype, spec.softcap, spec.gather,
+        shape = RowShape(spec.head_dim, spec.v_head_dim, KEYS, spec.tile_n, spec.dtype, spec.score, spec.gather,
                          stages, q_stages, staged=0)  # fmt: skip
         fits = shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers
         if fits and stages > 1:  # K of a tile is still in use when the next one is

@@ -1,0 +1,110 @@
+"""Score expressions and dropout on the CPU against the float64 oracle: every term by itself, and all together."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import splatc
+from splatc import oracle
+from splatc import patterns as P
+from splatc.ir.terms import Terms
+from splatc.oracle import relative_error
+from tests.test_attention import poisoned_outputs, tensors  # noqa: F401  (the fixture)
+
+torch = pytest.importorskip("torch")
+
+BOUND = {"float32": 1e-5, "bfloat16": 1e-2, "float64": 1e-13}
+D = 16
+MIXED = P.causal("bottom_right") & (P.window(30, 0) | P.strided(16)) & ~P.global_rows(3)
+SIZE, REACH = 13, 9
+TERMS: dict[str, dict[str, Any]] = {
+    "alibi": {"alibi_slopes": True}, "relative": {"relative_bias": True}, "block": {"block_bias": True},
+    "sinks": {"sinks": True}, "dropout": {"dropout_p": 0.3},
+}  # fmt: skip
+EACH_AND_ALL = [*TERMS, "all"]
+ALL: dict[str, Any] = {name: value for options in TERMS.values() for name, value in options.items()}
+
+
+def options_of(which: str, heads: int, q_len: int, kv_len: int, **more: Any) -> dict[str, Any]:
+    """Random options of a call, in float64."""
+    rng = np.random.default_rng(3)
+    blocks = -(-q_len // SIZE), -(-kv_len // SIZE)
+    shapes = {"alibi_slopes": (heads,), "relative_bias": (heads, 2 * REACH + 1), "block_bias": (heads, *blocks),
+              "sinks": (heads,)}  # fmt: skip
+    wanted = ALL if which == "all" else TERMS[which]
+    options = {name: torch.from_numpy(rng.standard_normal(shapes[name])) for name in shapes if name in wanted}
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = options["alibi_slopes"].abs() / 8
+    if "block_bias" in options:
+        options["block_size"] = SIZE
+    if "dropout_p" in wanted:
+        options |= {"dropout_p": wanted["dropout_p"], "seed": 2**40 + 17}
+    return {**options, **more}
+
+
+def oracle_terms(options: dict[str, Any], q_len: int, kv_len: int, dtype: str) -> Terms:
+    """What the oracle takes for the options of a call: as they are after conversion."""
+    arrays = {name: x.detach().to(torch.float64 if dtype == "float64" else torch.float32).double().numpy()
+              for name, x in options.items() if isinstance(x, torch.Tensor) and name != "seed"}  # fmt: skip
+    seed = np.array([int(options["seed"])]) if options.get("dropout_p") else None
+    shift = kv_len - q_len if options.get("bias_align") == "bottom_right" else 0
+    return Terms(**arrays, seed=seed, block_size=options.get("block_size", 0), shift=shift,
+                 dropout_p=options.get("dropout_p", 0.0))  # fmt: skip
+
+
+def check(got: Any, qkv: Any, dense: np.ndarray, options: dict[str, Any], softcap: Any = None, times: Any = 1) -> None:
+    """(o, lse) agree with the oracle."""
+    dtype = str(qkv[0].dtype).removeprefix("torch.")
+    o, lse = (x.double().numpy() for x in got)
+    q, k, v = (x.double().numpy() for x in qkv)
+    terms = oracle_terms(options, q.shape[2], k.shape[2], dtype)
+    wanted, wanted_lse = oracle.attention(q, k, v, dense, None, softcap, terms)
+    empty = np.isneginf(wanted_lse)
+    assert (np.isneginf(lse) == empty).all() and np.isfinite(o).all()
+    assert (o[wanted == 0] == 0).all() and relative_error(o, wanted) < BOUND[dtype] * times
+    np.testing.assert_allclose(lse[~empty], wanted_lse[~empty], rtol=BOUND[dtype], atol=BOUND[dtype])
+
+
+def run(qkv: Any, mask: Any, dense: np.ndarray, which: str, softcap: Any = None, gqa: bool = False, **more: Any) -> Any:
+    heads, q_len, kv_len = qkv[0].shape[1], qkv[0].shape[2], qkv[1].shape[2]
+    options = options_of(which, heads, q_len, kv_len, **more)
+    q, k, v = qkv
+    got = splatc.attention(q, k, v, mask, return_lse=True, enable_gqa=gqa, softcap=softcap, **options)
+    check(got, qkv, dense, options, softcap)
+    return got
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_each_term_and_all(which, dtype):
+    for shape in ((150, 150), (65, 201), (201, 65)):
+        for align in ("top_left", "bottom_right"):
+            run(tensors(*shape, heads=3, dtype=dtype), MIXED, MIXED.dense(*shape), which, bias_align=align)
+
+
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_views_heads_and_softcap(which):
+    """Strided tiles, neighbourhoods, a pattern for each head, grouped heads, full tiles."""
+    grid = P.neighborhood((12, 13), (5, 5))
+    for pattern in (P.strided(7), grid, P.full(), P.longformer(10, 4)):
+        run(tensors(156, 156), pattern, pattern.dense(156), which, softcap=2.0)
+    heads = [MIXED, P.full(), P.strided(7), MIXED]
+    dense = np.stack([p.dense(150) for p in heads])
+    run(tensors(150, 150, batch=2, heads=4, kv_heads=2), heads, dense, which, gqa=True)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_several_passes(which, dtype):
+    pattern = P.causal() & (P.window(63, 0) | P.strided(128)) & ~P.window(40, -30)
+    asked = {"alibi": "alibi", "relative": "relative_bias", "block": "block_bias"}
+    parts = {asked.get(name, name): True for name in (TERMS if which == "all" else [which])}
+    attend = splatc.compile(pattern, seq_len=2048, head_dim=D, dtype=dtype, target="cpu", **parts)
+    assert attend.explain().passes > 1
+    qkv = tensors(2048, 2048, heads=1, dtype=dtype)
+    options = options_of(which, 1, 2048, 2048)
+    check(attend(*qkv, return_lse=True, **options), qkv, pattern.dense(2048), options, times=2)
