@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import splatc
@@ -195,6 +196,17 @@ def test_a_part_of_the_inputs_may_learn() -> None:
         leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate((q, k, v))]
         (got,) = torch.autograd.grad(attend(*leaves), [leaves[i]], [do])
         assert torch.equal(got, wanted[i])
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("name", "pattern"), [
+    ("a tile each", P.block_mask(np.eye(12, dtype=bool), 128)), ("a tile or two", P.window(40, 0)), ("passes", MIXED),
+    ("lists of keys", P.mask(np.random.default_rng(0).random((1500, 1500)) < 1e-3)), ("parts", LONG_ROWS),
+], ids=str)  # fmt: skip
+def test_more_row_tiles_than_blocks(name: str, pattern: Any, dim: int) -> None:
+    """A block computes several, of different heads, one after the other."""
+    tensors = draw(1500, 1500, dim, "bfloat16", heads=16, kv_heads=8, batch=2)
+    check(compiled(pattern, 1500, 1500, dim, "bfloat16"), pattern, tensors, enable_gqa=True)
 
 
 # -- what people must be able to trust ---------------------------------------------------------------------------------

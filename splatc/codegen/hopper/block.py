@@ -82,7 +82,7 @@ class Block:
             self.staged = pool.alloc((s.staged * s.staged_bytes // s.item_bytes,), s.dtype, align=1024)
         self.bits = pool.alloc((s.stages * s.bits_bytes // 4,), "uint32", align=128)
         if s.positional:
-            self.tile_places = pool.alloc((s.stages * PLACE,), "int32", align=8)  # of a K stage's tile
+            self.places = pool.alloc((s.stages * PLACE,), "int32", align=8)  # of a K stage's tile
         self.next_row = pool.alloc((1,), "int32", align=16)  # between the producer's threads
         self.messages = pool.alloc((s.q_stages * MESSAGE,), "int32", align=16)
         warps = 4 * s.warpgroups

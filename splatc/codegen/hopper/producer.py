@@ -134,7 +134,7 @@ class Producer:
 
     def tell_place(self, stage: Expr, view: Expr, at: Point) -> None:
         """Say where the lanes of a tile of K are: their row in the table of columns, and the origin's position."""
-        columns, places = self.a.columns, self.block.tile_places
+        columns, places = self.a.columns, self.block.places
         row = let("row_of_columns", T.if_then_else(view >= 0, view, MAX_VIEWS[1] + at.x1))
         origin = at.x1 * columns[row, 0] + at.x2 * columns[row, 1] + at.x3 * columns[row, 2]
         store(places, stage * PLACE + ROW_OF_COLUMNS, row)

@@ -71,7 +71,7 @@ class RowTiles(Warpgroup):
         """Where the lanes of the K stage's tile are."""
         if self.s.positional:
             for word in (ROW_OF_COLUMNS, ORIGIN):
-                store(self.place, word, self.block.tile_places[self.k_at.stage() * PLACE + word])
+                store(self.place, word, self.block.places[self.k_at.stage() * PLACE + word])
             do(T.cuda.warp_sync())  # before lane 0 says for all that the stage is read
 
     def key_of(self, register: int) -> Key:

@@ -16,7 +16,7 @@ from splatc.codegen.hopper.backward.shape import KEYS, STAGES, WARPGROUPS, Shape
 from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point
 from splatc.codegen.hopper.emit import Expr, let, loop
-from splatc.codegen.hopper.ring import Ring
+from splatc.codegen.hopper.ring import Cursor, Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.hopper.terms import TermArguments
 
@@ -62,26 +62,28 @@ class Block:
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
         pool = T.SMEMPool()
-        sizes = {"k": s.k_bytes, "v": s.v_bytes, "q": STAGES * s.q_bytes, "do": STAGES * s.do_bytes}
+        counts = {"k": s.key_stages, "v": s.key_stages, "q": STAGES, "do": STAGES}
         if s.with_dq:
-            sizes["ds"] = STAGES * s.ds_bytes
+            counts["ds"] = STAGES
+        stages = {"k": s.k_bytes, "v": s.v_bytes, "q": s.q_bytes, "do": s.do_bytes, "ds": s.ds_bytes}
+        sizes = {name: count * stages[name] for name, count in counts.items()}
         ends = list(accumulate(sizes.values(), initial=0))  # multiples of 1024: these lie one after the other
-        offsets, stages = dict(zip(sizes, ends[:-1], strict=True)), {"q": s.q_bytes, "do": s.do_bytes, "ds": s.ds_bytes}
+        offsets = dict(zip(sizes, ends[:-1], strict=True))
         tiles = {name: pool.alloc((size // s.item_bytes,), s.dtype, align=1024) for name, size in sizes.items()}
         self.k, self.v, self.q, self.do = (tiles[name] for name in ("k", "v", "q", "do"))
-        self.places = partial(Places, self.k, offsets, stages)
+        self.tile_places = partial(Places, self.k, offsets, stages)
         if s.with_dq:
             self.ds = tiles["ds"]
             self.sums = pool.alloc((WARPGROUPS * s.sum_bytes // 4,), "int32", align=1024)
         self.statistics = pool.alloc((STAGES * s.statistics_bytes // 4,), "float32", align=128)
         self.bits = pool.alloc((STAGES * s.bits_bytes // 4,), "uint32", align=128)
-        self.message = pool.alloc((MESSAGE,), "int32", align=16)  # the column tile's row of the work table
+        self.messages = pool.alloc((s.key_stages * MESSAGE,), "int32", align=16)  # rows of the work table
         self.masked = pool.alloc((STAGES,), "int32", align=8)  # whether the tile in a stage has mask bits
         if s.positional:
             self.heads = pool.alloc((STAGES,), "int32", align=8)  # the query head of the tile in a stage
         warps = 4 * WARPGROUPS
-        self.k_ring = Ring(pool, 1, readers=WARPGROUPS + s.with_dq)  # a third: who sends dQ, and reads the message
-        self.v_ring = Ring(pool, 1, readers=WARPGROUPS)
+        self.k_ring = Ring(pool, s.key_stages, readers=WARPGROUPS + s.with_dq)  # a third: who sends dQ
+        self.v_ring = Ring(pool, s.key_stages, readers=WARPGROUPS)
         self.q_ring = Ring(pool, STAGES, readers=warps)
         self.do_ring = Ring(pool, STAGES, readers=warps)
         self.rings = [self.k_ring, self.v_ring, self.q_ring, self.do_ring]
@@ -98,13 +100,20 @@ class Block:
         """Set up what the block shares."""
         start_block(self.thread, self.a.walked, self.rings)
 
-    def tiles(self) -> Iterator[Tile]:
-        """Emit what follows for every tile of queries of the column tile in ``message``: one query head after the
+    def slot(self, at: Cursor) -> Expr:
+        """The stage of K and V that a cursor is at."""
+        return at.stage() if self.s.key_stages > 1 else 0
+
+    def message(self, at: Cursor, *words: tuple[str, int]) -> list[Expr]:
+        """Words about the column tile that a cursor is at, by name."""
+        return [let(name, self.messages[self.slot(at) * MESSAGE + word]) for name, word in words]
+
+    def tiles(self, at: Cursor) -> Iterator[Tile]:
+        """Emit what follows for every tile of queries of the column tile that a cursor is at: one query head after the
         other, of those that share the keys' head."""
         a = self.a
-        batch, head, first, entries = (
-            let(name, self.message[word]) for name, word in (
-                ("batch", BATCH), ("kv_head", HEAD), ("first", FIRST), ("entries", ENTRIES)))  # fmt: skip
+        batch, head, first, entries = self.message(
+            at, ("batch", BATCH), ("kv_head", HEAD), ("first", FIRST), ("entries", ENTRIES))  # fmt: skip
         with loop(a.members) as m:
             q_head = let("q_head", head * a.group + a.member + m)
             with loop(entries) as e:

@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tvm.script import tirx as T
@@ -13,7 +14,7 @@ from splatc.codegen.hopper.backward.block import Block
 from splatc.codegen.hopper.backward.products import Products
 from splatc.codegen.hopper.backward.scores import QuerySums, Scores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
-from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, PART, TILES, VIEW, X1, X2, X3
+from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MESSAGE, PART, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import (
     Maps,
     Point,
@@ -35,12 +36,14 @@ BOTH = 1  # the named barrier of both warpgroups
 
 
 class End(NamedTuple):
-    """Where a result of a column tile goes: accumulators of 64 x dim, times a factor, through the place of K or V."""
+    """Where a result of a column tile goes: accumulators of 64 x dim, times a factor, through the place of K or V,
+    place[base:]."""
 
     o: Expr
     dim: int
     chunks: int
-    slot: Expr
+    place: Expr
+    base: Expr
     factor: Expr
     maps: Maps
     part_maps: Maps
@@ -63,8 +66,10 @@ class Consumer(Warpgroup):
         self.bits = registers("mask", s.bit_words, "uint32")
         self.enter_rings()
         self.old_phase = Cell("old_phase", 0)
+        if s.key_stages > 1:
+            self.unreleased = Cell("unreleased", 0)  # whether the last column tile's places are still stored from
         b.k_ring.wait_full(self.keys_at)
-        with I.While(b.message[TILES] > 0):
+        with I.While(b.messages[b.slot(self.keys_at) * MESSAGE + TILES] > 0):
             self.column_tile()
             b.k_ring.wait_full(self.keys_at)
         wait_stores()
@@ -72,7 +77,7 @@ class Consumer(Warpgroup):
     def start_products(self) -> None:
         """What products and the scores between them need."""
         b, s, a = self.block, self.s, self.a
-        self.products = Products(s, b.places(), self.me)
+        self.products = Products(s, b.tile_places(), self.me)
         self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane, a.terms.kept if s.score.dropout else None)
         if s.positional:
             self.terms = Terms(a.terms)
@@ -88,13 +93,14 @@ class Consumer(Warpgroup):
         for array, count in ((self.dk, ceil_div(self.s.d, 16) * 8), (self.dv, ceil_div(self.s.dv, 16) * 8)):
             for i in range(count):
                 store(array, i, T.float32(0.0))
-        steps = let("steps", b.message[TILES] * self.a.members)
+        steps = let("steps", b.messages[b.slot(self.keys_at) * MESSAGE + TILES] * self.a.members)
         if self.s.positional:
             self.find_keys()
         self.ask_scores()
         b.v_ring.wait_full(self.keys_at)
         self.ask_score_gradients()
         self.take_scores()
+        self.release_last_places()
         with loop(steps - 1) as done:
             self.use(done > 0)
             self.at.advance()
@@ -113,11 +119,11 @@ class Consumer(Warpgroup):
 
     def ask_scores(self) -> None:
         self.block.q_ring.wait_full(self.at)
-        self.products.scores(self.scores.s, self.at.stage())
+        self.products.scores(self.scores.s, self.block.slot(self.keys_at), self.at.stage())
 
     def ask_score_gradients(self) -> None:
         self.block.do_ring.wait_full(self.at)
-        self.products.score_gradients(self.scores.dp, self.at.stage())
+        self.products.score_gradients(self.scores.dp, self.block.slot(self.keys_at), self.at.stage())
 
     def take_scores(self) -> None:
         """Probabilities, masked; then dP has arrived too."""
@@ -137,7 +143,8 @@ class Consumer(Warpgroup):
         """Positions of this thread's two keys."""
         b = self.block
         row = let("row", self.me * WARPGROUP_ROWS + b.warp * 16 + b.lane // 4)
-        self.key_positions = [let("key_position", self.a.positions[b.message[ITEM], row + 8 * r]) for r in range(2)]
+        (item,) = b.message(self.keys_at, ("item", ITEM))
+        self.key_positions = [let("key_position", self.a.positions[item, row + 8 * r]) for r in range(2)]
 
     def begin_terms(self, stage: Expr) -> None:
         """What they need of a tile's head, this thread's keys and, as they come, its queries."""
@@ -173,22 +180,24 @@ class Consumer(Warpgroup):
     def finish(self) -> None:
         """dK and dV of this warpgroup's keys to where they belong, through the places of K and V."""
         b, s, a = self.block, self.s, self.a
-        words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
-        batch, head, self.part, self.view, *x = (let(name, b.message[word]) for name, word in words)
+        batch, head, self.part, self.view, *x = b.message(
+            self.keys_at, ("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2),
+            ("x3", X3))  # fmt: skip
         first, second = a.row_steps
         x1, x2, x3 = (at + self.me * T.if_then_else(T.EQ(self.view, 0), one, two)
                       for at, one, two in zip(x, first, second, strict=True))  # fmt: skip
         self.box = Point(x1, x2, x3, batch, head)
         self.finish_products()
-        one = T.float32(1.0)
-        ends = (End(self.dv, s.dv, s.dv_chunks, b.v, one, a.dv, a.part_v, b.v_ring),
-                End(self.dk, s.d, s.d_chunks, b.k, a.scale, a.dk, a.part_k, b.k_ring))  # fmt: skip
-        base = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
+        one, slot = T.float32(1.0), b.slot(self.keys_at)
+        mine = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
+        dk, dv = (mine + slot * (size // s.item_bytes) for size in (s.k_bytes, s.v_bytes))
+        ends = (End(self.dv, s.dv, s.dv_chunks, b.v, dv, one, a.dv, a.part_v, b.v_ring),
+                End(self.dk, s.d, s.d_chunks, b.k, dk, a.scale, a.dk, a.part_k, b.k_ring))  # fmt: skip
         merging = T.And(a.merge != 0, T.EQ(self.part, 0))
         with when(merging):
-            self.load_earlier(base)
+            self.load_earlier(ends)
         for end in ends:
-            stage = (end.o, end.dim, [end.factor] * 2, end.slot, base, KEYS, b.warp, hidden(b.lane, "int32"))
+            stage = (end.o, end.dim, [end.factor] * 2, end.place, end.base, KEYS, b.warp, hidden(b.lane, "int32"))
             with I.If(merging):
                 with I.Then():
                     stage_output(*stage, [one] * 2)
@@ -198,33 +207,46 @@ class Consumer(Warpgroup):
         self.own_barrier()
         with when(self.leader):
             for end in ends:
-                self.store(end, base)
+                self.store(end)
+            if s.key_stages > 1:
+                self.unreleased.set(1)
+                return
             for n, end in enumerate(ends):
                 wait_stores_read(len(ends) - 1 - n)
                 end.ring.release(0)
+
+    def release_last_places(self) -> None:
+        """Give the places of the column tile before back as soon as its results have left, if they were not waited
+        for."""
+        b = self.block
+        if self.s.key_stages > 1:
+            with when(T.And(self.leader, self.unreleased() != 0)):
+                wait_stores_read()
+                for ring in (b.v_ring, b.k_ring):
+                    ring.release(T.bitwise_xor(b.slot(self.keys_at), 1))
 
     def finish_products(self) -> None:
         """Until no product reads the keys and values that results will take the place of."""
         self.own_barrier()
 
-    def load_earlier(self, base: Expr) -> None:
+    def load_earlier(self, ends: Sequence[End]) -> None:
         """Fetch what an earlier pass left of these keys to where the sums go."""
-        b, s, a = self.block, self.s, self.a
+        b, s = self.block, self.s
         full = b.old_ring.full(self.me)
         with when(self.leader):
             b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * ROW_BYTES * (s.d_chunks + s.dv_chunks)))
-            load_tile(a.dv, self.view, self.box, b.v, base, s.dv_chunks, KEYS, full)
-            load_tile(a.dk, self.view, self.box, b.k, base, s.d_chunks, KEYS, full)
+            for end in ends:
+                load_tile(end.maps, self.view, self.box, end.place, end.base, end.chunks, KEYS, full)
         do(T.cuda.mbarrier_wait(full, self.old_phase()))
         self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
 
-    def store(self, end: End, base: Expr) -> None:
+    def store(self, end: End) -> None:
         with I.If(T.EQ(self.part, 0)):
             with I.Then():
-                store_tile(end.maps, self.view, self.box, end.slot, base, end.chunks, KEYS)
+                store_tile(end.maps, self.view, self.box, end.place, end.base, end.chunks, KEYS)
             with I.Else():
                 at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
-                store_tile(end.part_maps, T.int32(0), at, end.slot, base, end.chunks, KEYS)
+                store_tile(end.part_maps, T.int32(0), at, end.place, end.base, end.chunks, KEYS)
         commit_stores()
 
 

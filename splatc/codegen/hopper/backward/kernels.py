@@ -5,8 +5,9 @@
 
 The column kernel walks over the tables of the *transposed* mask: rows are keys, columns are queries. A block holds the
 warpgroup of the producer and the sender, and two consumer warpgroups of 64 keys each, which keep their dK and dV in
-registers. dQ of each tile is added to integers in global memory: that is as fast as adding floats and gives the same
-bits each time (rows.py). What goes before and after: rows.py, combine.py. Tables and parameters: docs/architecture.md.
+registers. With the role "backward" dQ of each tile is added to integers in global memory: that is as fast as adding
+floats and gives the same bits each time (rows.py). Else the row kernel (queries.py) computes dQ before. What goes
+before and after: rows.py, combine.py. Tables and parameters: docs/architecture.md.
 """
 
 # mypy: disable-error-code="no-untyped-def"

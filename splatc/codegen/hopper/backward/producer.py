@@ -37,31 +37,32 @@ class Producer:
         with I.While(self.queue.number() < self.a.total):
             self.column_tile()
         b.k_ring.wait_empty(self.keys_at)
-        store(b.message, TILES, 0)
-        b.k_ring.fill(0)
+        store(b.messages, b.slot(self.keys_at) * MESSAGE + TILES, 0)
+        b.k_ring.fill(b.slot(self.keys_at))
         self.queue.close()
 
     def column_tile(self) -> None:
         b, s, a = self.block, self.s, self.a
         number = let("number_now", self.queue.number())
         b.k_ring.wait_empty(self.keys_at)
+        slot = b.slot(self.keys_at)
         for i in range(MESSAGE):
-            store(b.message, i, a.work[number, i])
+            store(b.messages, slot * MESSAGE + i, a.work[number, i])
         self.queue.take()
-        batch, head, view, x1, x2, x3 = (
-            let(name, b.message[word])
-            for name, word in (("k_batch", BATCH), ("k_head", HEAD), ("k_view", VIEW), ("k1", X1), ("k2", X2),
-                               ("k3", X3)))  # fmt: skip
+        batch, head, view, x1, x2, x3 = b.message(
+            self.keys_at, ("k_batch", BATCH), ("k_head", HEAD), ("k_view", VIEW), ("k1", X1), ("k2", X2),
+            ("k3", X3))  # fmt: skip
         at = Point(x1, x2, x3, batch, head)
-        b.k_ring.expect(0, T.uint32(s.k_bytes))
-        load_tile(a.k, view, at, b.k, 0, s.d_chunks, KEYS, b.k_ring.full(0))
+        b.k_ring.expect(slot, T.uint32(s.k_bytes))
+        load_tile(a.k, view, at, b.k, slot * (s.k_bytes // s.item_bytes), s.d_chunks, KEYS, b.k_ring.full(slot))
         self.values_due = Cell("values_due", 1)  # V is asked for after the first Q: its place is free later than K's
-        for tile in b.tiles():
+        for tile in b.tiles(self.keys_at):
             self.queries(tile)
             with when(self.values_due() != 0):
                 b.v_ring.wait_empty(self.keys_at)
-                b.v_ring.expect(0, T.uint32(s.v_bytes))
-                load_tile(a.v, view, at, b.v, 0, s.dv_chunks, KEYS, b.v_ring.full(0))
+                b.v_ring.expect(slot, T.uint32(s.v_bytes))
+                load_tile(a.v, view, at, b.v, slot * (s.v_bytes // s.item_bytes), s.dv_chunks, KEYS,
+                          b.v_ring.full(slot))  # fmt: skip
                 self.values_due.set(0)
             self.output_gradients(tile)
             self.at.advance()
@@ -106,8 +107,8 @@ class Sender:
         self.keys_at = b.k_ring.consumer("sent_keys")
         self.phase = Cell("sums_phase", 0)
         b.k_ring.wait_full(self.keys_at)
-        with I.While(b.message[TILES] > 0):
-            for tile in b.tiles():
+        with I.While(b.messages[TILES] > 0):
+            for tile in b.tiles(self.keys_at):
                 self.send(tile)
             b.k_ring.release(0)
             self.keys_at.advance()

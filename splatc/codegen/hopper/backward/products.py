@@ -130,11 +130,13 @@ class Products:
         zero = T.uint32(0)
         self._dq_a, self._dq_b = (share, zero) if s.halves_queries else (zero, share)
 
-    def scores(self, out: Expr, stage: Expr) -> None:
-        self._scores.issue(out, self._at("k") + self._mine, self._at("q", stage))
+    def scores(self, out: Expr, keys: Expr, stage: Expr) -> None:
+        """keys: the stage of K."""
+        self._scores.issue(out, self._at("k", keys) + self._mine, self._at("q", stage))
 
-    def score_gradients(self, out: Expr, stage: Expr) -> None:
-        self._dp.issue(out, self._at("v") + self._mine, self._at("do", stage))
+    def score_gradients(self, out: Expr, keys: Expr, stage: Expr) -> None:
+        """keys: the stage of V."""
+        self._dp.issue(out, self._at("v", keys) + self._mine, self._at("do", stage))
 
     def value_gradients(self, out: Expr, p: Expr, stage: Expr) -> None:
         self._dv.issue(out, p, self._at("do", stage, self._s.n))

@@ -89,7 +89,7 @@ class Block(block.Block):
         s = self.s
         self.statistics = pool.alloc((s.q_stages * s.statistics_bytes // 4,), "float32", align=1024)
 
-    def places(self) -> Places:
+    def tile_places(self) -> Places:
         """Of the tiles: all sizes are multiples of 1024, so that they lie one after the other."""
         s = self.s
         k = s.q_stages * (s.q_slot + s.statistics_bytes)
@@ -120,7 +120,7 @@ class Consumer(RowTiles):
         b, s, a = self.block, self.s, self.a
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
-        self.products = RowProducts(s, b.places(), self.me)
+        self.products = RowProducts(s, b.tile_places(), self.me)
         self.scores = RowScores(s, a.scale, a.cap, a.terms.kept if s.score.dropout else None)
         self.count = ceil_div(s.d, 16) * 8
         self.dq = registers("dq", self.count)

@@ -90,6 +90,11 @@ class Shape:
         return KEYS * ROW_BYTES * self.dv_chunks
 
     @property
+    def key_stages(self) -> int:
+        """Stages of K and V: without dQ there is room for those of the next column tile."""
+        return 1 if self.with_dq else 2
+
+    @property
     def q_bytes(self) -> int:
         return self.n * ROW_BYTES * self.d_chunks
 
@@ -142,7 +147,7 @@ class Shape:
         """Dynamic shared memory: tiles, and a page for barriers and messages."""
         stage = self.q_bytes + self.do_bytes + self.statistics_bytes + self.bits_bytes
         of_dq = STAGES * self.ds_bytes + WARPGROUPS * self.sum_bytes if self.with_dq else 0
-        return self.k_bytes + self.v_bytes + STAGES * stage + of_dq + 1024
+        return self.key_stages * (self.k_bytes + self.v_bytes) + STAGES * stage + of_dq + 1024
 
     @property
     def registers(self) -> tuple[int, int]:
