@@ -108,3 +108,74 @@ def test_several_passes(which, dtype):
     qkv = tensors(2048, 2048, heads=1, dtype=dtype)
     options = options_of(which, 1, 2048, 2048)
     check(attend(*qkv, return_lse=True, **options), qkv, pattern.dense(2048), options, times=2)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 1e-2, "float64": 1e-12}
+CANCELLED = 5  # sums over all rows cancel: their error is larger by so much, in bfloat16 that of delta from rounded O
+LEARNABLE = "alibi_slopes", "relative_bias", "block_bias", "sinks"
+
+
+def backward(attend: Any, qkv: Any, options: dict[str, Any], do: Any = None, dlse: Any = None, **more: Any) -> Any:
+    """(gradients of q, k, v and then of all terms that there are, do, dlse)."""
+    learn = {name: options[name].detach().requires_grad_() for name in LEARNABLE if name in options}
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    o, lse = attend(*qkv, return_lse=True, **{**options, **learn}, **more)
+    rng = torch.Generator().manual_seed(7)
+    do = torch.randn(o.shape, generator=rng, dtype=torch.float64).to(o.dtype) if do is None else do
+    dlse = torch.randn(lse.shape, generator=rng).to(lse.dtype) if dlse is None else dlse
+    return torch.autograd.grad([o, lse], [*qkv, *learn.values()], [do, dlse]), do, dlse
+
+
+def check_gradients(attend: Any, qkv: Any, dense: np.ndarray, options: dict[str, Any], softcap: Any = None,
+                    **more: Any) -> Any:  # fmt: skip
+    """Each gradient agrees with the oracle."""
+    got, do, dlse = backward(attend, qkv, options, **more)
+    dtype = str(qkv[0].dtype).removeprefix("torch.")
+    q, k, v = (x.double().numpy() for x in qkv)
+    terms = oracle_terms(options, q.shape[2], k.shape[2], dtype)
+    wanted = oracle.gradients(q, k, v, dense, do.double().numpy(), dlse.double().numpy(), None, softcap, terms)
+    names = ["dq", "dk", "dv", *(name for name in LEARNABLE if name in options)]
+    for name, x, y in zip(names, got, wanted, strict=True):
+        assert x.shape == y.shape and torch.isfinite(x).all(), name
+        bound = GRADIENT_BOUND[dtype] * (CANCELLED if name in LEARNABLE else 1)
+        assert relative_error(x.double().numpy(), y) < bound, name
+    return got
+
+
+def compiled(mask: Any, q_len: int, kv_len: int, which: str, **options: Any) -> Any:
+    names = {"alibi": "alibi", "relative": "relative_bias", "block": "block_bias"}
+    parts = {names.get(name, name): True for name in (TERMS if which == "all" else [which])}
+    return splatc.compile(mask, seq_len=q_len, kv_len=kv_len, **{
+        "head_dim": D, "dtype": "float32", "target": "cpu", **parts, **options})  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND)
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_gradients_of_each_term_and_all(which, dtype):
+    attend = compiled(MIXED, 150, 150, which, dtype=dtype)
+    for shape in ((150, 150), (65, 201), (201, 65)):
+        for align in ("top_left", "bottom_right"):
+            options = options_of(which, 3, *shape, bias_align=align)
+            check_gradients(attend, tensors(*shape, heads=3, dtype=dtype), MIXED.dense(*shape), options)
+
+
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_gradients_with_views_heads_and_softcap(which):
+    for pattern in (P.strided(7), P.neighborhood((12, 13), (5, 5)), P.full(), P.longformer(10, 4)):
+        attend = compiled(pattern, 156, 156, which, softcap=2.0)
+        check_gradients(attend, tensors(156, 156), pattern.dense(156), options_of(which, 2, 156, 156), softcap=2.0)
+    heads = [MIXED, P.full(), P.strided(7), MIXED]
+    dense = np.stack([p.dense(150) for p in heads])
+    attend, options = compiled(heads, 150, 150, which), options_of(which, 4, 150, 150)
+    check_gradients(attend, tensors(150, 150, batch=2, heads=4, kv_heads=2), dense, options, enable_gqa=True)
+
+
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_gradients_over_several_passes(which):
+    pattern = P.causal() & (P.window(63, 0) | P.strided(128)) & ~P.window(40, -30)
+    attend = compiled(pattern, 2048, 2048, which)
+    assert attend.explain().passes > 1
+    options = options_of(which, 1, 2048, 2048)
+    check_gradients(attend, tensors(2048, 2048, heads=1), pattern.dense(2048), options)
