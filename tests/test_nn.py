@@ -56,7 +56,7 @@ def dense_layer(layer: SparseAttention, x: Any, key: Any = None, value: Any = No
     away = torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None]
     if layer.bias_align == "bottom_right":
         away = away - (k.shape[2] - q.shape[2])
-    bias = 0.0
+    bias: Any = 0.0
     if layer.alibi:
         bias = bias - alibi_slopes(layer.num_heads, "cpu").to(q.dtype)[:, None, None] * away.abs()
     if layer.relative_bias is not None:
