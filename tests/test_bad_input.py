@@ -182,6 +182,69 @@ def test_options_of_compile(name):
     refused(lambda: compiled(**options), message, kind)
 
 
+ONES, BLOCKS = torch.ones(2), torch.ones(2, 2, 2)
+TERMS = {
+    "slopes of other heads": ({"alibi_slopes": torch.ones(3)}, r"shape \(3,\): q has 2 heads, so.*\(2,\)"),
+    "slopes of batches": ({"alibi_slopes": torch.ones(1, 2)}, r"alibi_slopes has shape \(1, 2\)"),
+    "a number for slopes": ({"alibi_slopes": 0.5}, "alibi_slopes is a float: give a torch tensor, as q is one"),
+    "an array for slopes": ({"alibi_slopes": np.ones(2)}, "alibi_slopes is a ndarray: give a torch tensor"),
+    "slopes elsewhere": ({"alibi_slopes": torch.ones(2, **META)}, "alibi_slopes is on meta but q is on cpu: move it"),
+    "whole slopes": ({"alibi_slopes": torch.ones(2, dtype=torch.int32)}, "alibi_slopes has dtype int32: give floating"),
+    "complex sinks": ({"sinks": torch.ones(2, dtype=torch.complex64)}, "sinks has dtype complex64: give floating"),
+    "sinks of other heads": ({"sinks": torch.ones(1)}, r"sinks has shape \(1,\): q has 2 heads"),
+    "even table": ({"relative_bias": torch.ones(2, 4)}, r"has shape \(2, 4\): .*\(2, 2 r \+ 1\).*odd"),
+    "empty table": ({"relative_bias": torch.ones(2, 0)}, r"relative_bias has shape \(2, 0\)"),
+    "table without heads": ({"relative_bias": torch.ones(5)}, r"shape \(5,\): it must be \(2, 2 r \+ 1\)"),
+    "no block size": ({"block_bias": BLOCKS}, "block_size is missing"),
+    "block size": ({"block_bias": BLOCKS, "block_size": 0}, "block_size is 0: .* positive whole number"),
+    "float block size": ({"block_bias": BLOCKS, "block_size": 16.0}, "block_size is 16.0"),
+    "blocks": ({"block_bias": torch.ones(2, 2, 1), "block_size": 16}, r"blocks of 16 in 20 x 20.*be \(2, 2, 2\)"),
+    "align": ({"alibi_slopes": ONES, "bias_align": "left"}, "bias_align is 'left': it must be one of top_left"),
+    "all dropped": ({"dropout_p": 1.0}, "dropout_p is 1.0: it must be at least 0 and below 1"),
+    "negative dropout": ({"dropout_p": -0.1}, "dropout_p is -0.1: it must be at least 0"),
+    "NaN dropout": ({"dropout_p": float("nan")}, "dropout_p is nan: it must be at least 0"),
+    "text dropout": ({"dropout_p": "some"}, "dropout_p is 'some': it must be a number"),
+    "float seed": ({"dropout_p": 0.5, "seed": 0.5}, "seed is 0.5: it must be a whole number, or a tensor of one"),
+    "large seed": ({"dropout_p": 0.5, "seed": 2**63}, "seed is 9223372036854775808: it must fit 64 bits"),
+    "two seeds": ({"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, r"tensor of shape \(2,\).*one whole"),
+    "seed of floats": ({"dropout_p": 0.5, "seed": torch.ones(1)}, "seed is a tensor .*float32: give one whole number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_terms_of_a_call(name):
+    options, message = TERMS[name]
+    refused(lambda: attend(qkv(), **options), message)
+    if not any(isinstance(x, torch.Tensor) and x.is_meta for x in options.values()):
+        learning = [x.requires_grad_() for x in qkv()]
+        refused(lambda: attend(learning, **options), message)
+
+
+def test_terms_of_arrays():
+    arrays: Any = [x.numpy() for x in qkv()]
+    refused(lambda: attend(arrays, sinks=ONES), "sinks is a Tensor: give a NumPy array, as q is one")
+    refused(lambda: attend(arrays, sinks=np.ones(2, bool)), "sinks has dtype bool: give floating-point numbers")
+    refused(lambda: attend(arrays, dropout_p=0.5), "seed is missing: dropout of NumPy arrays needs")
+
+
+def test_terms_that_the_kernel_is_not_for():
+    plain, full = compiled(), compiled(alibi=True, sinks=True, dropout=True)
+    refused(lambda: plain(*qkv(), sinks=ONES), "sinks is given, but this mask was not compiled for it: .*sinks=True")
+    refused(lambda: plain(*qkv(), dropout_p=0.5), "dropout_p is given, but this mask was not compiled.*dropout=True")
+    refused(lambda: full(*qkv()), "alibi_slopes is missing: this mask was compiled with alibi=True")
+    refused(lambda: full(*qkv(), alibi_slopes=ONES), "sinks is missing: this mask was compiled with sinks=True")
+    refused(lambda: full(None, Q, Q), "q is a NoneType")
+    refused(lambda: full(Q[0], Q[0], Q[0], alibi_slopes=ONES, sinks=ONES, bias_align="bottom_right"), "4 dimensions")
+    with pytest.raises(TypeError, match="alibi_slope"):
+        full(*qkv(), alibi_slope=ONES)
+
+
+def test_terms_without_a_kernel():
+    for target in ("sm_80", "sm_90a"):
+        options: Any = {"target": target, "head_dim": 12, "sinks": True, "dropout": True}
+        refused(lambda options=options: compiled(**options), "portable CUDA kernel has no sinks, dropout", Unsupported)
+
+
 def test_a_tile_that_cuts_blocks_of_bits():
     scattered = np.random.default_rng(0).random((500, 500)) < 0.02
     options = {"head_dim": 64, "dtype": "float16", "target": "sm_90a", "tile": (128, 112)}

@@ -13,10 +13,13 @@ from splatc import patterns as P
 from splatc.errors import Unsupported, VerifyError
 from splatc.formats.acsr import ACSR
 from splatc.ir.gather import GATHER_COST
-from splatc.ir.interpret import elements, interpret
+from splatc.ir.interpret import elements, interpret, interpret_gradients
+from splatc.ir.numbers import Numbers
 from splatc.ir.passes import PASSES, UNFUSED, Schedule, lower, run_passes
 from splatc.ir.printer import to_text
 from splatc.ir.program import Attend, Cover, Mask, Program, Regions
+from splatc.ir.score import Alibi, Softcap, score_of
+from splatc.ir.terms import Terms
 from splatc.ir.verify import verify
 from splatc.ir.views import contiguous, residue
 from tests import library
@@ -152,6 +155,61 @@ def test_every_pass_keeps_the_result(name):
         run_passes(lower(acsr), tensor_cores(64, 64), PASSES, after)
 
 
+SCORES = [score_of(**{x: True}) for x in ("softcap", "alibi", "relative", "block", "sinks", "dropout")]
+EVERYTHING = score_of(*[True] * 6)
+
+
+@pytest.mark.parametrize("score", [*SCORES, EVERYTHING], ids=lambda score: "+".join(score.names))
+def test_every_pass_keeps_scores(score):
+    """Results and gradients of a head, at every level, against the oracle."""
+    rng, heads, (q_len, kv_len) = np.random.default_rng(0), 3, (150, 170)
+    pattern = P.causal() & (P.window(30, 0) | P.strided(16)) & ~P.global_rows(2)
+    q, k, v, do = (rng.standard_normal((2, heads, n, d)) for n, d in ((q_len, 5), (kv_len, 5), (kv_len, 3), (q_len, 3)))
+    dlse = rng.standard_normal((2, heads, q_len))
+    has = score.names
+    terms = Terms(
+        alibi_slopes=rng.random(heads) / 8 if "alibi" in has else None,
+        relative_bias=rng.standard_normal((heads, 21)) if "relative" in has else None,
+        block_bias=rng.standard_normal((heads, 12, 14)) if "block" in has else None,
+        sinks=rng.standard_normal(heads) if "sinks" in has else None,
+        seed=np.array([2**50 + 3]) if "dropout" in has else None, block_size=13, shift=kv_len - q_len, dropout_p=0.3,
+    )  # fmt: skip
+    cap = 1.5 if "softcap" in has else None
+    both = q, k, v, pattern.dense(q_len, kv_len)
+    wanted = [*oracle.attention(*both, 0.4, cap, terms), *oracle.gradients(*both, do, dlse, 0.4, cap, terms)]
+    plain = lower(ACSR.from_pattern(pattern, q_len, kv_len), score)
+    turned = lower(ACSR.from_pattern(pattern.transposed(), kv_len, q_len), score)
+    for passes in ((), UNFUSED, PASSES):
+        rows, columns = (run_passes(one, Schedule(), passes) for one in (plain, turned))
+        verify(rows)
+        assert rows.score == score
+        sums = [np.zeros_like(x) for x in wanted]
+        for b, h in np.ndindex(2, heads):
+            at = b, h
+            numbers = Numbers(cap or 0.0, terms, h, b)
+            first = interpret(rows, q[at], k[at], v[at], 0.4, numbers)
+            got = *first, *interpret_gradients(rows, columns, q[at], k[at], v[at], do[at], dlse[at], 0.4, numbers)
+            for i, (total, x) in enumerate(zip(sums, got, strict=True)):
+                total[at if i < 5 else h] += x
+        for x, y in zip(sums, wanted):
+            np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_scores_are_printed_as_expressions():
+    acsr = ACSR.from_pattern(P.causal() & (P.window(63, 0) | P.strided(64)), 4096)
+    program = lower(acsr, EVERYTHING)
+    assert to_text(program).splitlines()[-4:-1] == [
+        "  s = sddmm(q, k) over m | softcap(cap) | alibi(slopes) | bias(relative) | bias(blocks)",
+        "  p, lse = softmax(s, sinks) | dropout(seed)",
+        "  o = spmm(p, v)",
+    ]
+    program = run_passes(lower(acsr, score_of(alibi=True, sinks=True)), Schedule())
+    assert to_text(program).splitlines()[-3:-1] == [
+        "  o, lse = attend(q, k, v) over m0 | alibi(slopes) | softmax(sinks)",
+        "  o, lse = attend(q, k, v) over m1 merging (o, lse) | alibi(slopes)",
+    ]
+
+
 def test_passes_are_pure_and_the_hook_sees_each():
     mask = P.causal() & (P.window(20, 0) | P.strided(7))
     program = lower(ACSR.from_pattern(mask, 300))
@@ -243,6 +301,18 @@ def faults() -> dict[str, tuple[Program, str]]:
         "nothing computed": (replace(mask, body=(sddmm,)), "o is not computed.*lse is not computed"),
         "two of one name": (replace(mask, domains=mask.domains * 2), "two domains have one name"),
         "merging with nothing": (replace(fused, body=(replace(fused.body[0], merging=True),)), "uses o, which"),
+        "other scores in a pass": (
+            replace(fused, body=(fused.body[0], replace(fused.body[1], score=score_of(dropout=True)))),
+            "operation 0 does something else to scores",
+        ),
+        "sinks twice": (
+            replace(fused, body=tuple(replace(op, score=score_of(sinks=True)) for op in fused.body)),
+            "operation 1 counts the sinks again",
+        ),
+        "steps in another order": (
+            replace(mask, body=(replace(sddmm, steps=(Alibi(), Softcap())), softmax, spmm)),
+            "steps of scores are not in their order",
+        ),
         "another size": (replace(mask, kv_len=7), "is 4096 x 4096 but the program is 4096 x 7"),
         "regions of another size": (replace(views, q_len=7), "is 4096 x 4096 but the program is 7 x 4096"),
         "a view of another length": (

@@ -11,7 +11,7 @@ import pytest
 
 import splatc
 from splatc import patterns as P
-from splatc.errors import InvalidInput, Unsupported
+from splatc.errors import InvalidInput
 from splatc.oracle import relative_error
 from splatc.patterns.heads import heads_of
 
@@ -20,14 +20,16 @@ torch = pytest.importorskip("torch")
 from splatc.nn import SparseAttention  # noqa: E402  (it imports torch)
 from splatc.nn.any_length import any_length  # noqa: E402
 from splatc.nn.functional import sparse_attention  # noqa: E402
+from splatc.nn.module import alibi_slopes  # noqa: E402
 
 PATTERN = P.causal() & (P.window(30, 0) | P.strided(16))
 WIDTH, HEADS, D = 48, 4, 16
 BOUND = {"float32": 1e-4, "bfloat16": 2e-2, "float64": 1e-11}
 
 
-def dense_attention(q: Any, k: Any, v: Any, pattern: Any, scale: Any = None, softcap: Any = None) -> Any:
-    """(o, lse) of (batch, heads, seq, dim), differentiable, by the whole matrix of scores."""
+def dense_attention(q: Any, k: Any, v: Any, pattern: Any, scale: Any = None, softcap: Any = None, bias: Any = None,
+                    sinks: Any = None) -> Any:  # fmt: skip
+    """(o, lse) of (batch, heads, seq, dim), differentiable, by the whole matrix of scores. bias: (heads, q, k)."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     masks = [one.dense(q.shape[2], k.shape[2]) for one in heads_of(pattern, q.shape[1])]
@@ -35,8 +37,13 @@ def dense_attention(q: Any, k: Any, v: Any, pattern: Any, scale: Any = None, sof
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~seen, -1e30)
     lse = scores.logsumexp(-1).masked_fill(~seen.any(-1), -float("inf"))
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks[:, None])
+        return torch.exp(scores - lse[..., None]) * seen @ v, lse
     return (scores.softmax(-1) * seen) @ v, lse
 
 
@@ -46,7 +53,16 @@ def dense_layer(layer: SparseAttention, x: Any, key: Any = None, value: Any = No
     value = key if value is None else value
     q, k, v = layer.q_proj(x), layer.k_proj(key), layer.v_proj(value)
     q, k, v = (y.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for y in (q, k, v))
-    o, lse = dense_attention(q, k, v, layer.pattern, layer.scale, layer._attend.softcap)
+    away = torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None]
+    if layer.bias_align == "bottom_right":
+        away = away - (k.shape[2] - q.shape[2])
+    bias: Any = 0.0
+    if layer.alibi:
+        bias = bias - alibi_slopes(layer.num_heads, "cpu").to(q.dtype)[:, None, None] * away.abs()
+    if layer.relative_bias is not None:
+        reach = layer.relative_bias.shape[1] // 2
+        bias = bias + layer.relative_bias[:, away.clip(-reach, reach) + reach]
+    o, lse = dense_attention(q, k, v, layer.pattern, layer.scale, layer._attend.softcap, bias, layer.sinks)
     return layer.out_proj(o.transpose(1, 2).flatten(2)), lse
 
 
@@ -77,10 +93,15 @@ def check_layer(layer: SparseAttention, *inputs: Any) -> None:
 
 @pytest.mark.parametrize("length", [1, 17, 150])
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "bias": False}, {"num_kv_heads": 1, "head_dim": 8},
-                                     {"softcap": 2.0, "scale": 0.7}], ids=str)  # fmt: skip
+                                     {"softcap": 2.0, "scale": 0.7}, {"alibi": True, "sinks": True},
+                                     {"relative_bias": 7, "num_kv_heads": 2}], ids=str)  # fmt: skip
 def test_layer(length, options):
     torch.manual_seed(0)
-    check_layer(SparseAttention(WIDTH, HEADS, PATTERN, **{"head_dim": D, **options}), torch.randn(2, length, WIDTH))
+    layer = SparseAttention(WIDTH, HEADS, PATTERN, **{"head_dim": D, **options})
+    for learned in (layer.relative_bias, layer.sinks):
+        if learned is not None:
+            torch.nn.init.normal_(learned)
+    check_layer(layer, torch.randn(2, length, WIDTH))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
@@ -100,6 +121,36 @@ def test_keys_of_another_sequence():
     x, other, third = torch.randn(2, 30, WIDTH), torch.randn(2, 77, WIDTH), torch.randn(2, 77, WIDTH)
     check_layer(layer, x, other)
     check_layer(layer, x, other, third)
+    check_layer(SparseAttention(WIDTH, HEADS, P.causal("bottom_right"), head_dim=D, alibi=True,
+                                bias_align="bottom_right"), x, other)  # fmt: skip
+
+
+def test_dropout_in_training_only():
+    torch.manual_seed(0)
+    x = torch.randn(2, 60, WIDTH)
+    layer = SparseAttention(WIDTH, HEADS, PATTERN, head_dim=D, dropout=0.5)
+    plain = SparseAttention(WIDTH, HEADS, PATTERN, head_dim=D)
+    plain.load_state_dict(layer.state_dict())
+    torch.manual_seed(1)
+    first, second = step(Returning(layer), x), step(Returning(layer), x)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(step(Returning(layer), x), first))
+    assert not torch.equal(first[0], second[0]) and torch.equal(layer.eval()(x), plain(x))
+    assert "dropout=0.5" in repr(layer) and not torch.equal(layer.train()(x), plain(x))
+    torch.manual_seed(2)
+    mean = torch.stack([layer(x) for _ in range(200)]).mean(0)
+    assert relative_error(mean.detach().numpy(), plain(x).detach().numpy()) < 0.15
+
+
+def test_what_a_layer_learns_of_its_scores():
+    layer = SparseAttention(WIDTH, HEADS, PATTERN, projections=False, head_dim=D, alibi=True, relative_bias=4,
+                            sinks=True)  # fmt: skip
+    assert {name: tuple(x.shape) for name, x in layer.state_dict().items()} == {"relative_bias": (4, 9), "sinks": (4,)}
+    assert alibi_slopes(4, "cpu").tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
+    assert "alibi=True, sinks=True, relative_bias=4" in repr(layer)
+    twin = pickle.loads(pickle.dumps(layer))
+    q = torch.randn(1, HEADS, 20, D)
+    assert torch.equal(twin(q, q, q), layer(q, q, q)) and twin.relative_bias is not layer.relative_bias
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -209,15 +260,26 @@ def test_repr():
 class Model(torch.nn.Module):  # type: ignore[name-defined,misc]
     """Both ways of writing a layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.layer = SparseAttention(WIDTH, HEADS, PATTERN, num_kv_heads=2, head_dim=D)
+        self.layer = SparseAttention(WIDTH, HEADS, PATTERN, num_kv_heads=2, head_dim=D, **options)
 
     def forward(self, x: Any) -> Any:
         y, lse = self.layer(x, return_lse=True)
         heads = y.unflatten(-1, (3, D)).transpose(1, 2)
         o = sparse_attention(heads, heads[:, :1], heads[:, :1], PATTERN, enable_gqa=True, scale=0.3)
         return o + sparse_attention(heads, heads, heads, "window(7, 7)"), lse
+
+
+class Returning(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """A layer and its LSE."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x, return_lse=True)
 
 
 def step(model: Any, x: Any) -> list[Any]:
@@ -227,10 +289,11 @@ def step(model: Any, x: Any) -> list[Any]:
     return [o.detach(), lse.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-def test_compile_without_a_break_and_without_a_recompilation():
+@pytest.mark.parametrize("options", [{}, {"alibi": True, "relative_bias": 5, "sinks": True}], ids=str)
+def test_compile_without_a_break_and_without_a_recompilation(options):
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = Model()
+    model = Model(**options)
     traced = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
 
     def both(length: int) -> None:
@@ -351,7 +414,9 @@ def test_it_learns():
         ({"softcap": -1.0}, InvalidInput, "softcap is -1"),
         ({"scale": "big"}, InvalidInput, "scale is 'big'"),
         ({"layout": "sbhd", "projections": False}, InvalidInput, "layout is 'sbhd'"),
-        ({"dropout": 0.1}, Unsupported, "not there yet"),
+        ({"dropout": 1.0}, InvalidInput, "dropout_p is 1.0: it must be at least 0 and below 1"),
+        ({"relative_bias": 0}, InvalidInput, "relative_bias is 0"),
+        ({"bias_align": "middle"}, InvalidInput, "bias_align is 'middle'"),
     ],
 )
 def test_wrong_options(options, error, message):

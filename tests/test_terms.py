@@ -8,9 +8,10 @@ import pytest
 import splatc
 from splatc import oracle
 from splatc import patterns as P
+from splatc.ir.dropout import kept
 from splatc.ir.terms import Terms
 from splatc.oracle import relative_error
-from tests.test_attention import poisoned_outputs, tensors  # noqa: F401  (the fixture)
+from tests.test_attention import attention, poisoned_outputs, tensors  # noqa: F401  (the fixture)
 
 torch = pytest.importorskip("torch")
 
@@ -108,3 +109,207 @@ def test_several_passes(which, dtype):
     qkv = tensors(2048, 2048, heads=1, dtype=dtype)
     options = options_of(which, 1, 2048, 2048)
     check(attend(*qkv, return_lse=True, **options), qkv, pattern.dense(2048), options, times=2)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 1e-2, "float64": 1e-12}
+CANCELLED = 5  # sums over all rows cancel: their error is larger by so much, in bfloat16 that of delta from rounded O
+LEARNABLE = "alibi_slopes", "relative_bias", "block_bias", "sinks"
+
+
+def backward(attend: Any, qkv: Any, options: dict[str, Any], do: Any = None, dlse: Any = None, **more: Any) -> Any:
+    """(gradients of q, k, v and then of all terms that there are, do, dlse)."""
+    learn = {name: options[name].detach().requires_grad_() for name in LEARNABLE if name in options}
+    qkv = [x.detach().requires_grad_() for x in qkv]
+    o, lse = attend(*qkv, return_lse=True, **{**options, **learn}, **more)
+    rng = torch.Generator().manual_seed(7)
+    do = torch.randn(o.shape, generator=rng, dtype=torch.float64).to(o.dtype) if do is None else do
+    dlse = torch.randn(lse.shape, generator=rng).to(lse.dtype) if dlse is None else dlse
+    return torch.autograd.grad([o, lse], [*qkv, *learn.values()], [do, dlse]), do, dlse
+
+
+def check_gradients(attend: Any, qkv: Any, dense: np.ndarray, options: dict[str, Any], softcap: Any = None,
+                    **more: Any) -> Any:  # fmt: skip
+    """Each gradient agrees with the oracle."""
+    got, do, dlse = backward(attend, qkv, options, **more)
+    dtype = str(qkv[0].dtype).removeprefix("torch.")
+    q, k, v = (x.double().numpy() for x in qkv)
+    terms = oracle_terms(options, q.shape[2], k.shape[2], dtype)
+    wanted = oracle.gradients(q, k, v, dense, do.double().numpy(), dlse.double().numpy(), None, softcap, terms)
+    names = ["dq", "dk", "dv", *(name for name in LEARNABLE if name in options)]
+    for name, x, y in zip(names, got, wanted, strict=True):
+        assert x.shape == y.shape and torch.isfinite(x).all(), name
+        bound = GRADIENT_BOUND[dtype] * (CANCELLED if name in LEARNABLE else 1)
+        assert relative_error(x.double().numpy(), y) < bound, name
+    return got
+
+
+def compiled(mask: Any, q_len: int, kv_len: int, which: str, **options: Any) -> Any:
+    names = {"alibi": "alibi", "relative": "relative_bias", "block": "block_bias"}
+    parts = {names.get(name, name): True for name in (TERMS if which == "all" else [which])}
+    return splatc.compile(mask, seq_len=q_len, kv_len=kv_len, **{
+        "head_dim": D, "dtype": "float32", "target": "cpu", **parts, **options})  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND)
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_gradients_of_each_term_and_all(which, dtype):
+    attend = compiled(MIXED, 150, 150, which, dtype=dtype)
+    for shape in ((150, 150), (65, 201), (201, 65)):
+        for align in ("top_left", "bottom_right"):
+            options = options_of(which, 3, *shape, bias_align=align)
+            check_gradients(attend, tensors(*shape, heads=3, dtype=dtype), MIXED.dense(*shape), options)
+
+
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_gradients_with_views_heads_and_softcap(which):
+    for pattern in (P.strided(7), P.neighborhood((12, 13), (5, 5)), P.full(), P.longformer(10, 4)):
+        attend = compiled(pattern, 156, 156, which, softcap=2.0)
+        check_gradients(attend, tensors(156, 156), pattern.dense(156), options_of(which, 2, 156, 156), softcap=2.0)
+    heads = [MIXED, P.full(), P.strided(7), MIXED]
+    dense = np.stack([p.dense(150) for p in heads])
+    attend, options = compiled(heads, 150, 150, which), options_of(which, 4, 150, 150)
+    check_gradients(attend, tensors(150, 150, batch=2, heads=4, kv_heads=2), dense, options, enable_gqa=True)
+
+
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_gradients_over_several_passes(which):
+    pattern = P.causal() & (P.window(63, 0) | P.strided(128)) & ~P.window(40, -30)
+    attend = compiled(pattern, 2048, 2048, which)
+    assert attend.explain().passes > 1
+    options = options_of(which, 1, 2048, 2048)
+    check_gradients(attend, tensors(2048, 2048, heads=1), pattern.dense(2048), options)
+
+
+@pytest.mark.parametrize("which", EACH_AND_ALL)
+def test_gradcheck(which):
+    pattern = P.causal("bottom_right") & (P.window(5, 0) | P.strided(4)) & ~P.global_rows(2)
+    attend = compiled(pattern, 13, 17, which, head_dim=8, v_head_dim=5, dtype="float64", softcap=1.5)
+    options = options_of(which, 2, 13, 17, bias_align="bottom_right")
+    if "block_size" in options:
+        options |= {"block_size": 5, "block_bias": torch.randn(2, 3, 4, dtype=torch.float64)}
+    learn = [name for name in LEARNABLE if name in options]
+    leaves = [*tensors(13, 17, heads=2, kv_heads=1, d=8, dv=5, dtype="float64"), *(options[name] for name in learn)]
+    full = torch.from_numpy(pattern.dense(13, 17).any(1))
+    assert not full.all()
+
+    def f(q, k, v, *values):
+        o, lse = attend(q, k, v, return_lse=True, enable_gqa=True, **options | dict(zip(learn, values)))
+        return o, lse if "sinks" in options else lse[..., full]  # the others are -inf
+
+    assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in leaves])
+
+
+def test_runs_are_equal_whatever_the_threads():
+    qkv, options = tensors(200, 200, batch=2, heads=6, kv_heads=2), options_of("all", 6, 200, 200)
+    first, do, dlse = backward(compiled(MIXED, 200, 200, "all"), qkv, options, enable_gqa=True)
+    one = tensors(700, 700, heads=1)
+    single, *rest = backward(compiled(MIXED, 700, 700, "all"), one, options_of("all", 1, 700, 700))
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            attend = compiled(MIXED, 200, 200, "all")
+            for _ in range(4):
+                again, _, _ = backward(attend, qkv, options, do, dlse, enable_gqa=True)
+                assert all(torch.equal(x, y) for x, y in zip(again, first))
+            again, _, _ = backward(compiled(MIXED, 700, 700, "all"), one, options_of("all", 1, 700, 700), *rest)
+            assert all(torch.equal(x, y) for x, y in zip(again, single))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -- single properties -------------------------------------------------------------------------------------------------
+
+
+def test_dropped_is_what_is_said_to_be():
+    """With v = 1 for one key at a time, o is the probability after dropout: 0, or divided by 1 - p."""
+    q, k, _ = tensors(70, 90, batch=2, heads=3)
+    eye = torch.eye(90).expand(2, 3, 90, 90)
+    attend = splatc.compile("full", seq_len=70, kv_len=90, head_dim=D, v_head_dim=90, dtype="float32", target="cpu",
+                            dropout=True)  # fmt: skip
+    plain = attend(q, k, eye, dropout_p=0.0)
+    for seed in (0, 7, -1, 2**63 - 1):
+        wanted = torch.from_numpy(kept(seed, 0.4, 2, 3, 70, 90))
+        got = attend(q, k, eye, dropout_p=0.4, seed=seed)
+        assert torch.equal(got != 0, wanted)
+        torch.testing.assert_close(got, plain * wanted / 0.6, rtol=1e-6, atol=0)
+        (dv,) = torch.autograd.grad(attend(q, k, v := eye.clone().requires_grad_(), dropout_p=0.4, seed=seed).sum(), v)
+        torch.testing.assert_close(dv[..., 0], got.sum(2))
+
+
+def test_seeds():
+    qkv = tensors(100, 100)
+    attend = compiled(P.causal(), 100, 100, "dropout")
+
+    def run(**options):
+        return attend(*qkv, dropout_p=0.5, **options)
+
+    assert torch.equal(run(seed=3), run(seed=torch.tensor(3))) and not torch.equal(run(seed=3), run(seed=4))
+    torch.manual_seed(11)
+    first, second = run(), run()
+    torch.manual_seed(11)
+    assert torch.equal(run(), first) and torch.equal(run(), second) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    assert torch.equal(attend(*qkv), attention(qkv, P.causal()))  # dropout_p is 0: nothing is drawn
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(0, 5), (5, 0), (0, 0)])
+def test_no_queries_or_no_keys(q_len, kv_len):
+    options = options_of("all", 2, q_len, kv_len)
+    grads, _, dlse = backward(compiled(P.causal(), 10, 10, "all"), tensors(q_len, kv_len), options)
+    o, lse = compiled(P.causal(), 10, 10, "all")(*tensors(q_len, kv_len), return_lse=True, **options)
+    assert (o == 0).all() and torch.equal(lse, options["sinks"].float()[None, :, None].expand(1, 2, q_len))
+    assert all((x == 0).all() for x in grads[:-1])
+    torch.testing.assert_close(grads[-1], dlse.sum((0, 2)).double())
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    qkv = tensors(100, 100)
+    pattern = P.causal() & ~P.global_rows(3)
+    attend = compiled(pattern, 100, 100, "sinks")
+    options = {"sinks": torch.full((2,), -float("inf"))}
+    got, do, dlse = backward(attend, qkv, options)
+    plain = splatc.compile(pattern, seq_len=100, head_dim=D, dtype="float32", target="cpu")
+    wanted, _, _ = backward(plain, qkv, {}, do, dlse)
+    assert all(torch.equal(x, y) for x, y in zip(got[:3], wanted)) and (got[3] == 0).all()
+    for x, y in zip(attend(*qkv, return_lse=True, **options), plain(*qkv, return_lse=True)):
+        assert torch.equal(x, y)
+
+
+def test_large_sinks_and_biases_do_not_overflow():
+    qkv = tensors(100, 100)
+    for size in (1e4, -1e4):
+        options = {"sinks": torch.full((2,), size), "relative_bias": torch.full((2, 5), size)}
+        attend = splatc.compile(P.causal(), seq_len=100, head_dim=D, dtype="float32", target="cpu", sinks=True,
+                                relative_bias=True)  # fmt: skip
+        check(attend(*qkv, return_lse=True, **options), qkv, P.causal().dense(100), options, times=100)
+
+
+def test_numpy_arrays():
+    qkv: Any = [x.numpy() for x in tensors(90, 90)]
+    options = options_of("all", 2, 90, 90)
+    arrays = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    got = attention(qkv, MIXED, return_lse=True, **arrays)
+    assert isinstance(got[0], np.ndarray)
+    wanted = attention(tensors(90, 90), MIXED, return_lse=True, **options)
+    assert all(np.array_equal(x, y.numpy()) for x, y in zip(got, wanted))
+
+
+def test_layouts():
+    qkv, options = tensors(90, 120, batch=2, heads=3), options_of("all", 3, 90, 120, bias_align="bottom_right")
+    grads, do, dlse = backward(compiled(MIXED, 90, 120, "all"), qkv, options)
+    moved = [x.transpose(1, 2).contiguous() for x in qkv]
+    attend = compiled(MIXED, 90, 120, "all", layout="bshd")
+    other, _, _ = backward(attend, moved, options, do.transpose(1, 2), dlse)
+    assert all(torch.equal(x.transpose(1, 2), y) for x, y in zip(other[:3], grads[:3]))
+    assert all(torch.equal(x, y) for x, y in zip(other[3:], grads[3:]))
+
+
+def test_only_what_is_there_is_compiled():
+    qkv = tensors(90, 90)
+    assert torch.equal(attention(qkv, MIXED, dropout_p=0.0), attention(qkv, MIXED))
+    attend = compiled(MIXED, 90, 90, "all")
+    assert attend.kernel.spec.name.endswith("_alibi_relative_block_sinks_dropout")

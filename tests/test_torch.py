@@ -199,3 +199,135 @@ def test_what_has_no_gradients_on_a_gpu_says_so():
         q, k, v = learnable(d=options["head_dim"])
         with pytest.raises(Unsupported, match="on a GPU gradients are computed"):
             attend(q, k, v)
+
+
+# -- with biases, sinks and dropout ------------------------------------------------------------------------------------
+
+PARTS = {name: True for name in ("alibi", "relative_bias", "block_bias", "sinks", "dropout")}
+
+
+def every_term(length: int, heads: int = 2) -> dict[str, Any]:
+    """Learnable tensors of all terms, and the options beside them."""
+    blocks = -(-length // 16)
+    shapes = {"alibi_slopes": (heads,), "relative_bias": (heads, 15), "block_bias": (heads, blocks, blocks),
+              "sinks": (heads,)}  # fmt: skip
+    rng = torch.Generator().manual_seed(1)
+    return {name: (torch.randn(shape, generator=rng) / 10).requires_grad_() for name, shape in shapes.items()}
+
+
+TENSORS = "alibi_slopes", "relative_bias", "block_bias", "sinks", "seed"
+
+
+@pytest.mark.parametrize("wanted", [TENSORS[:1], TENSORS[1:4:2], TENSORS[2:5:2], TENSORS], ids=str)
+def test_opcheck_with_terms(wanted):
+    from splatc.runtime import torch_ops
+
+    chosen = {"alibi_slopes": "alibi", "seed": "dropout"}
+    attend = compiled(length=40, **{chosen.get(name, name): True for name in wanted})
+    qkv, terms = learnable(40, heads=2, kv_heads=1), {**every_term(40), "seed": torch.tensor([5])}
+    tensors = [terms[name] if name in wanted else None for name in TENSORS]
+    numbers = 16, 3, 0.3 if "seed" in wanted else 0.0
+    torch.library.opcheck(torch_ops.attention, (*qkv, attend._handle, None, True, *tensors, *numbers))
+    plain = [None if x is None else x.detach() for x in (*qkv, *tensors)]
+    o, lse = torch_ops.attention(*plain[:3], attend._handle, None, True, *plain[3:], *numbers)
+    grads = torch.ones_like(o), lse * 0
+    torch.library.opcheck(torch_ops.attention_backward,
+                          (*plain[:3], o, lse, *grads, attend._handle, None, True, *plain[3:], *numbers),
+                          test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))  # fmt: skip
+
+
+class Biased(torch.nn.Module):  # type: ignore[name-defined,misc]
+    """A layer that learns all that a score has; blocks are taken from a larger table."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__()
+        self.attend, self.project = attend, torch.nn.Linear(2 * D, 6 * D)
+        self.terms = torch.nn.ParameterDict({name: x.detach() for name, x in every_term(1024).items()})
+
+    def forward(self, x: Any, seed: Any = None) -> Any:
+        batch, length, _ = x.shape
+        q, k, v = self.project(x).view(batch, length, 3, 2, D).permute(2, 0, 3, 1, 4)
+        blocks = (length + 15) // 16
+        terms = {**self.terms, "block_bias": self.terms["block_bias"][:, :blocks, :blocks], "block_size": 16}
+        o, lse = self.attend(q, k, v, return_lse=True, dropout_p=0.2, seed=seed, bias_align="bottom_right", **terms)
+        return o.transpose(1, 2).reshape(batch, length, 2 * D) + lse.mean()
+
+
+def nn_function(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    from splatc.nn.functional import sparse_attention
+
+    return sparse_attention(q, k, v, PATTERN, **options)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_compile_with_terms_without_a_break_and_without_a_recompilation(function):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block = Biased(nn_function if function else compiled(**PARTS))
+    traced = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def both(length: int) -> None:
+        x, seed, results = torch.randn(2, length, 2 * D), torch.tensor([length]), []
+        for f in (block, traced):
+            block.zero_grad()
+            y = f(x, seed)
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad.clone() for p in block.parameters())])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    both(150)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (64, 201, 700):
+            both(length)
+
+
+def test_a_seed_is_drawn_in_a_compiled_graph():
+    torch._dynamo.reset()
+    attend, qkv = compiled(dropout=True), tensors(150, 150)
+    traced = torch.compile(lambda *x: attend(*x, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    first, second = traced(*qkv), traced(*qkv)
+    torch.manual_seed(3)
+    third = traced(*qkv)
+    torch.manual_seed(3)
+    assert torch.equal(traced(*qkv), third) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_drops_the_same(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    attend, results = compiled(dropout=True), []
+    for again in (False, True):
+        qkv = learnable()
+        torch.manual_seed(5)
+        out = (checkpoint(lambda *x: attend(*x, dropout_p=0.4), *qkv, use_reentrant=reentrant) if again
+               else attend(*qkv, dropout_p=0.4))  # fmt: skip
+        torch.rand(7)  # the generator moves on before the backward pass
+        out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in qkv)])
+    assert same(*results)
+
+
+def test_a_part_of_the_terms_may_learn():
+    attend, qkv = compiled(**PARTS), tensors(150, 150)
+    for name in every_term(150):
+        terms = {key: x.detach().requires_grad_(key == name) for key, x in every_term(150).items()}
+        o = attend(*qkv, **terms, block_size=16)
+        o.sum().backward()
+        assert [x.grad is not None for x in terms.values()] == [key == name for key in terms]
+
+
+def test_terms_of_another_dtype():
+    """They are computed with in float32, and their gradients are of their own dtype."""
+    attend, qkv = compiled(**PARTS), tensors(150, 150)
+    terms = {name: x.detach().bfloat16().requires_grad_() for name, x in every_term(150).items()}
+    exact = {name: x.detach().float() for name, x in terms.items()}
+    o = attend(*qkv, **terms, block_size=16)
+    o.sum().backward()
+    assert torch.equal(o, attend(*qkv, **exact, block_size=16))
+    assert all(x.grad.dtype == torch.bfloat16 for x in terms.values())
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k, v = qkv
+        o = splatc.attention(q, k, v, PATTERN, **terms, block_size=16)
+    assert o.dtype == torch.bfloat16

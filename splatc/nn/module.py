@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from splatc.errors import InvalidInput, Unsupported
+from splatc.errors import InvalidInput
 from splatc.nn.any_length import any_length
 from splatc.patterns import Pattern, as_pattern
 from splatc.runtime.tensors import check_scale, check_softcap
+from splatc.runtime.terms import TermOptions, check_align, check_probability
 
 SHOWN = 120  # characters of a pattern in the module's repr
 
@@ -27,25 +28,30 @@ class SparseAttention(torch.nn.Module):
 
     Nothing is compiled when a module is made: a kernel comes with the first call on a device in a dtype, for all
     lengths. Gradients are those of the device (``splatc.compile``); results and gradients are equal bit by bit from
-    run to run. ``state_dict`` has the projections only; in a pickle the pattern is its text, where that says all of it.
+    run to run (dropout: from equal states of torch's generator). ``state_dict`` has what is learned; in a pickle the
+    pattern is its text, where that says all of it.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, pattern: Any, *, num_kv_heads: int | None = None,
                  head_dim: int | None = None, projections: bool = True, bias: bool = True, scale: float | None = None,
-                 softcap: float | None = None, dropout: float = 0.0, layout: str = "bhsd", allow_tf32: bool = True,
-                 seq_len: int | None = None, device: Any = None, dtype: Any = None) -> None:  # fmt: skip
+                 softcap: float | None = None, alibi: bool = False, relative_bias: int | None = None,
+                 sinks: bool = False, bias_align: str = "top_left", dropout: float = 0.0, layout: str = "bhsd",
+                 allow_tf32: bool = True, seq_len: int | None = None, device: Any = None,
+                 dtype: Any = None) -> None:  # fmt: skip
         """embed_dim: of x. num_heads, num_kv_heads: of queries; of keys and values (default: as many).
 
         pattern: of ``splatc.patterns``, its text, or whatever else ``splatc.patterns.as_pattern`` takes; a list is one
         for each of num_heads. head_dim: default embed_dim / num_heads. bias: of the projections. scale: of the scores,
-        default 1/sqrt(head_dim). softcap: scores s become softcap * tanh(s / softcap). dropout: of the weights; only
-        0.0 exists. layout: of q, k and v without projections. allow_tf32: as of ``splatc.compile``. seq_len: the
-        length to choose tiles for (default: that of the first call), and that of a mask_mod. device, dtype: of the
-        projections. Raises InvalidInput for sizes or a pattern that do not fit, Unsupported for dropout.
+        default 1/sqrt(head_dim). softcap: scores s become softcap * tanh(s / softcap). alibi: subtract from scores the
+        distance times a slope of each head, 2^(-8 h / num_heads) for h = 1 ... num_heads. relative_bias: learn a bias
+        of each head for each distance up to so many positions. bias_align: "top_left", or "bottom_right" to count
+        distances from the ends of both sequences. sinks: learn a logit of each head that takes a share of every
+        softmax. dropout: of the weights, in training. layout: of q, k and v without projections. allow_tf32: as of
+        ``splatc.compile``. seq_len: the length to choose tiles for (default: that of the first call), and that of a
+        mask_mod. device, dtype: of the parameters. Raises InvalidInput for sizes or a pattern that do not fit.
         """
         super().__init__()
-        if dropout:
-            raise Unsupported(f"dropout={dropout}: not there yet; use torch.nn.Dropout on the output")
+        self.dropout, self.bias_align = check_probability(dropout), check_align(bias_align)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=kv_heads)
         if num_heads % kv_heads:
@@ -61,6 +67,14 @@ class SparseAttention(torch.nn.Module):
         self.projections = projections
         self._attend = any_length(as_pattern(pattern, q_len=seq_len, heads=num_heads),
                                   "bshd" if projections else layout, softcap, allow_tf32, seq_len)  # fmt: skip
+        factory = {"device": device, "dtype": dtype}
+        self.alibi = alibi
+        self.relative_bias = self.sinks = None
+        if relative_bias is not None:
+            _check_sizes(relative_bias=relative_bias)
+            self.relative_bias = torch.nn.Parameter(torch.zeros(num_heads, 2 * relative_bias + 1, **factory))
+        if sinks:
+            self.sinks = torch.nn.Parameter(torch.zeros(num_heads, **factory))
         if projections:
 
             def linear(inputs: int, outputs: int) -> torch.nn.Linear:
@@ -97,7 +111,21 @@ class SparseAttention(torch.nn.Module):
 
     def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool) -> Any:
         gqa = self.num_heads != self.num_kv_heads
-        return self._attend(q, k, v, scale=self.scale, return_lse=return_lse, enable_gqa=gqa)
+        return self._attend(q, k, v, scale=self.scale, return_lse=return_lse, enable_gqa=gqa, **self._options(q))
+
+    def _options(self, q: torch.Tensor) -> TermOptions:
+        options: TermOptions = {}
+        if self.alibi:
+            options["alibi_slopes"] = alibi_slopes(self.num_heads, q.device)
+        if self.relative_bias is not None:
+            options["relative_bias"] = self.relative_bias
+        if self.sinks is not None:
+            options["sinks"] = self.sinks
+        if self.dropout and self.training:
+            options["dropout_p"] = self.dropout
+        if options:
+            options["bias_align"] = self.bias_align
+        return options
 
     def _check_heads(self, *qkv: torch.Tensor) -> None:
         at = 1 if self._attend.layout == "bhsd" else 2
@@ -111,11 +139,19 @@ class SparseAttention(torch.nn.Module):
         shown: dict[str, Any] = {
             "embed_dim": self.embed_dim, "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim, "scale": self.scale, "softcap": self._attend.softcap,
+            "alibi": self.alibi or None, "sinks": None if self.sinks is None else True,
+            "relative_bias": None if self.relative_bias is None else self.relative_bias.shape[1] // 2,
+            "dropout": self.dropout or None,
         }  # fmt: skip
         if not self.projections:
             shown |= {"projections": False, "layout": self._attend.layout}
         words = [f"{name}={value}" for name, value in shown.items() if value is not None]
         return ", ".join([*words, f"pattern={text if len(text) <= SHOWN else text[: SHOWN - 3] + '...'}"])
+
+
+def alibi_slopes(heads: int, device: Any) -> torch.Tensor:
+    """float64 (heads,): 2^(-8 h / heads) for h = 1 ... heads, whatever became of a module's parameters."""
+    return torch.arange(1, heads + 1, dtype=torch.float64, device=device).mul(-8 / heads).exp2()
 
 
 def _check_sizes(**sizes: Any) -> None:

@@ -199,10 +199,12 @@ class CompiledAttention:
         """(dq, dk, dv, those of what there is of ``terms.learnable``) for the gradients do of o and dlse of lse; torch
         tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
-        if terms is not None:
-            raise Unsupported(f"there are no gradients of biases, sinks and dropout yet: {DETACH}")
-        dq, dk, dv = self._gradients(shape, q, k, v, o, lse, do, dlse, check_scale(scale, shape.head_dim))
-        return dq, dk, dv, []
+        number = check_scale(scale, shape.head_dim)
+        gradients = self._gradients
+        if isinstance(gradients, GpuGradients):
+            return *gradients(shape, q, k, v, o, lse, do, dlse, number), []
+        dq, dk, dv, *of_terms = gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
+        return dq, dk, dv, of_terms
 
     @cached_property
     def _gradients(self) -> Gradients | GpuGradients:

@@ -13,10 +13,10 @@ from splatc.runtime.plan import Launch
 from splatc.runtime.tensors import is_torch
 
 
-def table_arguments(launch: Launch, batch: int) -> tuple[Any, ...]:
-    """The tables of a launch as a CPU kernel takes them."""
+def table_arguments(launch: Launch, batch: int, shares: int | None = None) -> tuple[Any, ...]:
+    """The tables of a launch as a CPU kernel takes them; shares: of the work, default: one for each thread."""
     arrays = launch.work, launch.items, launch.joined_entries, launch.views, launch.bits
-    return tuple(exchange(x) for x in (*arrays, launch.chunks(batch, workers())))
+    return tuple(exchange(x) for x in (*arrays, launch.chunks(batch, shares or workers())))
 
 
 def term_arguments(score: Score, terms: Terms | None) -> tuple[Any, ...]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from splatc.codegen.build import GRADIENTS
-from splatc.runtime.cpu_call import exchange, table_arguments
+from splatc.ir.score import BlockBias, RelativeBias
+from splatc.ir.terms import NO_TERMS, Terms
+from splatc.runtime.cpu_call import exchange, table_arguments, term_arguments
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import remember
 from splatc.runtime.plan import Launch
@@ -16,10 +20,13 @@ if TYPE_CHECKING:
     from splatc.runtime.attention import Plan
 
 Planner = Callable[[int, int], "Plan"]
+DQ, DKV = GRADIENTS
+SHARES = 16  # of the work where tables have gradients: each has a copy of them, whatever the threads
 
 
 class Gradients:
-    """dq, dk, dv of one compiled mask, bitwise equal from run to run and for any number of threads.
+    """dq, dk, dv and those of biases and sinks of one compiled mask, bitwise equal from run to run and for any number
+    of threads.
 
     planned(q_len, kv_len): the plan of the mask; transposed(kv_len, q_len): of the transposed one.
     """
@@ -29,11 +36,14 @@ class Gradients:
         self.kernel = kernel
         self._planned, self._transposed = planned, transposed
         self._layout, self._cap = layout, cap
+        score = kernel.spec.score
+        self._shares = SHARES if score.has(RelativeBias) or score.has(BlockBias) else None
         self._ready: dict[tuple[int, ...], tuple[list[_Call], list[_Call]]] = {}
 
     def __call__(self, shape: Shape, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any,
-                 scale: float) -> tuple[Any, Any, Any]:  # fmt: skip
-        """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse.
+                 scale: float, terms: Terms | None = None) -> tuple[Any, ...]:  # fmt: skip
+        """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse; then those
+        of what there is of ``terms.learnable``.
 
         All but lse and dlse, (batch, heads, q_len), are in the compiled layout; so are the results, contiguous and of
         the dtype of q.
@@ -42,20 +52,22 @@ class Gradients:
 
         *inputs, o = (last_axis_contiguous(to_bhsd(x.detach(), self._layout)) for x in (q, k, v, do, o))
         delta = (inputs[3].to(lse.dtype) * o.to(lse.dtype)).sum(-1) - dlse.detach()
-        statistics = [lse.detach().contiguous(), delta.contiguous()]
+        lse, delta = lse.detach().contiguous(), delta.contiguous()
         results = [torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v)]
+        biases = BiasSums(terms or NO_TERMS, lse, self._shares)
         if shape.q_len and shape.kv_len:
-            reads = [exchange(x) for x in (*inputs, *statistics)]
+            reads = [exchange(x) for x in (*inputs, lse, delta)]
             dq, dk, dv = (exchange(to_bhsd(x, self._layout)) for x in results)
-            for name, writes, calls in zip(GRADIENTS, ((dq,), (dk, dv)), self._calls(shape), strict=True):
+            rest = term_arguments(self.kernel.spec.score, terms)
+            of_rows, of_columns = self._calls(shape)
+            for name, writes, calls, sums in ((DQ, (dq,), of_rows, biases.arguments), (DKV, (dk, dv), of_columns, ())):
                 run = self.kernel.load(name)
                 for tables, merge, *member in calls:
-                    run(*reads, *writes, *tables, scale, self._cap, merge, *member)
+                    run(*reads, *writes, *tables, scale, self._cap, merge, *member, *rest, *sums)
         else:
             for x in results:
                 x.zero_()
-        dq, dk, dv = (x.to(q.dtype) for x in results)
-        return dq, dk, dv
+        return *(x.to(q.dtype) for x in results), *biases.results(lse, delta)
 
     def _calls(self, shape: Shape) -> tuple[list[_Call], list[_Call]]:
         """(of dq, of dkv): made once for each size."""
@@ -63,7 +75,7 @@ class Gradients:
         if key not in self._ready:
             batch, group = shape.batch, shape.heads // shape.kv_heads
             plan = self._planned(shape.q_len, shape.kv_len)
-            rows = [_call(launch, batch) for launch in plan.launches(shape.heads)]
+            rows = [_call(launch, batch, shares=self._shares) for launch in plan.launches(shape.heads)]
             plan = self._transposed(shape.kv_len, shape.q_len)
             columns = [
                 _call(launch, batch, member)
@@ -77,5 +89,38 @@ class Gradients:
 _Call = tuple[Any, ...]  # tables, merge and, for keys, the member of the group
 
 
-def _call(launch: Launch, batch: int, *member: int) -> _Call:
-    return table_arguments(launch, batch), int(launch.merge or any(member)), *member
+def _call(launch: Launch, batch: int, *member: int, shares: int | None = None) -> _Call:
+    return table_arguments(launch, batch, shares), int(launch.merge or any(member)), *member
+
+
+class BiasSums:
+    """What the kernel sums for biases, and what becomes of it: sums in float64, in an order of their own."""
+
+    def __init__(self, terms: Terms, lse: Any, shares: int | None) -> None:
+        """lse: (batch, heads, q_len). shares: of the work."""
+        self._terms = terms
+        self._slopes = None if terms.alibi_slopes is None else np.zeros(lse.shape, lse.numpy().dtype)
+        self._tables = [None if x is None else np.zeros((shares or 1, len(x), x[0].numel()))
+                        for x in (terms.relative_bias, terms.block_bias)]  # fmt: skip
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """For the kernel of dq."""
+        return tuple(exchange(x) for x in (self._slopes, *self._tables) if x is not None)
+
+    def results(self, lse: Any, delta: Any) -> list[Any]:
+        """The gradients, once the kernel ran; all that sinks need is lse and delta."""
+        import torch
+
+        slopes, tables, sinks = self._slopes, self._tables, self._terms.sinks
+        sums = [None if slopes is None else slopes.sum((0, 2), dtype=np.float64),
+                *(None if x is None else x.sum(0) for x in tables),
+                None if sinks is None else _of_sinks(*(x.detach().numpy() for x in (sinks, lse, delta)))]  # fmt: skip
+        return [torch.from_numpy(x).to(like.dtype).reshape(like.shape)
+                for x, like in zip(sums, self._terms.learnable, strict=True) if x is not None]  # fmt: skip
+
+
+def _of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
+    """-delta times the share of a sink in its rows; rows of lse -inf have none."""
+    share = np.exp(sinks[:, None] - np.where(np.isneginf(lse), np.inf, lse))
+    return -(share * delta).sum((0, 2), dtype=np.float64)

@@ -14,7 +14,8 @@ from splatc.ir.terms import LEARNABLE, Terms
 from splatc.patterns.library import ALIGN
 from splatc.runtime.tensors import Shape, computed_in
 
-__all__ = ["Asked", "TermOptions", "Terms", "asked_by", "asked_of", "check_terms", "terms_of"]
+__all__ = ["Asked", "TermOptions", "Terms", "asked_by", "asked_in", "asked_of", "check_align", "check_probability",
+           "check_terms", "terms_of"]  # fmt: skip
 
 
 class TermOptions(TypedDict, total=False):
@@ -54,7 +55,7 @@ def asked_by(options: Mapping[str, Any]) -> Asked:
     """What the options of a call ask for."""
     if not options:
         return NOTHING
-    dropout = _check_probability(options.get("dropout_p", 0.0)) > 0
+    dropout = check_probability(options.get("dropout_p", 0.0)) > 0
     return _asked((options.get(name) for name in LEARNABLE), dropout)
 
 
@@ -83,9 +84,8 @@ def terms_of(q: Any, k: Any, layout: str, dtype: str, score: Score | None = None
     """
     if not (hasattr(q, "requires_grad") or isinstance(q, np.ndarray)):
         raise InvalidInput(f"q is a {type(q).__name__}: give torch tensors or NumPy arrays")
-    p = _check_probability(dropout_p)
-    if bias_align not in ALIGN:
-        raise InvalidInput(f"bias_align is {bias_align!r}: it must be one of {', '.join(ALIGN)}")
+    p = check_probability(dropout_p)
+    check_align(bias_align)
     given = alibi_slopes, relative_bias, block_bias, sinks
     asked = _asked(given, p > 0)
     if score is not None:
@@ -128,7 +128,15 @@ def _check_asked(asked: Asked, compiled: Asked) -> Asked:
     return compiled
 
 
-def _check_probability(p: Any) -> float:
+def check_align(align: Any) -> str:
+    """``align`` itself, if it is one of ALIGN."""
+    if align not in ALIGN:
+        raise InvalidInput(f"bias_align is {repr(align)[:40]}: it must be one of {', '.join(ALIGN)}")
+    return str(align)
+
+
+def check_probability(p: Any) -> float:
+    """The probability of dropping: 0 <= p < 1."""
     try:
         value = float(p)
     except (TypeError, ValueError, OverflowError):
