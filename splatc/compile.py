@@ -14,6 +14,7 @@ from splatc.codegen.kernel import (
     gradient_spec,
     kernel_spec,
     no_gradients,
+    only_two_walks,
     patch_tiles,
     tile_shapes,
     two_walks,
@@ -105,7 +106,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     def gradients(plan: Planner) -> Gradients | GpuGradients:
         if first.spec.kernel == "hopper":
             sources = Sources(row_plan, transposed_plan, gradient_spec(first.spec), two_walks(first.spec)[1])
-            return GpuGradients(sources, found, layout, cap, Config.from_env().gradient_walks)
+            walks = "two" if only_two_walks(first.spec) else Config.from_env().gradient_walks
+            return GpuGradients(sources, found, layout, cap, walks)
         return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
 
     return CompiledAttention(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))

@@ -200,10 +200,7 @@ class CompiledAttention:
         tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
         number = check_scale(scale, shape.head_dim)
-        gradients = self._gradients
-        if isinstance(gradients, GpuGradients):
-            return *gradients(shape, q, k, v, o, lse, do, dlse, number), []
-        dq, dk, dv, *of_terms = gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
+        dq, dk, dv, *of_terms = self._gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
         return dq, dk, dv, of_terms
 
     @cached_property
