@@ -1,4 +1,4 @@
-"""Biases, sinks and dropout on a Hopper GPU, forward, against the float64 oracle."""
+"""Biases, sinks and dropout on a Hopper GPU, forward and backward, and their gradients, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import splatc
 from splatc import oracle
 from splatc import patterns as P
 from splatc.ir.terms import Terms
-from tests.gpu_gradients import DEVICE, MARKS, draw, mask_of
+from tests.gpu_gradients import DEVICE, MARKS, draw, draw_dlse, mask_of, poisoned
 
 pytestmark = MARKS
 MASKS = {
@@ -135,3 +135,80 @@ def test_terms_in_a_cuda_graph() -> None:
     seed.fill_(9)
     graph.replay()
     assert torch.equal(o, call())
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def check_gradients(pattern: Any, q_len: int, kv_len: int, dim: int, dtype: str, names: tuple[str, ...], heads: int = 2,
+                    kv_heads: int = 2, softcap: float | None = None, align: str = "top_left", batch: int = 2,
+                    with_dlse: bool = False) -> list[Any]:  # fmt: skip
+    """Of q, k, v and every tensor of the terms, by autograd from memory full of NaN."""
+    q, k, v, do = draw(q_len, kv_len, dim, dtype, heads=heads, kv_heads=kv_heads, batch=batch)
+    options = term_options(names, heads, q_len, kv_len)
+    tensors = {name: x.requires_grad_() for name, x in options.items() if torch.is_tensor(x)}
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    dlse = draw_dlse(do) if with_dlse else torch.zeros(do.shape[:3], device=DEVICE)
+    with poisoned():
+        o, lse = splatc.attention(*leaves, pattern, return_lse=True, enable_gqa=heads != kv_heads, softcap=softcap,
+                                  bias_align=align, **options)  # fmt: skip
+        got = torch.autograd.grad([o, lse], [*leaves, *tensors.values()], [do, dlse])
+    q64, k64, v64, do64, dlse64 = (x.double().cpu().numpy() for x in (q, k, v, do, dlse))
+    mask = mask_of(pattern, heads, q_len, kv_len).cpu().numpy()
+    detached = {name: x.detach() if torch.is_tensor(x) else x for name, x in options.items()}
+    terms = oracle_terms(detached, kv_len - q_len if align == "bottom_right" else 0)
+    want = oracle.gradients(q64, k64, v64, mask, do64, dlse64, softcap=softcap, terms=terms)
+    assert len(got) == len(want)
+    for name, a, b in zip(("dq", "dk", "dv", *tensors), got, want, strict=True):
+        assert torch.isfinite(a).all(), name
+        assert oracle.relative_error(a.double().cpu().numpy(), b) < 1e-2, name
+    return list(got)
+
+
+@pytest.mark.parametrize("names", CASES, ids="+".join)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("dtype, dim", [("bfloat16", 64), ("float16", 128)])
+def test_gradients(name: str, names: tuple[str, ...], dtype: str, dim: int) -> None:
+    check_gradients(MASKS[name], 320, 320, dim, dtype, names, with_dlse=dim == 64)
+
+
+@pytest.mark.parametrize("names", CASES[:6], ids="+".join)
+@pytest.mark.parametrize(
+    "q_len, kv_len, align", [(1, 129, "bottom_right"), (127, 300, "bottom_right"), (300, 65, "top_left")]
+)
+def test_gradients_of_odd_sizes_and_grouped_heads(names: tuple[str, ...], q_len: int, kv_len: int, align: str) -> None:
+    check_gradients(P.causal(align), q_len, kv_len, 64, "bfloat16", names, heads=4, kv_heads=2, align=align)
+    check_gradients(P.causal(align), q_len, kv_len, 128, "bfloat16", names, heads=2, kv_heads=2, align=align, softcap=3.0)
+
+
+@pytest.mark.parametrize("names", [("alibi", "relative", "block", "sinks"), ("dropout", "relative")], ids="+".join)
+def test_gradients_are_the_same_each_time(names: tuple[str, ...]) -> None:
+    """Also of long rows, which go in parts, and of a pattern in two passes."""
+    for pattern in (P.longformer(40, 8), MASKS["strided"]):
+        first = check_gradients(pattern, 2048, 2048, 64, "bfloat16", names, batch=1)
+        for _ in range(5):
+            again = check_gradients(pattern, 2048, 2048, 64, "bfloat16", names, batch=1)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_gradients_of_bias_know_no_scale() -> None:
+    """Sums are integers: gradients a million times larger or smaller are as precise."""
+    q, k, v, do = draw(512, 512, 64, "float32")
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    table = torch.zeros(2, 65, device=DEVICE, requires_grad=True)
+    grads = []
+    for factor in (2.0**-20, 1.0, 2.0**20):
+        o = splatc.attention(q, k, v, P.causal(), relative_bias=table)
+        grads.append(torch.autograd.grad(o, table, (do * factor).bfloat16())[0] / factor)
+    assert oracle.relative_error(grads[0].cpu().numpy(), grads[1].cpu().numpy()) < 1e-5
+    assert oracle.relative_error(grads[2].cpu().numpy(), grads[1].cpu().numpy()) < 1e-5
+
+
+def test_a_number_that_is_none_shows_in_gradients_of_biases() -> None:
+    q, k, v, do = draw(300, 300, 64, "bfloat16")
+    slopes = torch.full((2,), 0.01, device=DEVICE, requires_grad=True)
+    sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
+    do[0, 1, 17, 3] = float("nan")
+    o = splatc.attention(q, k, v, P.causal(), alibi_slopes=slopes, sinks=sinks)
+    for grad in torch.autograd.grad(o, [slopes, sinks], do):
+        assert torch.isfinite(grad).tolist() == [True, False]
