@@ -198,12 +198,16 @@ def test_a_part_of_the_inputs_may_learn() -> None:
         assert torch.equal(got, wanted[i])
 
 
+def graph(density: float) -> Any:
+    """Scattered pairs: rows of queries get lists of keys, in fewer or more tiles."""
+    return P.mask(np.random.default_rng(0).random((1500, 1500)) < density)
+
+
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("name", "pattern"), [
-    ("a tile each", P.block_mask(np.eye(12, dtype=bool), 128)), ("a tile or two", P.window(40, 0)), ("passes", MIXED),
-    ("lists of keys", P.mask(np.random.default_rng(0).random((1500, 1500)) < 1e-3)), ("parts", LONG_ROWS),
-], ids=str)  # fmt: skip
-def test_more_row_tiles_than_blocks(name: str, pattern: Any, dim: int) -> None:
+@pytest.mark.parametrize("pattern", [
+    P.block_mask(np.eye(12, dtype=bool), 128), P.window(40, 0), MIXED, LONG_ROWS, graph(2e-4), graph(1e-3), graph(2e-3),
+], ids=["a tile each", "a tile or two", "passes", "parts", "a list each", "lists", "longer lists"])  # fmt: skip
+def test_more_row_tiles_than_blocks(pattern: Any, dim: int) -> None:
     """A block computes several, of different heads, one after the other."""
     tensors = draw(1500, 1500, dim, "bfloat16", heads=16, kv_heads=8, batch=2)
     check(compiled(pattern, 1500, 1500, dim, "bfloat16"), pattern, tensors, enable_gqa=True)

@@ -235,7 +235,8 @@ class Preparation:
         values = {**values, "total": total, "member": one.member, "members": one.members}
         rows, cols = boxes_of(one.launch.row_views), boxes_of(one.launch.col_views)
         halves = [sub_box(box, WARPGROUPS) for box in rows]
-        shares = [sub_box(box, self.way.columns.tile_n // WARPGROUP_ROWS) for box in cols] if seen.sums else []
+        summing = seen.sums and self.way.rows is None
+        shares = [sub_box(box, self.way.columns.tile_n // WARPGROUP_ROWS) for box in cols] if summing else []
         for name, parts, limit in (("row", halves, MAX_VIEWS[0]), ("sum", shares, MAX_VIEWS[1])):
             for view in range(limit if parts else 0):
                 step = parts[min(view, len(parts) - 1)][1]
@@ -254,7 +255,7 @@ class Preparation:
             maps.add(name, dtype, rows, [box for box, _ in halves], layouts[name], MAX_VIEWS[0])
             part, dim, size = f"part_{name[1:]}", layouts[name].dim, layouts[name].itemsize
             maps.add_rows(part, part, dtype, max(one.work.part_tiles, 1) * KEYS, dim, size)
-        if seen.sums:
+        if shares:
             maps.add("sums", "int32", cols, [box for box, _ in shares], layouts["sums"], MAX_VIEWS[1])
         return maps.found
 

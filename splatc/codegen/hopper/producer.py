@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
@@ -92,21 +94,26 @@ class Producer:
         if early:
             self.done.set(0)
             last = let("last_before_next", T.min(tiles, AHEAD))
+        for _ in self.column_tiles(batch, kv_head, first, entries):
+            if early:
+                self.done.set(self.done() + 1)
+                with when(T.EQ(self.done(), 1)):
+                    self.fetch_next()
+                with when(T.EQ(self.done(), last)):
+                    self.announce_next()
+        if not early:
+            self.fetch_next()
+            self.announce_next()
+
+    def column_tiles(self, batch: Expr, kv_head: Expr, first: Expr, entries: Expr) -> Iterator[None]:
+        """Ask for all column tiles of these entries, and emit what follows after each of them."""
         with loop(entries) as e:
             x1, x2, x3, repeat, bits, view, d1, d2 = (
                 let(name, self.a.entries[first + e, i])
                 for i, name in enumerate(("k1", "k2", "k3", "repeat", "bits", "k_view", "d1", "d2")))  # fmt: skip
             with loop(repeat) as r:
                 self.column_tile(view, Point(x1 + r * d1, x2 + r * d2, x3, batch, kv_head), bits)
-                if early:
-                    self.done.set(self.done() + 1)
-                    with when(T.EQ(self.done(), 1)):
-                        self.fetch_next()
-                    with when(T.EQ(self.done(), last)):
-                        self.announce_next()
-        if not early:
-            self.fetch_next()
-            self.announce_next()
+                yield
 
     def column_tile(self, view: Expr, at: Point, bits: Expr) -> None:
         """K with its mask bits, then V."""

@@ -19,11 +19,23 @@ from splatc.codegen.hopper.backward.bias_sums import BiasSums, SumArguments
 from splatc.codegen.hopper.backward.products import Places, RowProducts
 from splatc.codegen.hopper.backward.scores import POSITION, WORD, RowScores
 from splatc.codegen.hopper.backward.shape import STATISTICS, RowShape
-from splatc.codegen.hopper.block import HEAD, MASKED, MESSAGE, TILES, int_arg, start_block, table
+from splatc.codegen.hopper.block import (
+    BATCH,
+    ENTRIES,
+    FIRST,
+    HEAD,
+    MASKED,
+    MESSAGE,
+    TILES,
+    int_arg,
+    start_block,
+    table,
+)
 from splatc.codegen.hopper.copies import Maps, Point, Rows, load_tile
 from splatc.codegen.hopper.emit import Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.forward import producer_of
+from splatc.codegen.hopper.producer import Producer
 from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.row_tiles import RowTiles
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, WARPGROUP_ROWS
@@ -45,7 +57,7 @@ def row_kernel(s: RowShape):
                 with I.If(T.EQ(b.warpgroup, 0)):
                     with I.Then():
                         do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](s.registers[0]))
-                        producer_of(b).run()
+                        row_producer_of(b).run()
                     with I.Else():
                         Consumer(b).run()
     return builder.get().with_attr("global_symbol", NAME), b.smem_bytes
@@ -107,6 +119,36 @@ class Block(block.Block):
     def start(self) -> None:
         a = self.a
         start_block(self.thread, (a.q, a.do, a.statistics, a.k, a.v, a.out), self.rings)
+
+
+class LateProducer(Producer):
+    """Where there is but one Q stage: K and V of a row tile's first column tile are asked for before its Q, whose place
+    is free later than theirs."""
+
+    def run(self) -> None:
+        with when(T.EQ(self.block.warp, 0)), when(T.cuda.elect_sync()):
+            self.start()
+            self.fetch_next()
+            with I.While(self.queue.number() < self.a.total):
+                self.row_tile()
+            self.tell_end()
+
+    def row_tile(self) -> None:
+        """All column tiles of the row tile whose words are here; after the first, its Q, and the next one's words."""
+        words = {"batch": BATCH, "head": HEAD, "first": FIRST, "entries": ENTRIES}
+        batch, head, first, entries = (let(name, self.row[word]) for name, word in words.items())
+        self.done.set(0)
+        for _ in self.column_tiles(batch, T.truncdiv(head, self.a.group), first, entries):
+            with when(T.EQ(self.done(), 0)):
+                self.announce_next()
+                self.take()
+                self.fetch_next()
+                self.done.set(1)
+
+
+def row_producer_of(b: Block) -> Producer:
+    """The producer for the block's sizes."""
+    return LateProducer(b) if b.s.q_stages == 1 and not b.s.gather else producer_of(b)
 
 
 class Consumer(RowTiles):
