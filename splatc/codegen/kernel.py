@@ -114,8 +114,8 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
         return replace(spec, role=BACKWARD)
     score = replace(spec.score, sinks=False)  # LSE has them
     many = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
-    tile_n = 32 if _very_crowded(score) else 128 if many else 64
-    return replace(spec, role=BACKWARD, score=score, tile_m=128, tile_n=tile_n, gather=False)
+    gradient = replace(spec, role=BACKWARD, score=score, tile_m=128, gather=False)
+    return replace(gradient, tile_n=32 if _very_crowded(gradient) else 128 if many else 64)
 
 
 def two_walks(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec]:
@@ -149,7 +149,7 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     widest = max(spec.head_dim, spec.v_head_dim)
     if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
         narrow = spec.score.positional or (spec.softcap and widest > 64)
-        return ((128, 32),) if _very_crowded(spec.score) else ((128, 64),) if narrow else ((128, 128), (128, 64))
+        return ((128, 32),) if _very_crowded(spec) else ((128, 64),) if narrow else ((128, 128), (128, 64))
     if _crowded(spec):
         return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
@@ -172,9 +172,10 @@ def _crowded(spec: KernelSpec) -> bool:
     return spec.score.positional and not few
 
 
-def _very_crowded(score: Score) -> bool:
+def _very_crowded(spec: KernelSpec) -> bool:
     """Whether expressions on scores leave registers for the smallest tiles only, in gradients."""
-    return score.positional and len(score.names) > 3
+    many = 1 if max(spec.head_dim, spec.v_head_dim) > 64 else 3
+    return spec.score.positional and len(spec.score.names) > many
 
 
 def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:

@@ -186,7 +186,7 @@ def can_gather(spec: KernelSpec) -> bool:
     tf32 needs for turning V over."""
     if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role not in (FORWARD, ROWS):
         return False
-    crowded = spec.score.positional and len(spec.score.names) > 2
+    crowded = spec.score.positional and len(spec.score.names) > (2 if spec.role == FORWARD else 1)
     return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded
 
 
