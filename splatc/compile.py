@@ -174,7 +174,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
               allow_tf32: bool = True, **options: Unpack[TermOptions]) -> Any:  # fmt: skip
     """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention.
 
-    options: biases, sinks and dropout, as ``TermOptions`` says; a kernel is compiled for what there is.
+    options: biases, sinks and dropout (``splatc.runtime.terms.TermOptions``); a kernel is compiled for what there is.
     """
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")

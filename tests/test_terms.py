@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 import splatc
 from splatc import oracle
@@ -11,6 +12,7 @@ from splatc import patterns as P
 from splatc.ir.dropout import kept
 from splatc.ir.terms import Terms
 from splatc.oracle import relative_error
+from tests import library
 from tests.test_attention import attention, poisoned_outputs, tensors  # noqa: F401  (the fixture)
 
 torch = pytest.importorskip("torch")
@@ -218,6 +220,23 @@ def test_runs_are_equal_whatever_the_threads():
             assert all(torch.equal(x, y) for x, y in zip(again, single))
     finally:
         torch.set_num_threads(threads)
+
+
+@settings(max_examples=25)
+@given(case=library.strided_patterns())
+@pytest.mark.usefixtures("eager_views")
+def test_strided_patterns(case):
+    """Through residue, block and patch views, in up to three passes: results and gradients, with all terms."""
+    pattern, q_len, kv_len = case
+    attend, dense = compiled(pattern, q_len, kv_len, "all", dtype="float64"), pattern.dense(q_len, kv_len)
+    qkv, options = tensors(q_len, kv_len, dtype="float64"), options_of("all", 2, q_len, kv_len)
+    check(attend(*qkv, return_lse=True, **options), qkv, dense, options)
+    got, do, dlse = backward(attend, qkv, options)
+    q, k, v = (x.numpy() for x in qkv)
+    terms = oracle_terms(options, q_len, kv_len, "float64")
+    wanted = oracle.gradients(q, k, v, dense, do.numpy(), dlse.numpy(), None, None, terms)
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x.numpy(), y, rtol=1e-9, atol=1e-9)
 
 
 # -- single properties -------------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def emit_probabilities(b: Scratch, s: Shape, block: Expr, stats: Statistics, bit
         score, slope = b.terms.apply(score, j, row)
         if slope is not None:
             store(b.slope, at, slope, s.lanes)
-        p = exp2(score - stats.lse(j, row), s.lanes, s.acc)
+        p = exp2(score - stats.lse(j, row), s.lanes, s.acc, flush=s.flush)
         store(b.p, at, p if bits is None else T.Select(bits.on(s, j, row), p, s.constant(0.0)), s.lanes)
 
     emit_dots(s, b.y1, b.x1t, s.d, s.d_pitch, block, one)

@@ -45,6 +45,11 @@ class Shape:
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
+    def flush(self) -> bool:
+        """Whether tiny probabilities are 0: biases by position make many of them."""
+        return bool(self.score.biases)
+
+    @property
     def width(self) -> int:
         return self.lanes * self.vecs
 
@@ -214,7 +219,7 @@ def emit_softmax(
     with I.serial(0, s.n) as j:
         for v in range(s.vecs):
             at = j * s.width + v * lanes
-            p = I.Bind(exp2(load(b.st, at, lanes) - base[v].get(), lanes, s.acc))
+            p = I.Bind(exp2(load(b.st, at, lanes) - base[v].get(), lanes, s.acc, flush=s.flush))
             total[v].set(total[v].get() + p)
             store(b.st, at, terms.emit_dropped(p, j, block * s.width + v * lanes), lanes)
     for v in range(s.vecs):

@@ -114,20 +114,27 @@ class Exp2:
         return 1.5 * 2.0**self.fraction + self.bias
 
 
+FLUSHED = 17
 EXP2 = {
     "float32": Exp2(tuple(exp2_polynomial(5)), 23, 127, "uint32"),  # relative error 1.0e-7
     "float64": Exp2(tuple(exp2_polynomial(11)), 52, 1023, "uint64"),
 }
 
 
-def exp2(x: Expr, lanes: int, dtype: str = "float32") -> Expr:
+def exp2(x: Expr, lanes: int, dtype: str = "float32", flush: bool = False) -> Expr:
     """2^x for x <= 0, or not far above: relative error 2e-7 (float64: 1e-15), 0 below -bias and for -inf, NaN for NaN.
 
     libm's exp2 would be called lane by lane. 2^x = p(x - n) * 2^n, and 2^n has n + bias as its exponent field:
-    0 at n = -bias, where the float is 0 too.
+    0 at n = -bias, where the float is 0 too. flush: 0 below 2^(FLUSHED - bias), so that products of a result with
+    numbers of usual size are no denormals, with which processors are slow.
     """
     form = EXP2[dtype]
-    x = I.Bind(T.max(constant(-float(form.bias), lanes, dtype), x))  # (a > b ? a : b): keeps a NaN in x
+    least = constant(-float(form.bias), lanes, dtype)
+    if flush:
+        x = I.Bind(x)
+        x = I.Bind(T.Select(x < constant(float(FLUSHED - form.bias), lanes, dtype), least, x))  # keeps a NaN
+    else:
+        x = I.Bind(T.max(least, x))  # (a > b ? a : b): keeps a NaN in x
     # hidden: TVM takes (x + c) - c for x
     shifted = Register(lanes, x + constant(form.round, lanes, dtype), dtype)
     whole = T.reinterpret(vector_type(lanes, form.bits), shifted.get()) << constant(form.fraction, lanes, form.bits)

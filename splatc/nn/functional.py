@@ -26,7 +26,8 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern:
     pattern: a pattern of ``splatc.patterns``, its text, or whatever else ``splatc.patterns.as_pattern`` takes, such as
     a list with one for each head. scale: of the scores, default 1/sqrt(head_dim). softcap: scores s become softcap *
     tanh(s / softcap). enable_gqa: allow fewer key/value heads. allow_tf32: as of ``splatc.compile``.
-    options: biases, sinks and dropout, as ``TermOptions`` (runtime/terms.py) says.
+    options: alibi_slopes, relative_bias, block_bias, block_size, sinks, bias_align, dropout_p and seed: see
+    ``splatc.runtime.terms.TermOptions``.
 
     Returns o like q, with v_head_dim; with return_lse also lse (batch, heads, q_len), natural log, float32 (for
     float64: float64). Both are differentiable where the device has gradients. A row that attends to nothing gives 0
