@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from splatc.ir.dropout import pair_words, query_words
+from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score
 from tests.fake_gpu import TensorMap, tf32
 
 ROWS = 64  # of a warpgroup
@@ -26,6 +28,13 @@ ATTEND = [*(("map", name) for name in MAPS), *(("pointer", f"{name}_ptr") for na
 COMBINE = [*(("pointer", f"{name}_ptr") for name in ("o", "lse", "part_o", "part_lse", "combine", "positions")),
            *(("int64", name) for name in ("o_batch", "o_head", "o_seq")),
            *(("int32", name) for name in ("blocks", "heads", "q_len", "merge"))]  # fmt: skip
+
+
+TERMS = [*(("pointer", f"{name}_ptr") for name in ("slopes", "relative", "biases", "sinks", "seed")),
+         *(("int32", name) for name in ("reach", "shift", "block_size", "block_rows", "block_cols", "threshold")),
+         ("float32", "kept")]  # fmt: skip
+POSITIONS = [("pointer", "columns_ptr")]
+STRIDES, VIEWS = 4, 4  # of a row of columns, before its lanes; rows before those of lists
 
 
 def array(address: int, dtype: Any, *shape: int) -> np.ndarray:
@@ -75,8 +84,33 @@ def merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.n
         return np.asarray(out * inverse[:, None]), np.log(total) + safe
 
 
-def attend_kernel(m: int, n: int, dim: int) -> Callable[..., None]:
-    """The attention, for tiles of m x n and one head dim."""
+def with_biases(score: Score, a: dict[str, Any], s: np.ndarray, head: int, q: np.ndarray,
+                k: np.ndarray) -> np.ndarray:  # fmt: skip
+    """Scores of queries and keys at these positions, any number where there is none."""
+    distance = k[None, :] - q[:, None] - a["shift"]
+    for step in score.biases:
+        if isinstance(step, Alibi):
+            s = s - array(a["slopes_ptr"], np.float32, a["heads"])[head] * abs(distance)
+        elif isinstance(step, RelativeBias):
+            table = array(a["relative_ptr"], np.float32, a["heads"], 2 * a["reach"] + 1)[head]
+            s = s + table[np.clip(distance, -a["reach"], a["reach"]) + a["reach"]]
+        elif isinstance(step, BlockBias):
+            sides = a["block_rows"], a["block_cols"]
+            table = array(a["biases_ptr"], np.float32, a["heads"], *sides)[head]
+            row, col = (np.clip(x // a["block_size"], 0, side - 1) for x, side in zip((q, k), sides))
+            s = s + table[np.ix_(row, col)]
+    return s
+
+
+def dropped(a: dict[str, Any], batch: int, head: int, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Which pairs of positions dropout drops."""
+    seed = int(array(a["seed_ptr"], np.int64, 1)[0])
+    words = pair_words(query_words(seed, np.int64(batch), np.int64(head), q)[:, None], k[None, :])
+    return words < np.uint32(a["threshold"] % 2**32)
+
+
+def attend_kernel(m: int, n: int, dim: int, score: Score = Score()) -> Callable[..., None]:  # noqa: B008 (frozen)
+    """The attention, for tiles of m x n and one head dim; with the terms of a score, but for a softcap."""
 
     def attend(grid: tuple[int, int, int], **a: Any) -> None:
         assert grid == (a["blocks"], 1, 1) and not array(a["queue_ptr"], np.int32, 2).any()
@@ -92,13 +126,18 @@ def attend_kernel(m: int, n: int, dim: int) -> Callable[..., None]:
 
         q = load(a[f"q_map{view}"], place("q", (x1, x2, x3), head), dim) * a["scale"]
         assert len(q) == m
-        scores, values = [], []
+        pair = batch * a["heads"] + head
+        positions = array(a["positions_ptr"], np.int32, item + 1, m)[item]
+        scores, values, keys = [], [], []
         entries = array(a["entries_ptr"], np.int32, first + count, 8)[first:]
         for k1, k2, k3, repeat, bits, k_view, d1, d2 in entries.tolist():
             for r in range(repeat):
                 at = k1 + r * d1, k2 + r * d2, k3
                 k, v = (column_tile(a, name, k_view, at, place, head // a["group"]) for name in "kv")
                 s = q @ k.T
+                if score.positional:
+                    keys.append(key_positions(a, k_view, at))
+                    s = with_biases(score, a, s, head, positions, keys[-1])
                 if bits:
                     shape = bits, m // ROWS, 128, -(-n // 64)
                     s = np.where(unpack_bits(array(a["bits_ptr"], np.uint32, *shape)[bits - 1], m, n), s, -np.inf)
@@ -110,15 +149,18 @@ def attend_kernel(m: int, n: int, dim: int) -> Callable[..., None]:
         safe = np.where(np.isneginf(top), 0, top)
         p = np.exp(s - safe[:, None])
         total = p.sum(1)
+        if score.dropout:
+            p = np.where(dropped(a, batch, head, positions, np.concatenate(keys)), 0, p) * a["kept"]
         if a[f"q_map{view}"].dtype == "tfloat32":
             p = tf32(p).astype(np.float64)
         with np.errstate(divide="ignore"):
             o, lse = p @ np.concatenate(values) / np.where(total == 0, 1, total)[:, None], np.log(total) + safe
-        pair = batch * a["heads"] + head
-        positions = array(a["positions_ptr"], np.int32, item + 1, m)[item]
         there = positions >= 0
         whole = array(a["lse_ptr"], np.float32, pair + 1, a["q_len"])[pair]
         old = np.where(there, whole[positions], -np.inf) if a["merge"] and not part else None
+        if score.sinks and not a["merge"] and not part:
+            sink = array(a["sinks_ptr"], np.float32, a["heads"])[head]
+            o, lse = merged([(o, lse), (np.zeros_like(o), np.full_like(lse, sink))])
         for w in range(m // ROWS):
             rows = slice(w * ROWS, (w + 1) * ROWS)
             if part:
@@ -135,6 +177,11 @@ def attend_kernel(m: int, n: int, dim: int) -> Callable[..., None]:
         else:
             whole[positions[there]] = lse[there]
 
+    def key_positions(a: dict[str, Any], view: int, at: Any) -> np.ndarray:
+        row = view if view >= 0 else VIEWS + at[0]
+        entry = array(a["columns_ptr"], np.int32, row + 1, STRIDES + n)[row]
+        return entry[STRIDES:] + int(np.dot(entry[:3], at))
+
     def column_tile(a: dict[str, Any], name: str, view: int, at: Any, place: Any, kv_head: int) -> np.ndarray:
         if view >= 0:
             return load(a[f"{name}_map{view}"], place(name, at, kv_head), dim)
@@ -148,7 +195,7 @@ def attend_kernel(m: int, n: int, dim: int) -> Callable[..., None]:
     return attend
 
 
-def combine_kernel(m: int, dim: int, dtype: str = "float16") -> Callable[..., None]:
+def combine_kernel(m: int, dim: int, dtype: str = "float16", sinks: bool = False) -> Callable[..., None]:
     """The second function: partial results of split row tiles become rows of o and lse."""
     kind = np.dtype(dtype)
 
@@ -168,6 +215,9 @@ def combine_kernel(m: int, dim: int, dtype: str = "float16") -> Callable[..., No
                 old = np.zeros((m, dim))
                 old[there] = np.stack(rows)
                 parts.append((old, np.where(there, lse[positions], -np.inf)))
+            elif sinks:
+                sink = array(a["sinks_ptr"], np.float32, head + 1)[head]
+                parts.append((np.zeros((m, dim)), np.full(m, sink, np.float64)))
             o, out = merged(parts)
             for row, value in zip(rows, o[there]):
                 row[:] = value

@@ -26,8 +26,8 @@ needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA com
 
 
 def spec_of(d: int, dv: int | None = None, dtype: str = "bfloat16", tile: tuple[int, int] | None = None,
-            softcap: bool = False, gather: bool = False) -> KernelSpec:  # fmt: skip
-    return replace(kernel_spec(d, dv, dtype, HOPPER, score_of(softcap), tile), gather=gather)
+            softcap: bool = False, gather: bool = False, **score: bool) -> KernelSpec:  # fmt: skip
+    return replace(kernel_spec(d, dv, dtype, HOPPER, score_of(softcap, **score), tile), gather=gather)
 
 
 # Between them every head dim that people use, both types, every shape of tile and every feature.
@@ -37,6 +37,9 @@ SPECS = [
     spec_of(64, tile=(128, 128), gather=True),
     spec_of(192, 128), spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),
 ]  # fmt: skip
+EVERYTHING = dict.fromkeys(("softcap", "alibi", "relative", "block", "sinks", "dropout"), True)
+SPECS += [spec_of(64, alibi=True), spec_of(128, dropout=True, gather=True), spec_of(128, **EVERYTHING),
+          spec_of(64, dtype="float32", **EVERYTHING), spec_of(256, relative=True)]  # fmt: skip
 TF32_DIMS = (16, 16), (64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)
 SPECS += [spec_of(d, dv, "float32", softcap=softcap) for d, dv in TF32_DIMS for softcap in (False, True)]
 SPECS += [spec_of(64, dtype="float32", tile=(192, 64), softcap=True), spec_of(64, dtype="float32", tile=(128, 64)),
@@ -95,7 +98,7 @@ def test_what_does_not_fit_is_refused() -> None:
         shape_of(spec_of(64, dtype="float32", gather=True))
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
-    assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64)}
+    assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64), (128, 32)}
 
 
 def test_tiles_of_float32() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from splatc import oracle
 from splatc import patterns as P
 from splatc.codegen.build import device_source, emit
 from splatc.codegen.costs import Costs
@@ -17,6 +19,8 @@ from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.target import Target
 from splatc.ir.passes import Schedule
+from splatc.ir.score import Score, score_of
+from splatc.ir.terms import Terms
 from splatc.ir.views import contiguous, patches, residue
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, layout_of
@@ -24,7 +28,7 @@ from splatc.runtime.tensor_map import Layout, geometry, sub_box
 from tests.fake_gpu import FakeDriver, FakeTorch, TensorMap, fake_gpu, plan, write_built
 from tests.fake_gpu import check as check_within
 from tests.fake_gpu import draw as draw_tensors
-from tests.hopper_on_cpu import ATTEND, COMBINE, attend_kernel, combine_kernel
+from tests.hopper_on_cpu import ATTEND, COMBINE, POSITIONS, TERMS, attend_kernel, combine_kernel
 
 torch = pytest.importorskip("torch")
 D = 16
@@ -35,20 +39,22 @@ class Machine:
     """A launcher of the NumPy twin for patterns, one a head or one for all."""
 
     def __init__(self, folder: Path, *patterns: Any, m: int = 64, n: int = 64, layout: str = "bhsd",
-                 dim: int = D, gather: bool = False, sms: int = 3, dtype: str = "float16") -> None:  # fmt: skip
+                 dim: int = D, gather: bool = False, sms: int = 3, dtype: str = "float16",
+                 score: Score = Score()) -> None:  # noqa: B008 (frozen)  # fmt: skip
         self.patterns = patterns
         self.schedule = Schedule(m, n, max_row_views=MAX_VIEWS[0], max_col_views=MAX_VIEWS[1], gather=gather,
                                  fill_empty=True)  # fmt: skip
         self.torch = FakeTorch()
-        kernels = dict(zip(NAMES, (attend_kernel(m, n, dim), combine_kernel(m, dim, dtype))))
-        self.driver = FakeDriver(kernels, dict(zip(NAMES, (ATTEND, COMBINE))), sms=sms)
+        kernels = dict(zip(NAMES, (attend_kernel(m, n, dim, score), combine_kernel(m, dim, dtype, score.sinks))))
+        parameters = [*ATTEND, *TERMS, *POSITIONS * score.positional], [*COMBINE, *TERMS]
+        self.driver = FakeDriver(kernels, dict(zip(NAMES, parameters)), sms=sms)
         self.gpu = fake_gpu(self.driver, self.torch)
         folder.mkdir(exist_ok=True)
         write_built(folder, [
             {"name": name, "threads": 128, "smem_bytes": 1024, "parameters": parameters}
             for name, parameters in self.driver.parameters.items()
         ])  # fmt: skip
-        spec = KernelSpec("hopper", dim, dim, dtype, m, n, Target("cuda", "sm_90a"))
+        spec = KernelSpec("hopper", dim, dim, dtype, m, n, Target("cuda", "sm_90a"), score)
         self.launcher = Launcher(
             Kernel(spec, folder), layout, lambda shape: None, self.plan, find_gpu=lambda _: self.gpu
         )
@@ -57,8 +63,8 @@ class Machine:
         assert limits == MAX_VIEWS
         return plan(self.patterns, shape, self.schedule, limits)
 
-    def __call__(self, q: Any, k: Any, v: Any, *, scale: Any = None, enable_gqa: bool = True) -> Any:
-        return self.launcher(q, k, v, scale, enable_gqa)
+    def __call__(self, q: Any, k: Any, v: Any, *, scale: Any = None, enable_gqa: bool = True, terms: Any = None) -> Any:
+        return self.launcher(q, k, v, scale, enable_gqa, terms)
 
 
 def draw(*lengths: int, **sizes: int) -> list[Any]:
@@ -214,9 +220,12 @@ def test_blocks_fill_the_gpu_and_no_more(tmp_path: Path) -> None:
     assert [values["blocks"] for *_, values in attend.driver.launched] == [1, attend.driver.sms]
 
 
+CAP, EVERYTHING = score_of(softcap=True), score_of(True, True, True, True, True, True)
+
+
 @pytest.mark.parametrize("options, tile", [
-    ({}, (64, 64)), ({}, (128, 128)), ({}, (192, 128)), ({"softcap": True}, (64, 128)), ({"gather": True}, (64, 64)),
-    ({"softcap": True, "gather": True}, (128, 128)), ({"dtype": "float32"}, (128, 64)),
+    ({}, (64, 64)), ({}, (128, 128)), ({}, (192, 128)), ({"score": CAP}, (64, 128)), ({"gather": True}, (64, 64)),
+    ({"score": CAP, "gather": True}, (128, 128)), ({"dtype": "float32"}, (128, 64)), ({"score": EVERYTHING}, (128, 64)),
 ])  # fmt: skip
 def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tuple[int, int]) -> None:
     pytest.importorskip("tvm")
@@ -224,9 +233,57 @@ def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tup
     spec = KernelSpec("hopper", 64, 64, tile_m=tile[0], tile_n=tile[1], target=Target("cuda", "sm_90a"), **options)
     emitted = emit(spec)
     declared = {one.name: one for one in parse_signatures(device_source(emitted, "sm_90a"))}
-    for function, known in itertools.zip_longest(emitted.functions, (ATTEND, COMBINE)[: len(emitted.functions)]):
+    known_to = ([*ATTEND, *TERMS, *POSITIONS * spec.score.positional], [*COMBINE, *TERMS])
+    for function, known in itertools.zip_longest(emitted.functions, known_to[: len(emitted.functions)]):
         assert declared[function.name].threads == function.threads
         assert set(declared[function.name].parameters) <= set(known)
+
+
+TERM_MASKS: dict[str, Any] = {
+    "window": P.window(50, 20), "strided": STRIDED, "several passes": P.strided(4) & P.causal() | P.window(3, 3),
+    "gathered": P.random_blocks(2, 3), "per head": [P.causal(), P.window(9, 30)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TERM_MASKS)
+@pytest.mark.parametrize("sizes", [(130, 130), (70, 200)], ids=str)
+def test_terms(name: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    mask = TERM_MASKS[name]
+    patterns = mask if isinstance(mask, list) else [mask]
+    rng = np.random.default_rng(5)
+    terms = Terms(
+        torch.from_numpy(rng.uniform(0, 0.02, 2).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=(2, 61)).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=(2, -(-sizes[0] // 48), -(-sizes[1] // 48))).astype(np.float32)),
+        torch.from_numpy(rng.normal(size=2).astype(np.float32) + 1), torch.tensor([12345678901]),
+        block_size=48, shift=sizes[1] - sizes[0], dropout_p=0.3,
+    )  # fmt: skip
+    attend = Machine(tmp_path, *patterns, gather=name == "gathered",
+                     score=score_of(False, True, True, True, True, True))  # fmt: skip
+    q, k, v = draw(*sizes, batch=2)
+    o, lse = attend(q, k, v, terms=terms)
+    dense = np.stack([one.dense(*sizes) for one in patterns] * (2 // len(patterns)))
+    q64, k64, v64 = (x.double().numpy() for x in (q, k, v))
+    names = ("alibi_slopes", "relative_bias", "block_bias", "sinks", "seed")
+    arrays = replace(terms, **{name: getattr(terms, name).numpy() for name in names})
+    want, want_lse = oracle.attention(q64, k64, v64, dense, terms=arrays)
+    assert oracle.relative_error(o.double(), want) < 2e-3
+    assert abs(lse.double().numpy() - want_lse).max() < 1e-3
+
+
+@pytest.mark.usefixtures("cheap_parts")
+def test_sinks_of_rows_in_parts(tmp_path: Path) -> None:
+    """A long row is cut: its parts have no sink, their sum has."""
+    pattern = P.longformer(20, 8)
+    attend = Machine(tmp_path, pattern, score=score_of(sinks=True), sms=200)
+    q, k, v = draw(600)
+    sinks = torch.tensor([1.5, -2.0])
+    o, lse = attend(q, k, v, terms=Terms(sinks=sinks))
+    assert any(name == NAMES[1] for name, *_ in attend.driver.launched)
+    q64, k64, v64 = (x.double().numpy() for x in (q, k, v))
+    want, want_lse = oracle.attention(q64, k64, v64, pattern.dense(600), terms=Terms(sinks=sinks.numpy()))
+    assert oracle.relative_error(o.double(), want) < 2e-3
+    assert abs(lse.double().numpy() - want_lse).max() < 1e-3
 
 
 # -- tensor maps -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput, Unsupported
-from splatc.ir.score import NO_SCORE, Score, Softcap
+from splatc.ir.score import NO_SCORE, Score
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
@@ -44,7 +44,7 @@ class KernelSpec:
     @property
     def softcap(self) -> bool:
         """Whether scores are capped."""
-        return self.score.has(Softcap)
+        return self.score.softcap
 
     @property
     def name(self) -> str:
@@ -122,6 +122,8 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
+    if _crowded(spec):
+        return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
     if widest > 128:
@@ -133,7 +135,12 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods: 28 x 4 keys around 16 x 8 queries, where they fit."""
     wide = max(spec.head_dim, spec.v_head_dim) > 128
-    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not wide else ()
+    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not (wide or _crowded(spec)) else ()
+
+
+def _crowded(spec: KernelSpec) -> bool:
+    """Whether expressions on scores leave registers for small tiles only."""
+    return spec.score.positional and spec.score.names not in (("alibi",), ("dropout",))
 
 
 def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:
@@ -143,5 +150,5 @@ def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:
     return TF32_TILES if dtype == "float32" else HOPPER_TILES
 
 
-HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), PATCH_TILE)
+HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 32), PATCH_TILE)
 TF32_TILES = tuple((m, n) for m in (64, 128, 192) for n in (32, 64, 128))

@@ -53,9 +53,19 @@ class Score:
         return any(isinstance(one, step) for one in self.steps)
 
     @property
+    def softcap(self) -> bool:
+        """Whether scores are capped."""
+        return self.has(Softcap)
+
+    @property
     def biases(self) -> tuple[Step, ...]:
         """The steps that add something which depends on positions."""
         return tuple(one for one in self.steps if not isinstance(one, Softcap))
+
+    @property
+    def positional(self) -> bool:
+        """Whether pairs are told apart by their positions."""
+        return bool(self.biases) or self.dropout
 
     @property
     def names(self) -> tuple[str, ...]:

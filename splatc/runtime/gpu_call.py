@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.kernel import KernelSpec
 from splatc.runtime.arguments import Arguments, Bound, Function
@@ -16,7 +16,11 @@ from splatc.runtime.gpu import DeviceTables, Gpu
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import Layout
 from splatc.runtime.tensors import Shape
+from splatc.runtime.term_values import TermSlots
 from splatc.runtime.work import Work
+
+if TYPE_CHECKING:
+    from splatc.ir.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class GpuCall:
         self._take_queue = gpu.queue_slots.take if self._queues else None
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._scale: float | None = None
+        self._terms = TermSlots(steps)
         self._stream: int | None = None
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of
@@ -95,12 +100,12 @@ class GpuCall:
         maps = [one for step in steps for one in step.arguments.maps.values() if one.tensor == name]
         return Bound(gpu.driver, slots, maps, address)
 
-    def __call__(self, q: int, k: int, v: int, scale: float) -> tuple[Any, Any]:
+    def __call__(self, q: int, k: int, v: int, scale: float, terms: Terms | None = None) -> tuple[Any, Any]:
         """(o, lse) of tensors at these addresses that are as this call was prepared for."""
         ask, like = self._torch, self._like
         if ask.device() != self._ordinal:
             with ask.on(self._ordinal):
-                return self(q, k, v, scale)
+                return self(q, k, v, scale, terms)
         o, lse = like(self._o), like(self._lse)
         addresses: tuple[int, ...] = (q, k, v, o.data_ptr(), lse.data_ptr())
         if self._parts:
@@ -112,6 +117,8 @@ class GpuCall:
                 self._move(addresses)
             if scale != self._scale:
                 self._rescale(scale)
+            if terms is not None:
+                self._terms.fill(terms)
             if stream != self._stream or captured:
                 self._follow(stream, captured)
             if self._take_queue:

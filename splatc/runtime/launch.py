@@ -13,7 +13,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from splatc.codegen.hopper.shape import MAX_VIEWS
-from splatc.errors import Unsupported
 from splatc.ir.terms import Terms
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import GpuCall, Request
@@ -23,11 +22,12 @@ from splatc.runtime.launch_portable import portable_steps, portable_tables
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import ALIGNMENT, Layout
 from splatc.runtime.tensors import Shape, check_call, check_gradients, check_scale, outputs, to_bhsd
+from splatc.runtime.terms import check_terms
 from splatc.runtime.work import Work
 
 REMEMBERED = 64  # kinds of calls, and tables on a device, that a launcher keeps
 
-Ready = Callable[[Any, Any, Any, float | None], tuple[Any, Any]]
+Ready = Callable[[Any, Any, Any, float | None, Terms | None], tuple[Any, Any]]
 Launches = Callable[[Shape, tuple[int | None, int | None]], list[Launch]]
 _log = logging.getLogger("splatc")
 
@@ -53,13 +53,11 @@ class Launcher:
     def __call__(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
                  terms: Terms | None = None) -> tuple[Any, Any]:  # fmt: skip
         """(o, lse) as CompiledAttention returns them. Raises what ``check_call`` and the checks of the kernel raise."""
-        if terms is not None:
-            raise Unsupported("on a GPU attention has no biases, sinks or dropout yet: use the target cpu")
         try:
             ready = self._ready[call_key(q, k, v, enable_gqa)]
         except (KeyError, AttributeError, TypeError):  # not seen yet, or no tensors at all
             ready = self._prepare(q, k, v, enable_gqa)
-        return ready(q, k, v, scale)
+        return ready(q, k, v, scale, terms)
 
     def expect(self, q_len: int, kv_len: int) -> None:
         """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call."""
@@ -72,8 +70,8 @@ class Launcher:
         self._check(shape)
         check_gradients(q, k, v)
 
-        def again(q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
-            return self(q, k, v, scale, enable_gqa)
+        def again(q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None) -> tuple[Any, Any]:
+            return self(q, k, v, scale, enable_gqa, terms)
 
         tensors = [to_bhsd(x, self._layout) for x in (q, k, v)]
         layouts = [layout_of(x) for x in tensors]
@@ -88,7 +86,7 @@ class Launcher:
         else:
             call = self._call(q, shape, layouts)
             grad = any(x.requires_grad for x in (q, k, v))
-            ready = _Launched(call, shape.head_dim, grad, self._hopper, again)
+            ready = _Launched(call, shape, grad, self._hopper, again)
         remember(self._ready, call_key(q, k, v, enable_gqa), ready)
         return ready
 
@@ -185,24 +183,26 @@ def output_layout(shape: Shape, layout: str, itemsize: int) -> Layout:
 class _Launched:
     """A prepared call and what must be asked of each scale, address and gradient."""
 
-    def __init__(self, call: GpuCall, head_dim: int, grad: bool, strict: bool, again: Ready) -> None:
+    def __init__(self, call: GpuCall, shape: Shape, grad: bool, strict: bool, again: Ready) -> None:
         """strict: the kernel needs aligned tensors and a positive scale; ``again`` takes tensors made so."""
-        self._call, self._head_dim, self._grad, self._strict, self._again = call, head_dim, grad, strict, again
-        self._default = 1 / math.sqrt(head_dim)
+        self._call, self._shape, self._grad, self._strict, self._again = call, shape, grad, strict, again
+        self._default = 1 / math.sqrt(shape.head_dim)
 
-    def __call__(self, q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
-        number = self._default if scale is None else check_scale(scale, self._head_dim)
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None = None) -> tuple[Any, Any]:
+        number = self._default if scale is None else check_scale(scale, self._shape.head_dim)
+        if terms is not None:
+            check_terms(terms, self._shape)
         if self._grad:
             check_gradients(q, k, v)
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if self._strict:
             if number <= 0:  # exact: what is scaled is q
-                return self._again(q.neg() if number else q.mul(0), k, v, -number or 1.0)
+                return self._again(q.neg() if number else q.mul(0), k, v, -number or 1.0, terms)
             if (addresses[0] | addresses[1] | addresses[2]) % ALIGNMENT:
                 _say_copied(f"its address is not a multiple of {ALIGNMENT} bytes")
                 q, k, v = (x if x.data_ptr() % ALIGNMENT == 0 else contiguous_copy(x) for x in (q, k, v))
-                return self._again(q, k, v, number)
-        return self._call(*addresses, number)
+                return self._again(q, k, v, number, terms)
+        return self._call(*addresses, number, terms)
 
 
 class _Copied:
@@ -211,10 +211,10 @@ class _Copied:
     def __init__(self, copied: list[bool], again: Ready) -> None:
         self._copied, self._again = copied, again
 
-    def __call__(self, q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None = None) -> tuple[Any, Any]:
         check_gradients(q, k, v)
         q, k, v = (contiguous_copy(x) if bad else x for x, bad in zip((q, k, v), self._copied, strict=True))
-        return self._again(q, k, v, scale)
+        return self._again(q, k, v, scale, terms)
 
 
 class _Empty:
@@ -223,11 +223,14 @@ class _Empty:
     def __init__(self, shape: Shape, layout: str) -> None:
         self._shape, self._layout = shape, layout
 
-    def __call__(self, q: Any, k: Any, v: Any, scale: float | None) -> tuple[Any, Any]:
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None = None) -> tuple[Any, Any]:
         check_scale(scale, self._shape.head_dim)
         check_gradients(q, k, v)
         o, lse = outputs(q, self._shape, self._layout)
-        return to_bhsd(o.zero_(), self._layout), lse.fill_(-math.inf)
+        lse.fill_(-math.inf)
+        if terms is not None and terms.sinks is not None:
+            lse.copy_(terms.sinks[:, None].expand(lse.shape))
+        return to_bhsd(o.zero_(), self._layout), lse
 
 
 def contiguous_copy(x: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from splatc.codegen.costs import costs_of
-from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
+from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, WARPGROUP_ROWS
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import accumulator_bits
 from splatc.runtime.arguments import Arguments, Function, Map, encode
@@ -17,6 +18,7 @@ from splatc.runtime.gpu import Gpu
 from splatc.runtime.gpu_call import Request, Step
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import Geometry, Layout, geometry, sub_box
+from splatc.runtime.term_values import NONE
 from splatc.runtime.work import Work, work_of
 
 HOLDERS = {"k": "k_ptr", "v": "v_ptr", "lse": "lse_ptr", "part_lse": "part_lse_ptr", "queue": "queue_ptr"}
@@ -32,8 +34,22 @@ def hopper_work(launch: Launch, spec: KernelSpec, batch: int, on: Gpu) -> Work:
 def hopper_tables(launch: Launch, work: Work, spec: KernelSpec) -> Mapping[str, NDArray[Any]]:
     """The arrays of a launch that the kernel reads."""
     bits = accumulator_bits(launch.bits, spec.tile_m, spec.tile_n)
-    return {"work": work.rows, "entries": work.entries, "combine": work.combine, "positions": launch.positions,
-            "gather": launch.gather, "bits": bits}  # fmt: skip
+    tables = {"work": work.rows, "entries": work.entries, "combine": work.combine, "positions": launch.positions,
+              "gather": launch.gather, "bits": bits}  # fmt: skip
+    return {**tables, "columns": columns_table(launch)} if spec.score.positional else tables
+
+
+def columns_table(launch: Launch) -> NDArray[np.int32]:
+    """(MAX_VIEWS[1] + lists of keys, STRIDES + tile_n): where the lanes of column tiles are (hopper/shape.py)."""
+    lists, lanes = launch.gather.shape
+    table = np.zeros((MAX_VIEWS[1] + lists, STRIDES + lanes), np.int32)
+    for row, view in zip(table, launch.col_views, strict=False):
+        strides, (b1, b2, b3) = view[3:6], view[6:9]
+        row[:3] = strides
+        x3, x2, x1 = np.unravel_index(np.arange(lanes), (b3, b2, b1))
+        row[STRIDES:] = x1 * strides[0] + x2 * strides[1] + x3 * strides[2]
+    table[MAX_VIEWS[1] :, STRIDES:] = launch.gather
+    return table
 
 
 def hopper_steps(request: Request) -> list[Step]:
@@ -53,7 +69,7 @@ def _attend(request: Request, function: Function, i: int, launch: Launch, work: 
     blocks = min(total, per_sm * gpu.driver.multiprocessors(gpu.ordinal))
     values: dict[str, float] = {
         **_common(request, i, launch), "total": total, "blocks": blocks, "scale": 0.0, "cap": request.cap,
-        "group": request.shape.heads // request.layouts["k"].heads, **dict.fromkeys(HOLDERS.values(), 0),
+        "group": request.shape.heads // request.layouts["k"].heads, **dict.fromkeys(HOLDERS.values(), 0), **NONE,
     }  # fmt: skip
     for name, one in request.layouts.items():
         values |= {f"{name}_step": one.step, f"{name}_last": one.last[1], f"{name}_row": one.seq_stride}
@@ -68,13 +84,14 @@ def _combine(request: Request, function: Function, i: int, launch: Launch, work:
     o, blocks = request.layouts["o"], len(work.combine) * request.spec.tile_m // COMBINE_ROWS
     values = {
         **_common(request, i, launch), "blocks": blocks, "o_batch": o.batch_stride, "o_head": o.head_stride,
-        "o_seq": o.seq_stride, **dict.fromkeys(COMBINE_HOLDERS.values(), 0),
+        "o_seq": o.seq_stride, **dict.fromkeys(COMBINE_HOLDERS.values(), 0), **NONE,
     }  # fmt: skip
     return Step(function, Arguments(function, values, {}), (blocks, 1, 1), COMBINE_HOLDERS, early=True)
 
 
 def _common(request: Request, i: int, launch: Launch) -> dict[str, float]:
-    names = ("work", "entries", "combine", "positions", "gather", "bits")
+    names = ["work", "entries", "combine", "positions", "gather", "bits"]
+    names += ["columns"] * request.spec.score.positional
     pointers = {f"{name}_ptr": request.tables.address(i, name) for name in names}
     return {**pointers, "heads": request.shape.heads, "q_len": request.shape.q_len, "merge": int(launch.merge)}
 

@@ -11,11 +11,14 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.hopper.copies import Maps, Rows
 from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, named, when
 from splatc.codegen.hopper.ring import Ring
-from splatc.codegen.hopper.shape import MAX_VIEWS, TURNERS, Shape
+from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, TURNERS, Shape
+from splatc.codegen.hopper.terms import TermArguments
 
 # A row tile in the work table, and in the message that the producer leaves beside its Q stage: int32 words.
 BATCH, HEAD, ITEM, PART, X1, X2, X3, FIRST, ENTRIES, VIEW, TILES, MASKED = range(12)
 MESSAGE = 12
+ROW_OF_COLUMNS, ORIGIN = 0, 1  # of a K stage's tile, left beside it: its row in the table of columns, its position
+PLACE = 2
 
 
 class Arguments:
@@ -41,6 +44,9 @@ class Arguments:
             self.gather = table("gather", "int32", s.n)
             self.k_rows, self.v_rows = Rows("k", s.dtype, s.d, self.k), Rows("v", s.dtype, s.dv, self.v)
         self.counter = table("queue", "int32", 1)
+        self.terms = TermArguments(s.score, table)
+        if s.positional:
+            self.columns = table("columns", "int32", STRIDES + s.n)
         for maps in (self.q, self.o, self.k, self.v, self.part):
             maps.declare()
 
@@ -73,6 +79,8 @@ class Block:
         if s.turned:
             self.staged = pool.alloc((s.staged * s.staged_bytes // s.item_bytes,), s.dtype, align=1024)
         self.bits = pool.alloc((s.stages * s.bits_bytes // 4,), "uint32", align=128)
+        if s.positional:
+            self.places = pool.alloc((s.stages * PLACE,), "int32", align=8)  # where the lanes of a K stage's tile are
         self.next_row = pool.alloc((1,), "int32", align=16)  # between the producer's threads
         self.messages = pool.alloc((s.q_stages * MESSAGE,), "int32", align=16)
         warps = 4 * s.warpgroups

@@ -1,7 +1,7 @@
 """The second kernel of a split plan: partial results of one row tile, from scratch memory, into one.
 
 A row is a warp's work: O = sum of w_p O_p with w_p = exp(LSE_p - LSE), in a fixed order. With ``merge`` what an earlier
-pass left in place is one more part.
+pass left in place is one more part; else the head's sink is one, without O.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -46,6 +46,7 @@ def combine_parts(s: Shape):
             part_out, part_lse = array("part_o", s.dtype), array("part_lse", "float32")
             table, positions = array("combine", "int32", 8), array("positions", "int32", s.m)
             o_batch, o_head, o_seq = (I.arg(f"o_{axis}", I.int64()) for axis in ("batch", "head", "seq"))
+            sinks = array("sinks", "float32") if s.score.sinks else None
             blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
             I.device_entry()
             block = I.cta_id([blocks])
@@ -61,6 +62,8 @@ def combine_parts(s: Shape):
                 at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
                 at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
                 old = Cell("old", T.float32(NEG_INF), "float32")  # LSE of the earlier pass
+                if sinks is not None:
+                    old.set(sinks[head])
                 with when(merge != 0):
                     old.set(lse[at_lse])
                 do(T.cuda.warp_sync())  # every lane has read it before one writes it

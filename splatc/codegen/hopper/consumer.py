@@ -7,13 +7,29 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import NEG_INF
-from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, MESSAGE, PART, TILES, VIEW, X1, X2, X3
+from splatc.codegen.hopper.block import (
+    BATCH,
+    HEAD,
+    ITEM,
+    MASKED,
+    MESSAGE,
+    ORIGIN,
+    PART,
+    PLACE,
+    ROW_OF_COLUMNS,
+    TILES,
+    VIEW,
+    X1,
+    X2,
+    X3,
+)
 from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
 from splatc.codegen.hopper.emit import Cell, Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import merge_weights, stage_output
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, output_of, wait_products
-from splatc.codegen.hopper.shape import WARPGROUP_ROWS
+from splatc.codegen.hopper.shape import STRIDES, WARPGROUP_ROWS
 from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_scores
+from splatc.codegen.hopper.terms import Key, Terms
 from splatc.codegen.hopper.warpgroup import Warpgroup
 
 TURN = 1  # named barriers from here on: turns of the warpgroups
@@ -29,7 +45,11 @@ class Consumer(Warpgroup):
         self.scores = Scores(s.dtype, s.d, s.n, s.m)
         self.out = output_of(s)
         self.words = registers("mask", s.bit_words, "uint32")
-        self.softmax = Softmax(self.scores.count, a.cap if s.softcap else a.scale)
+        unit = a.cap if s.softcap else a.scale
+        self.softmax = Softmax(self.scores.count, T.float32(1.0) if s.score.biases else unit)
+        if s.positional:
+            self.unit, self.terms = unit, Terms(a.terms)
+            self.place = registers("place", PLACE, "int32")
         self.inverse, self.lse, self.old_lse, self.old_weight = (
             registers(name, 2) for name in ("inverse", "row_lse", "old_lse", "old_weight"))  # fmt: skip
         self.q_base = descriptor("q_desc", b.q, self.me * (WARPGROUP_ROWS * s.chunk), 1)
@@ -70,14 +90,16 @@ class Consumer(Warpgroup):
         """O and LSE of 64 rows."""
         b, s = self.block, self.s
         self.message = let("message", self.q_at.stage() * MESSAGE)
-        if not self.s.wide:
+        if s.positional:
+            self.begin_terms()
+        elif not s.wide:
             self.find_rows()  # asked for early, needed at the end
         q = at_stage("q_now", self.q_base, self.q_at.stage(), s.q_slot)
         self.out.clear()
         tiles = let("tiles", b.messages[self.message + TILES])
         masked = let("masked", b.messages[self.message + MASKED])  # tiles with mask bits: they come first
         self.first_tile(q, masked)
-        if s.wide:  # one loop needs fewer registers
+        if s.wide or s.positional:  # one loop needs fewer registers
             with loop(tiles - 1) as done:
                 self.next_tile(q, masked=done < masked - 1)
         else:
@@ -97,13 +119,16 @@ class Consumer(Warpgroup):
         b.k_ring.wait_full(self.k_at)
         self.scores.issue(q, at_stage("k_now", self.k_base, self.k_at.stage(), self.s.k_bytes))
         emit_if(masked > 0, self.read_bits)
+        self.find_columns()
         wait_products(0)
         self.scores.fence()
         self.leave(b.k_ring, self.k_at)
         self.release_last_slot()
         self.cap()
+        self.add_biases()
         emit_if(masked > 0, self.mask)
         self.softmax.first(self.scores.s)
+        self.drop()
         self.out.take(self.scores.s)
 
     def next_tile(self, q: Expr, masked: Expr | bool) -> None:
@@ -116,12 +141,15 @@ class Consumer(Warpgroup):
         self.out.issue(at_stage("v_now", self.v_base, self.v_at.stage(), s.v_bytes))
         self.pass_turn()
         emit_if(masked, self.read_bits)
+        self.find_columns()
         wait_products(1)
         self.scores.fence()
         self.leave(b.k_ring, self.k_at)
         self.cap()
+        self.add_biases()
         emit_if(masked, self.mask)
         self.softmax.next(self.scores.s)
+        self.drop()
         wait_products(0)
         self.out.fence()
         self.scores.fence()
@@ -151,6 +179,48 @@ class Consumer(Warpgroup):
     def mask(self) -> None:
         mask_scores(self.scores.s, self.scores.count, self.words)
 
+    # -- expressions that depend on positions --------------------------------------------------------------------------
+
+    def begin_terms(self) -> None:
+        """What they need of the row tile's head and of this thread's two rows."""
+        b = self.block
+        self.find_rows()
+        self.terms.begin(b.messages[self.message + BATCH], let("its_head", b.messages[self.message + HEAD]))
+        self.queries = [self.terms.query_side(position) for position in self.position]
+
+    def find_columns(self) -> None:
+        """Where the lanes of the K stage's tile are."""
+        if self.s.positional:
+            for word in (ROW_OF_COLUMNS, ORIGIN):
+                store(self.place, word, self.block.places[self.k_at.stage() * PLACE + word])
+            do(T.cuda.warp_sync())  # before lane 0 says for all that the stage is read
+
+    def key_of(self, register: int) -> Key:
+        """The key of a score register."""
+        lane = 8 * (register // 4) + register % 2 + self.block.lane % 4 * 2
+        offset = self.a.columns[self.place[ROW_OF_COLUMNS], STRIDES + lane]
+        return self.terms.key_side(let("key_position", self.place[ORIGIN] + offset))
+
+    def add_biases(self) -> None:
+        """Scores in natural units, with their biases."""
+        s = self.scores.s
+        if self.s.score.biases:
+            for column in (i for i in range(self.scores.count) if i % 4 < 2):
+                key = self.key_of(column)
+                for r, query in enumerate(self.queries):
+                    at = column + 2 * r
+                    store(s, at, self.terms.add(s[at] * self.unit, query, key))
+
+    def drop(self) -> None:
+        """Probabilities that dropout takes."""
+        s = self.scores.s
+        if self.s.score.dropout:
+            for column in (i for i in range(self.scores.count) if i % 4 < 2):
+                key = self.key_of(column)
+                for r, query in enumerate(self.queries):
+                    at = column + 2 * r
+                    store(s, at, T.if_then_else(self.terms.dropped(query, key), T.float32(0.0), s[at]))
+
     # -- its end -------------------------------------------------------------------------------------------------------
 
     def find_rows(self) -> None:
@@ -165,7 +235,7 @@ class Consumer(Warpgroup):
         words = (("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2), ("x3", X3))
         self.batch, self.head, self.part, self.view, *self.x = (
             let(name, self.block.messages[self.message + word]) for name, word in words)  # fmt: skip
-        if self.s.wide:
+        if self.s.wide or self.s.positional:
             self.find_rows()
 
     def lse_at(self, r: int) -> Expr:
@@ -205,6 +275,11 @@ class Consumer(Warpgroup):
         """O and LSE of this warpgroup's rows to where they belong."""
         b, s = self.block, self.s
         self.softmax.finish(self.inverse, self.lse)
+        if s.score.sinks:
+            self.add_sink()
+        if s.score.dropout:
+            for r in range(2):
+                store(self.inverse, r, self.inverse[r] * self.a.terms.kept)
         stage = (self.out.o, s.dv, self.inverse, b.q, self.slot_base(), s.m, b.warp, b.lane)
         with I.If(self.merging()):
             with I.Then():
@@ -220,6 +295,14 @@ class Consumer(Warpgroup):
             self.store_output()
         with when(T.EQ(b.lane % 4, 0)):
             self.store_lse()
+
+    def add_sink(self) -> None:
+        """The head's sink is one more part, with no output: of the first pass, and where rows are in parts of all of
+        them together (combine.py)."""
+        with when(T.And(T.EQ(self.a.merge, 0), T.EQ(self.part, 0))):
+            for r in range(2):
+                store(self.old_lse, r, self.a.terms.sinks[self.head])
+            merge_weights(self.inverse, self.lse, self.old_lse, self.old_weight)
 
     def store_output(self) -> None:
         b, s, a = self.block, self.s, self.a

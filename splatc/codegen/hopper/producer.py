@@ -6,10 +6,26 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, TILES, VIEW, X1, X2, X3, Block
+from splatc.codegen.hopper.block import (
+    BATCH,
+    ENTRIES,
+    FIRST,
+    HEAD,
+    MESSAGE,
+    ORIGIN,
+    PLACE,
+    ROW_OF_COLUMNS,
+    TILES,
+    VIEW,
+    X1,
+    X2,
+    X3,
+    Block,
+)
 from splatc.codegen.hopper.copies import Point, load_bytes, load_tile
 from splatc.codegen.hopper.emit import Cell, Expr, let, loop, registers, store, when
 from splatc.codegen.hopper.queue import Queue
+from splatc.codegen.hopper.shape import MAX_VIEWS
 
 AHEAD = 2  # column tiles of a row tile that are asked for before Q of the next one is
 
@@ -108,6 +124,8 @@ class Producer:
         """A box of K, of so many bytes, and the tile's mask bits."""
         b, s, stage = self.block, self.s, self.kv_at.stage()
         full = b.k_ring.full(stage)
+        if s.positional:
+            self.tell_place(stage, view, at)
         with I.If(bits > 0):
             with I.Then():
                 b.k_ring.expect(stage, T.cast(size + s.bits_bytes, "uint32"))
@@ -116,6 +134,14 @@ class Producer:
             with I.Else():
                 b.k_ring.expect(stage, T.cast(size, "uint32"))
         load_tile(self.a.k, view, at, b.k, stage * (s.k_bytes // s.item_bytes), s.d_chunks, s.n, full)
+
+    def tell_place(self, stage: Expr, view: Expr, at: Point) -> None:
+        """Say where the lanes of a tile of K are: their row in the table of columns, and the origin's position."""
+        columns, places = self.a.columns, self.block.places
+        row = let("row_of_columns", T.if_then_else(view >= 0, view, MAX_VIEWS[1] + at.x1))
+        origin = at.x1 * columns[row, 0] + at.x2 * columns[row, 1] + at.x3 * columns[row, 2]
+        store(places, stage * PLACE + ROW_OF_COLUMNS, row)
+        store(places, stage * PLACE + ORIGIN, origin)
 
     def v_box(self, view: Expr, at: Point, size: Expr | int) -> None:
         """A box of V, of so many bytes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.kernel import FORWARD, KernelSpec
 from splatc.errors import Unsupported
+from splatc.ir.score import Score
 
 SMEM_BYTES = 227 * 1024  # dynamic shared memory of one block on sm_90
 WARPGROUP_ROWS = 64  # rows of one wgmma
@@ -14,6 +15,9 @@ ROW_BYTES = 128  # of a swizzled row
 TEAM = 128  # threads of the producer's warpgroup
 TURNERS = 3  # its warps that turn tiles of V over, where V needs it
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+# A row of the table of columns: three strides and 0, then for each lane of a column tile how far its position is from
+# that of the origin. There is one for each column view, up to MAX_VIEWS, then one for each list of keys.
+STRIDES = 4
 MAX_VIEWS = (2, 4)  # row views and column views that one launch can hold: each is a tensor map
 
 
@@ -26,11 +30,20 @@ class Shape:
     m: int
     n: int
     dtype: str  # "float16", "bfloat16", or "float32" for products of tf32
-    softcap: bool
+    score: Score
     gather: bool
     stages: int  # of the K and V rings
     q_stages: int
     staged: int  # stages of the ring in which chunks of V wait to be turned over
+
+    @property
+    def softcap(self) -> bool:
+        return self.score.softcap
+
+    @property
+    def positional(self) -> bool:
+        """Whether consumers have to know the positions of keys."""
+        return self.score.positional
 
     @property
     def item_bytes(self) -> int:
@@ -120,8 +133,9 @@ class Shape:
 
     @property
     def most_registers(self) -> int:
-        """Live registers up to which ptxas was seen to spill nothing: a softcap takes some for itself."""
-        return min(self.registers[1] - 24, 192) - (16 if self.softcap else 0)
+        """Live registers up to which ptxas was seen to spill nothing: expressions on scores take some."""
+        own = [name for name in self.score.names if name != "sinks"]
+        return min(self.registers[1] - 24, 192) - (8 + 8 * len(own) if own else 0)
 
     @property
     def wide(self) -> bool:
@@ -162,7 +176,8 @@ def can_gather(spec: KernelSpec) -> bool:
     tf32 needs for turning V over."""
     if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role != FORWARD:
         return False
-    return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128
+    crowded = spec.score.positional and len(spec.score.names) > 2
+    return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded
 
 
 def ring_stages(tile_n: int, turned: bool) -> tuple[tuple[int, int, int], ...]:
@@ -183,11 +198,11 @@ def shape_of(spec: KernelSpec) -> Shape:
     if spec.gather and not can_gather(spec):
         raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
     for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
-        shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.softcap, spec.gather,
+        shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, spec.gather,
                       stages, q_stages, staged)  # fmt: skip
         if shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers:
             return shape
     raise Unsupported(
         f"head dims {spec.head_dim} and {spec.v_head_dim} with tiles of {spec.tile_m} x {spec.tile_n} fit neither the "
-        "shared memory nor the registers of sm_90a: use smaller tiles"
+        "shared memory nor the registers of sm_90a: use smaller tiles, or less that is done to scores"
     )
