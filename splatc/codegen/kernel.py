@@ -174,7 +174,7 @@ def _crowded(spec: KernelSpec) -> bool:
 
 def _very_crowded(spec: KernelSpec) -> bool:
     """Whether expressions on scores leave registers for the smallest tiles only, in gradients."""
-    many = 1 if max(spec.head_dim, spec.v_head_dim) > 64 else 3
+    many = 1 if max(spec.head_dim, spec.v_head_dim) > 64 else 2
     return spec.score.positional and len(spec.score.names) > many
 
 
