@@ -203,6 +203,8 @@ class CompiledAttention:
         number = check_scale(scale, shape.head_dim)
         gradients = self._gradients
         if isinstance(gradients, GpuGradients):
+            if terms is not None:
+                raise Unsupported(f"on a GPU there are no gradients with biases, sinks and dropout yet: {DETACH}")
             return *gradients(shape, q, k, v, o, lse, do, dlse, number), []
         dq, dk, dv, *of_terms = gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
         return dq, dk, dv, of_terms
