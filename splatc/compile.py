@@ -39,7 +39,7 @@ from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.kernel import Kernel, find_kernel
 from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, is_torch
-from splatc.runtime.terms import Asked, TermOptions, asked_by
+from splatc.runtime.terms import Asked, TermOptions, asked_by, check_asked
 from splatc.runtime.tuned import tuned_tiles
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     """
     pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
     cap = check_softcap(softcap)
-    score = score_of(cap > 0, alibi, relative_bias, block_bias, sinks, dropout)
+    score = score_of(cap > 0, *check_asked(Asked(alibi, relative_bias, block_bias, sinks, dropout)))
     spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), score, tile, allow_tf32)
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")

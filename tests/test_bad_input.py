@@ -159,6 +159,8 @@ OPTIONS = {
     "infinite softcap": ({"softcap": float("inf")}, "softcap is inf: it must be positive and finite", InvalidInput),
     "large softcap": ({"softcap": 1e39}, "softcap is 1e\\+39: it must be positive and finite in float32", InvalidInput),
     "text softcap": ({"softcap": "hard"}, "softcap is 'hard': it must be a positive number, or None", InvalidInput),
+    "sinks at once": ({"sinks": torch.ones(2)}, "sinks is a Tensor: compile takes True or False", InvalidInput),
+    "a probability at once": ({"dropout": 0.1}, "dropout is a float: compile takes True or False", InvalidInput),
     "tile": ({"tile": (128, 128)}, r"tile is \(128, 128\): .* it can be \(64, 64\), or None", InvalidInput),
     "tile list": ({"tile": [64, 64]}, r"tile is \[64, 64\]: .* it can be \(64, 64\)", InvalidInput),
     "tile number": ({"tile": 64}, "tile is 64: for these options it can be", InvalidInput),

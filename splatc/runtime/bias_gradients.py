@@ -14,7 +14,8 @@ from typing import Any
 from splatc.ir.terms import Terms
 from splatc.runtime.tensors import Shape
 
-SUMS = {"slope_sums": "alibi_slopes", "relative_sums": "relative_bias", "block_sums": "block_bias"}
+SLOPES = "slope_sums"
+SUMS = {SLOPES: "alibi_slopes", "relative_sums": "relative_bias", "block_sums": "block_bias"}
 PARAMETERS: dict[str, float] = dict.fromkeys((*(f"{name}_ptr" for name in SUMS), "powers_ptr"), 0)
 BITS = 62
 MOST = 100  # of the exponent of a power
@@ -42,13 +43,13 @@ class BiasGradients:
         is no number. lse, delta: (batch, heads, q_len)."""
         import torch
 
-        bad = ~torch.isfinite(delta).all(2).all(0)
         found = []
-        for i, (name, field) in enumerate(SUMS.items()):
-            if name in self._sums:
-                value = self._sums[name].double() / self._powers[1 if i == 0 else 0].double()
-                wrong = bad.view(-1, *[1] * (value.ndim - 1))
-                found.append(value.masked_fill(wrong, math.nan).to(getattr(self._terms, field).dtype))
+        if self._sums:
+            bad = ~torch.isfinite(delta).all(2).all(0)
+            for name, sums in self._sums.items():
+                power = self._powers[1 if name == SLOPES else 0].double()
+                wrong = bad.view(-1, *[1] * (sums.ndim - 1))
+                found.append((sums.double() / power).masked_fill(wrong, math.nan).float())
         if self._terms.sinks is not None:
             found.append(_of_sinks(self._terms.sinks.detach(), lse, delta))
         return found

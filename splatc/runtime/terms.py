@@ -14,8 +14,8 @@ from splatc.ir.terms import LEARNABLE, Terms
 from splatc.patterns.library import ALIGN
 from splatc.runtime.tensors import Shape, computed_in
 
-__all__ = ["Asked", "TermOptions", "Terms", "asked_by", "asked_in", "asked_of", "check_align", "check_probability",
-           "check_terms", "terms_of"]  # fmt: skip
+__all__ = ["Asked", "TermOptions", "Terms", "asked_by", "asked_in", "asked_of", "check_align", "check_asked",
+           "check_probability", "check_terms", "terms_of"]  # fmt: skip
 
 
 class TermOptions(TypedDict, total=False):
@@ -116,6 +116,14 @@ def check_terms(terms: Terms, shape: Shape) -> None:
     if terms.block_bias is not None and terms.block_bias.shape != wanted:
         raise InvalidInput(f"block_bias has shape {tuple(terms.block_bias.shape)}: for blocks of {size} in "
                            f"{shape.q_len} x {shape.kv_len} and {heads} heads it must be {wanted}")  # fmt: skip
+
+
+def check_asked(asked: Asked) -> Asked:
+    """``asked`` itself; InvalidInput where an option is not True or False: tensors come with calls."""
+    for name, value in asked._asdict().items():
+        if not isinstance(value, bool):
+            raise InvalidInput(f"{name} is a {type(value).__name__}: compile takes True or False, calls the numbers")
+    return asked
 
 
 def _check_asked(asked: Asked, compiled: Asked) -> Asked:
