@@ -197,8 +197,8 @@ class CompiledAttention:
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
                  enable_gqa: bool, terms: Terms | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
-        """(dq, dk, dv, those of what there is of ``terms.learnable``) for the gradients do of o and dlse of lse; torch
-        tensors, in the compiled layout."""
+        """(dq, dk, dv, those of what there is of ``terms.learnable``) for the gradients do of o and dlse of lse (None
+        for zeros); torch tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
         number = check_scale(scale, shape.head_dim)
         dq, dk, dv, *of_terms = self._gradients(shape, q, k, v, o, lse, do, dlse, number, terms)

@@ -45,13 +45,15 @@ class Gradients:
         """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse; then those
         of what there is of ``terms.learnable``.
 
-        All but lse and dlse, (batch, heads, q_len), are in the compiled layout; so are the results, contiguous and of
-        the dtype of q.
+        All but lse and dlse (None for zeros), (batch, heads, q_len), are in the compiled layout; so are the results,
+        contiguous and of the dtype of q.
         """
         import torch
 
         *inputs, o = (last_axis_contiguous(to_bhsd(x.detach(), self._layout)) for x in (q, k, v, do, o))
-        delta = (inputs[3].to(lse.dtype) * o.to(lse.dtype)).sum(-1) - dlse.detach()
+        delta = (inputs[3].to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+        if dlse is not None:
+            delta = delta - dlse.detach()
         lse, delta = lse.detach().contiguous(), delta.contiguous()
         results = [torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v)]
         biases = BiasSums(terms or NO_TERMS, lse, self._shares)

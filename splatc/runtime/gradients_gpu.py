@@ -40,6 +40,7 @@ class GpuGradients:
         self._sources, self._find, self._layout, self._cap = sources, find, layout, cap
         self._walks, self._find_gpu = walks, find_gpu
         self._ready: dict[tuple[Any, ...], GradientCall] = {}
+        self._no_dlse: dict[tuple[Any, ...], Any] = {}
         self._uploaded: dict[tuple[Any, ...], tuple[Way, DeviceTables]] = {}
 
     def __call__(self, shape: Shape, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any,
@@ -47,17 +48,18 @@ class GpuGradients:
         """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse; then those
         of what there is of ``terms.learnable``.
 
-        All but lse and dlse, (batch, heads, q_len), are in the compiled layout; so are the results, contiguous and of
-        the dtype of q.
+        All but lse and dlse (None for zeros), (batch, heads, q_len), are in the compiled layout; so are the results,
+        contiguous and of the dtype of q.
         """
         import torch
 
         terms = terms or NO_TERMS
+        dlse = self._zeros(lse) if dlse is None else dlse.detach().to(lse.dtype).contiguous()
         if not (shape.q_len and shape.kv_len):
             return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms, lse, dlse)
         tensors = {name: readable(to_bhsd(x.detach(), self._layout))
                    for name, x in zip(INPUTS, (q, k, v, o, do.to(q.dtype)), strict=False)}  # fmt: skip
-        tensors["lse"], tensors["dlse"] = lse.detach().contiguous(), dlse.detach().to(lse.dtype).contiguous()
+        tensors["lse"], tensors["dlse"] = lse.detach().contiguous(), dlse
         key = shape, *(x.stride() for x in tensors.values()), q.device
         if key not in self._ready:
             layouts = {name: layout_of(tensors[name]) for name in INPUTS[:5]}
@@ -67,6 +69,15 @@ class GpuGradients:
         made = self._ready[key](addresses, scale, {**term_values(terms), **biases.values})
         delta = made["statistics"].view(*tensors["lse"].shape, STATISTICS)[..., 1]
         return made["dq"], made["dk"], made["dv"], *biases.results(tensors["lse"], delta)
+
+    def _zeros(self, lse: Any) -> Any:
+        """What dlse is where nobody asks for gradients of lse: made once for each size, but for each graph anew."""
+        if self._find_gpu(lse.device.index).torch.capturing():
+            return lse.new_zeros(lse.shape)
+        key = lse.shape, lse.device
+        if key not in self._no_dlse:
+            remember(self._no_dlse, key, lse.new_zeros(lse.shape))
+        return self._no_dlse[key]
 
     def way(self, shape: Shape, device: int) -> Way:
         """How calls of these sizes are computed on a GPU."""
@@ -192,7 +203,8 @@ class Preparation:
         for i, one in enumerate(walks, first):
             names = (*TABLES, "columns") if self.way.columns.score.positional else TABLES
             addresses = {f"{name}_ptr": self.tables.address(i, name) for name in names}
-            values: dict[str, float] = {"merge": int(one.launch.merge), **addresses}
+            beside = self.way.rows is not None and i == len(self.way.row_walks)  # the end of the walk over rows
+            values: dict[str, float] = {"merge": int(one.launch.merge), "follow": int(not beside), **addresses}
             steps.append(self._walk(function, one, values, seen))
             if one.work.part_tiles:
                 steps.append(self._step(combine, len(one.work.combine) * KEYS // WARPS, values, {}))
@@ -273,7 +285,8 @@ class GradientCall:
         self._sizes = {name: (*contiguous(*shape), getattr(torch, dtype)) for name, (dtype, shape) in sizes.items()
                        if math.prod(shape)}  # fmt: skip
         self._lock = threading.Lock()
-        self._bounds = {name: self._bound(name, steps) for name in (*INPUTS, *RESULTS, *SCRATCH, "queue")}
+        self._bounds = {name: self._bound(name, steps) for name in (*INPUTS, *RESULTS, *SCRATCH)}
+        self._queues = [slot for step in steps if (slot := step.arguments.slot(step.holders["queue"])) is not None]
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._terms = Slots(steps, (*NONE, *PARAMETERS))
         self._configs = [config_of(step) for step in steps]
@@ -293,14 +306,15 @@ class GradientCall:
             mine = {name: self._empty(shape, strides, dtype=dtype, device=on.device)
                     for name, (shape, strides, dtype) in self._sizes.items()}  # fmt: skip
             stream, captured = on.torch.stream(on.ordinal), on.torch.capturing()
-            addresses = {**addresses, **{name: x.data_ptr() for name, x in mine.items()},
-                         "queue": on.queue_slots.take(captured)}  # fmt: skip
+            addresses = {**addresses, **{name: x.data_ptr() for name, x in mine.items()}}
             with self._lock:
                 for name, address in addresses.items():
                     if self._bounds[name].address != address:
                         self._bounds[name].move(address)
                 for slot in self._scales:
                     slot.value = scale
+                for slot in self._queues:  # one each: two walks may run at the same time
+                    slot.value = on.queue_slots.take(captured)
                 self._terms.fill(terms)
                 for config in self._configs:
                     config.stream = stream

@@ -46,7 +46,7 @@ def _(q: Any, k: Any, v: Any, mask: str, *options: Any, **terms: Any) -> tuple[A
 @torch.library.custom_op("splatc::attention_backward", mutates_args=())
 def attention_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, do: torch.Tensor,
-    dlse: torch.Tensor, mask: str, scale: float | None, enable_gqa: bool,
+    dlse: torch.Tensor | None, mask: str, scale: float | None, enable_gqa: bool,
     alibi_slopes: torch.Tensor | None = None, relative_bias: torch.Tensor | None = None,
     block_bias: torch.Tensor | None = None, sinks: torch.Tensor | None = None, seed: torch.Tensor | None = None,
     block_size: int = 0, shift: int = 0, dropout_p: float = 0.0,
@@ -76,10 +76,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
     terms = inputs[6:] or NO_TERMS.arguments
     ctx.save_for_backward(q, k, v, *output, *terms[:TENSORS])
     ctx.options, ctx.numbers, ctx.kept_alive = (mask, scale, enable_gqa), terms[TENSORS:], find(mask)
+    ctx.set_materialize_grads(False)  # mostly nobody asks for gradients of lse
 
 
 def _backward(ctx: Any, do: Any, dlse: Any) -> tuple[Any, ...]:
     q, k, v, o, lse, *tensors = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
     dq, dk, dv, dterms = attention_backward(q, k, v, o, lse, do, dlse, *ctx.options, *tensors, *ctx.numbers)
     left = iter(dterms)
     of_terms = (None if x is None else next(left) for x in tensors[: len(LEARNABLE)])

@@ -10,7 +10,15 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.copies import Maps, Point, Rows, load_tile
-from splatc.codegen.hopper.emit import Expr, do, follow_kernels_before, named, when
+from splatc.codegen.hopper.emit import (
+    Expr,
+    do,
+    follow_kernels_before,
+    let_next_kernel_start,
+    named,
+    wait_for_kernels_before,
+    when,
+)
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, TURNERS, Shape
 from splatc.codegen.hopper.terms import TermArguments
@@ -114,9 +122,9 @@ class Block:
         start_block(self.thread, (self.a.q, self.a.k, self.a.v, self.a.out), self.rings)
 
 
-def start_block(thread: Expr, maps: Sequence[Maps], rings: Sequence[Ring]) -> None:
+def start_block(thread: Expr, maps: Sequence[Maps], rings: Sequence[Ring], follow: Expr = None) -> None:
     """All threads: set up the barriers and fetch descriptions of maps; then wait for the kernels before, whose end this
-    launch need not have waited for."""
+    launch need not have waited for. follow: an int32, 0 to wait for none of them."""
     with when(T.EQ(thread, 0)):
         for one in maps:
             one.prefetch()
@@ -124,4 +132,9 @@ def start_block(thread: Expr, maps: Sequence[Maps], rings: Sequence[Ring]) -> No
             ring.init()
         do(T.ptx.fence.mbarrier_init.release.cluster())
     do(T.cuda.cta_sync())
-    follow_kernels_before()
+    if follow is None:
+        follow_kernels_before()
+    else:
+        with when(follow != 0):
+            wait_for_kernels_before()
+        let_next_kernel_start()

@@ -82,5 +82,15 @@ def follow_kernels_before() -> None:
 
     For launches that allow programmatic dependence; else both do nothing.
     """
+    wait_for_kernels_before()
+    let_next_kernel_start()
+
+
+def wait_for_kernels_before() -> None:
+    """Until the kernels before in the stream have ended, and what they wrote is there."""
     do(T.ptx.griddepcontrol.wait())
+
+
+def let_next_kernel_start() -> None:
+    """When all blocks have said so, the next kernel in the stream may set itself up, and run where there is room."""
     do(T.ptx.griddepcontrol.launch_dependents())

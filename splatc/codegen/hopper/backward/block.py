@@ -38,6 +38,8 @@ class Arguments:
             self.sum_steps = [[int_arg(f"sum_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(cols)]
         names = ("total", "blocks", "group", "member", "members", "merge")
         self.total, self.blocks, self.group, self.member, self.members, self.merge = map(int_arg, names)
+        if not s.with_dq:
+            self.follow = int_arg("follow")
         self.scale = I.arg("scale", I.float32())
         self.cap = I.arg("cap", I.float32())
         self.work = table("work", "int32", MESSAGE)
@@ -97,8 +99,8 @@ class Block:
         self.smem_bytes = pool.max_offset
 
     def start(self) -> None:
-        """Set up what the block shares."""
-        start_block(self.thread, self.a.walked, self.rings)
+        """Set up what the block shares. A walk without dQ may run beside the end of the walk over rows before it."""
+        start_block(self.thread, self.a.walked, self.rings, None if self.s.with_dq else self.a.follow)
 
     def slot(self, at: Cursor) -> Expr:
         """The stage of K and V that a cursor is at."""

@@ -18,7 +18,7 @@ from splatc.codegen.hopper.copies import (
     wait_stores,
     wait_stores_read,
 )
-from splatc.codegen.hopper.emit import Cell, do, let, store, when
+from splatc.codegen.hopper.emit import Cell, do, let, store, wait_for_kernels_before, when
 from splatc.codegen.hopper.queue import Queue
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 
@@ -40,6 +40,8 @@ class Producer:
         store(b.messages, b.slot(self.keys_at) * MESSAGE + TILES, 0)
         b.k_ring.fill(b.slot(self.keys_at))
         self.queue.close()
+        if not self.s.with_dq:
+            wait_for_kernels_before()  # what follows this kernel follows them too
 
     def column_tile(self) -> None:
         b, s, a = self.block, self.s, self.a
