@@ -22,7 +22,7 @@ STATISTICS_BYTES = 4 * STATISTICS
 THREADS = 256
 WARPS = THREADS // 32
 VALUES = 8  # of a row, a lane: 16 bytes
-PASSES = 4  # rows of a lane, one after the other: their loads are under way together
+PASSES = 2  # rows of a lane, one after the other: their loads are under way together
 MOST_BLOCKS = 64  # of a head's rows of K and V
 LEAST_ROWS = 256  # of such a block
 
