@@ -14,8 +14,8 @@ SHOWN_KERNELS = 5
 NOTE = (
     "torch.autograd.grad(o, (q, k, v), do, retain_graph=True). Useful: 10 * elements that attend * D * heads / time. "
     "Of dense: useful rate over that of cuDNN's backward without a mask, timed in the same rounds. Both: forward and "
-    "backward. Other kernels: the share of the device time of a backward that is not its longest kernel's. Errors: dQ, "
-    "dK, dV against float64, two whole heads."
+    "backward. Other kernels: the share of the device time of a backward that its walks over tiles do not take. "
+    "Errors: dQ, dK, dV against float64, two whole heads."
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 CALLS = 5
+WALKS = "splatc_gradient_columns", "splatc_gradient_rows"
 
 
 def kernels(call: Callable[[], Any], device: str) -> dict[str, float] | None:
@@ -32,6 +33,7 @@ def kernels(call: Callable[[], Any], device: str) -> dict[str, float] | None:
 
 
 def fixed_share(spent: Mapping[str, float] | None) -> float | None:
-    """The share of everything but the longest kernel; None if no kernel was seen."""
+    """The share of everything but walks over tiles, one or two kernels; None if no kernel was seen."""
     total = sum((spent or {}).values())
-    return 1 - max(spent.values()) / total if spent and total else None
+    walks = sum(us for name, us in (spent or {}).items() if name.startswith(WALKS))
+    return 1 - walks / total if total else None
