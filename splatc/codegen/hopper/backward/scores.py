@@ -26,7 +26,7 @@ WORD, POSITION = 2, 3
 
 
 class Scores:
-    """Probabilities p and score gradients ds of a tile, packed; both are A operands.
+    """Probabilities p and score gradients ds of a tile, packed; both are A operands. For dV alone there is no ds.
 
     With a softcap or dropout ds first holds what of p the gradients take: before dropout, times the slope of the cap.
     pairs: of the tile in a stage, where a term asks for it.
@@ -39,13 +39,18 @@ class Scores:
         self._s, self._statistics, self._kept = s, statistics, kept
         self.count = s.n // 2
         self.words = s.n // 4
-        self.s, self.dp = registers("scores", self.count), registers("dp", self.count)
-        self.p, self.ds = (registers(name, self.words, "uint32") for name in ("probs", "ds"))
+        self.s = registers("scores", self.count)
+        if s.makes("dk"):
+            self.dp = registers("dp", self.count)
+        self.p = registers("probs", self.words, "uint32")
+        if s.makes("dk"):
+            self.ds = registers("ds", self.words, "uint32")
         self._pair = registers("pair", 4)
         self._natural = cap if s.softcap else scale
         self._unit = let("unit", self._natural * T.float32(LOG2E))
         self._twice = let("twice", scale / cap * T.float32(2 * LOG2E)) if s.softcap else None
-        self._apart = s.softcap or s.score.dropout
+        self._apart = s.makes("dk") and (s.softcap or s.score.dropout)
+        self._packed = s.makes("dv") or s.score.dropout or not self._apart  # whether anything is made from p
         self._mine = let("my_columns", lane % 4 * (2 * STATISTICS))
 
     def of_query(self, stage: Expr, register: int) -> tuple[Expr, Expr]:
@@ -72,13 +77,14 @@ class Scores:
                     store(self._pair, c, T.exp2(self.pairs.add(at, value * self._natural) * T.float32(LOG2E) - lse))
                 else:
                     store(self._pair, c, T.exp2(value * self._unit - lse))
-                if self._twice is not None:
+                if self._apart and self._twice is not None:
                     store(self._pair, 2 + c, self._pair[c] * (T.float32(1.0) - self._pair[2 + c] * self._pair[2 + c]))
                 elif self._apart:
                     store(self._pair, 2 + c, self._pair[c])
                 if score.dropout:
                     store(self._pair, c, self.pairs.kept(at, self._pair[c] * self._kept))
-            self._pack(self.p, word, self._pair[0], self._pair[1])
+            if self._packed:
+                self._pack(self.p, word, self._pair[0], self._pair[1])
             if self._apart:
                 self._pack(self.ds, word, self._pair[2], self._pair[3])
 
@@ -87,8 +93,10 @@ class Scores:
 
     def mask(self, bits: Expr) -> None:
         """0 where the register's bit is clear. bits: words of a thread."""
-        for words in (self.p, self.ds) if self._apart else (self.p,):
-            mask_words(words, self.words, bits)
+        if self._packed:
+            mask_words(self.p, self.words, bits)
+        if self._apart:
+            mask_words(self.ds, self.words, bits)
 
     def gradients(self, stage: Expr) -> None:
         """ds = p (dp - delta), from p rounded; dp of a pair that was dropped, which p says, is 0."""
