@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.backward.block import Block
 from splatc.codegen.hopper.backward.products import Products
-from splatc.codegen.hopper.backward.scores import QuerySums, Scores
+from splatc.codegen.hopper.backward.scores import QuerySums, Scores, ValueScores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MESSAGE, PART, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import (
@@ -80,7 +80,8 @@ class Consumer(Warpgroup):
         """What products and the scores between them need."""
         b, s, a = self.block, self.s, self.a
         self.products = Products(s, b.tile_places(), self.me)
-        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane, a.terms.kept if s.score.dropout else None)
+        kind = Scores if s.makes("dk") else ValueScores
+        self.scores = kind(s, a.scale, a.cap, b.statistics, b.lane, a.terms.kept if s.score.dropout else None)
         if s.positional:
             self.terms = Terms(a.terms)
 
@@ -286,6 +287,7 @@ class ValuesConsumer(Consumer):
         wait_products(0)
         self.take_probabilities()
         self.leave_queries()
+        self.scores.pack()
 
     def next_tile(self, before: Expr) -> None:
         used = let("used", self.at.stage())
@@ -297,6 +299,7 @@ class ValuesConsumer(Consumer):
         self.take_probabilities()
         self.leave_queries()
         self.take_value_gradients(used)
+        self.scores.pack()
 
     def last_tile(self, before: Expr) -> None:
         used = let("used", self.at.stage())

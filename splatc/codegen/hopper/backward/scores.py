@@ -26,7 +26,7 @@ WORD, POSITION = 2, 3
 
 
 class Scores:
-    """Probabilities p and score gradients ds of a tile, packed; both are A operands. For dV alone there is no ds.
+    """Probabilities p and score gradients ds of a tile, packed; both are A operands.
 
     With a softcap or dropout ds first holds what of p the gradients take: before dropout, times the slope of the cap.
     pairs: of the tile in a stage, where a term asks for it.
@@ -39,12 +39,8 @@ class Scores:
         self._s, self._statistics, self._kept = s, statistics, kept
         self.count = s.n // 2
         self.words = s.n // 4
-        self.s = registers("scores", self.count)
-        if s.makes("dk"):
-            self.dp = registers("dp", self.count)
-        self.p = registers("probs", self.words, "uint32")
-        if s.makes("dk"):
-            self.ds = registers("ds", self.words, "uint32")
+        self.s, self.dp = registers("scores", self.count), registers("dp", self.count)
+        self.p, self.ds = (registers(name, self.words, "uint32") for name in ("probs", "ds"))
         self._pair = registers("pair", 4)
         self._natural = cap if s.softcap else scale
         self._unit = let("unit", self._natural * T.float32(LOG2E))
@@ -83,10 +79,14 @@ class Scores:
                     store(self._pair, 2 + c, self._pair[c])
                 if score.dropout:
                     store(self._pair, c, self.pairs.kept(at, self._pair[c] * self._kept))
-            if self._packed:
-                self._pack(self.p, word, self._pair[0], self._pair[1])
-            if self._apart:
-                self._pack(self.ds, word, self._pair[2], self._pair[3])
+            self._take_pair(word)
+
+    def _take_pair(self, word: int) -> None:
+        """A word's two probabilities, and where they are kept apart what of them the gradients take."""
+        if self._packed:
+            self._pack(self.p, word, self._pair[0], self._pair[1])
+        if self._apart:
+            self._pack(self.ds, word, self._pair[2], self._pair[3])
 
     def _pack(self, words: Expr, at: int, low: Expr, high: Expr) -> None:
         do(T.ptx[f"cvt.rn.{PTX_TYPE[self._s.dtype]}x2.f32"](words[at], high, low))
@@ -121,6 +121,22 @@ class Scores:
             at = stage * (KEYS * self._s.n) + i // 4 * (KEYS * width) + row * width + column16 * 8
             words = (self.ds[4 * i + j] for j in range(4))
             do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](target.ptr_to([at]), *words))
+
+
+class ValueScores(Scores):
+    """Probabilities of a tile for dV alone: they take the place of scores, until ``pack`` makes an A operand of them."""
+
+    def _take_pair(self, word: int) -> None:
+        for c in range(2):
+            store(self.s, 2 * word + c, self._pair[c])
+
+    def mask(self, bits: Expr) -> None:
+        clear_masked(self.s, self.count, bits)
+
+    def pack(self) -> None:
+        """p, when the product with the one before is done."""
+        for word in range(self.words):
+            self._pack(self.p, word, self.s[2 * word], self.s[2 * word + 1])
 
 
 class RowScores:
@@ -201,14 +217,19 @@ class RowScores:
         """0 where the register's bit is clear, whatever it was. bits: words of a thread."""
         mask_words(self.ds, self.words, bits)
         if self._score.biases:
-            for i in range(self.count):
-                kept = T.bitwise_and(bits[i // 32], T.uint32(1 << (i % 32))) != T.uint32(0)
-                store(self.dp, i, T.if_then_else(kept, self.dp[i], T.float32(0.0)))
+            clear_masked(self.dp, self.count, bits)
 
 
 def capped(twice: Expr) -> Expr:
     """tanh(x) of twice x in the log2 domain: 1 - 2 / (1 + exp(2x))."""
     return T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(twice))
+
+
+def clear_masked(values: Expr, count: int, bits: Expr) -> None:
+    """0 for values whose bits are clear, one each."""
+    for i in range(count):
+        kept = T.bitwise_and(bits[i // 32], T.uint32(1 << (i % 32))) != T.uint32(0)
+        store(values, i, T.if_then_else(kept, values[i], T.float32(0.0)))
 
 
 def mask_words(words: Expr, count: int, bits: Expr) -> None:
