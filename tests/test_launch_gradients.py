@@ -46,7 +46,7 @@ def signatures(spec: KernelSpec) -> dict[str, list[tuple[str, str]]]:
 
 
 class Machine:
-    """Gradients of a pattern by the NumPy twins. tile_n: of the row kernel, None for the one of the plan. dims: of heads."""
+    """Gradients of a pattern by the NumPy twins. tile_n: of the row kernel, None for the one of the plan."""
 
     def __init__(self, folder: Path, pattern: Any, walks: str | None, layout: str = "bhsd", sms: int = 3,
                  tile_n: int | None = None, dims: tuple[int, int] = (D, DV)) -> None:  # fmt: skip

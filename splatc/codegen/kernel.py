@@ -124,7 +124,7 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
 
 
 def two_walks(spec: KernelSpec) -> tuple[KernelSpec, ...]:
-    """The specs of the kernels for the gradients of a Hopper kernel in two walks: over rows, and one or two over columns.
+    """The specs of the kernels for the gradients of a Hopper kernel in two walks: over rows; one or two over columns.
 
     Of the tiles that the first may have (``tile_shapes``), the most usual one.
     """
@@ -186,10 +186,10 @@ def _crowded(spec: KernelSpec) -> bool:
 def _smallest_tiles(spec: KernelSpec) -> bool:
     """Whether there is room for the smallest tiles only, in gradients: expressions on scores and accumulators of wide
     heads share registers; K and V of 128 keys (Q and dO of 128 queries) share memory with two stages of the others."""
-    widest = max(spec.head_dim, spec.v_head_dim)
-    if _padded(spec, 64) > MOST_PADDED or (widest > 192 and spec.score):
+    widest, score = max(spec.head_dim, spec.v_head_dim), spec.score
+    if _padded(spec, 64) > MOST_PADDED or (widest > 192 and score):
         return True
-    return spec.score.positional and len(spec.score.names) > (1 if widest > 64 else 3)
+    return score.positional and len(score.names) > (0 if widest > 128 else 1 if widest > 64 else 3)
 
 
 def _padded(spec: KernelSpec, step: int) -> int:

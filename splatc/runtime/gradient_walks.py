@@ -57,8 +57,8 @@ class Walk:
 
 @dataclass(frozen=True)
 class Way:
-    """How gradients are computed: the walks of the kernels ``rows``, if there is one, and ``columns``, each of which goes
-    all of the column walks.
+    """How gradients are computed: the walks of the kernel ``rows``, if there is one, and of ``columns``, which all go
+    the same ones.
 
     microseconds: predicted for a call.
     """

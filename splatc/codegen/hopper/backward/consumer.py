@@ -1,4 +1,4 @@
-"""A consumer warpgroup: dK, dV or both of 64 keys of every column tile, and where wanted its share of dQ of every tile."""
+"""A consumer warpgroup: dK, dV or both of 64 keys of every column tile; where wanted its share of each tile's dQ."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Consumer(Warpgroup):
     ends with the scores of the next.
     """
 
+    kind_of_scores = Scores
+
     def run(self) -> None:
         b, s = self.block, self.s
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
@@ -80,8 +82,8 @@ class Consumer(Warpgroup):
         """What products and the scores between them need."""
         b, s, a = self.block, self.s, self.a
         self.products = Products(s, b.tile_places(), self.me)
-        kind = Scores if s.makes("dk") else ValueScores
-        self.scores = kind(s, a.scale, a.cap, b.statistics, b.lane, a.terms.kept if s.score.dropout else None)
+        self.scores = self.kind_of_scores(s, a.scale, a.cap, b.statistics, b.lane,
+                                          a.terms.kept if s.score.dropout else None)  # fmt: skip
         if s.positional:
             self.terms = Terms(a.terms)
 
@@ -281,6 +283,9 @@ class Consumer(Warpgroup):
 
 class ValuesConsumer(Consumer):
     """A warpgroup that computes dV alone, by two products: the exponentials of a tile beside dV of the one before."""
+
+    kind_of_scores = ValueScores
+    scores: ValueScores
 
     def first_tile(self) -> None:
         self.ask_scores()

@@ -124,7 +124,7 @@ class Scores:
 
 
 class ValueScores(Scores):
-    """Probabilities of a tile for dV alone: they take the place of scores, until ``pack`` makes an A operand of them."""
+    """Probabilities of a tile for dV alone: they take the place of scores until ``pack`` makes an A operand of them."""
 
     def _take_pair(self, word: int) -> None:
         for c in range(2):
