@@ -183,6 +183,17 @@ class Shape:
         """(producer, consumer) registers a thread, as setmaxnreg takes them: three times 168 in all."""
         return 40, 232
 
+    @property
+    def most_registers(self) -> int:
+        """Live registers up to which ptxas was seen to spill nothing: expressions on scores take some."""
+        return 192 if len(self.score.names) <= 1 else 160
+
+    @property
+    def live_registers(self) -> int:
+        """Registers that a consumer thread holds through the loop: the results, scores, and dP or, for dV alone, P."""
+        scores = self.n if self.makes("dk") else self.n * 3 // 4
+        return scores + sum(ceil_div(dim, 16) * 8 for dim in self.ends.values())
+
 
 def shape_of(spec: KernelSpec) -> Shape:
     """The sizes that a spec asks for; raises Unsupported for what there is no kernel for."""
@@ -191,8 +202,8 @@ def shape_of(spec: KernelSpec) -> Shape:
         raise Unsupported(f"{spec.name}: gradients of wide heads, with biases or dropout take two walks")
     if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)) and (s.makes("dq") or spec.tile_n != 32):
         raise Unsupported(f"{spec.name}: gradients are computed by tiles of {KEYS} keys by 64 or 128 queries")
-    if s.smem_bytes > SMEM_BYTES:
-        raise Unsupported(f"{spec.name}: a tile does not fit the shared memory of sm_90a")
+    if s.smem_bytes > SMEM_BYTES or s.live_registers > s.most_registers:
+        raise Unsupported(f"{spec.name}: a tile fits neither the shared memory nor the registers of sm_90a")
     return s
 
 
