@@ -82,7 +82,7 @@ WIDE_HEADS = (256, 256), (192, 192), (192, 128), (256, 128), (128, 256), (192, 6
 LEARNING += [spec_of(*dims, dtype) for dims, dtype in zip(WIDE_HEADS, itertools.cycle(("bfloat16", "float16")))]
 LEARNING += [spec_of(256, softcap=True), spec_of(192, 128, "float16", softcap=True), spec_of(256, dropout=True),
              spec_of(192, 128, alibi=True), spec_of(256, 128, "float16", relative=True),
-             spec_of(192, dtype="float16", block=True, dropout=True)]  # fmt: skip
+             spec_of(192, dtype="float16", relative=True, block=True, dropout=True)]  # fmt: skip
 GRADIENTS = [one for spec in LEARNING for one in gradient_specs(spec)]
 GRADIENTS += [
     replace(two_walks(spec_of(d, dtype=dtype, softcap=softcap))[0], tile_n=tile_n, gather=gather)
@@ -128,8 +128,9 @@ def test_what_does_not_fit_is_refused() -> None:
         row_shape_of(replace(two_walks(spec_of(128, softcap=True))[0], tile_n=128))
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
-    with pytest.raises(Unsupported, match="nor the registers"):
-        row_shape_of(two_walks(replace(spec_of(256), score=score_of(*[True] * 6)))[0])
+    for dim, names in ((192, EVERYTHING), (224, ("relative", "block"))):
+        with pytest.raises(Unsupported, match="nor the registers"):
+            row_shape_of(two_walks(spec_of(dim, **dict.fromkeys(names, True)))[0])
     with pytest.raises(Unsupported, match="nor the registers"):
         gradient_shape(replace(two_walks(spec_of(256))[1], tile_n=128))
     with pytest.raises(Unsupported, match="two walks"):

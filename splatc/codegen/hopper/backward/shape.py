@@ -9,7 +9,7 @@ from splatc.codegen.hopper.shape import ROW_BYTES, SMEM_BYTES, WARPGROUP_ROWS, c
 from splatc.codegen.hopper.shape import Shape as TileShape
 from splatc.codegen.kernel import GRADIENTS, WIDEST_IN_ONE_WALK, KernelSpec
 from splatc.errors import Unsupported
-from splatc.ir.score import Score
+from splatc.ir.score import BlockBias, RelativeBias, Score
 
 KEYS = 128  # of a column tile: 64 a warpgroup
 WARPGROUPS = KEYS // WARPGROUP_ROWS
@@ -243,6 +243,12 @@ class RowShape(TileShape):
     def live_registers(self) -> int:
         """S, dP and dQ: when dQ of a tile has arrived, its dS is done with."""
         return self.n + ceil_div(self.d, 16) * 8
+
+    @property
+    def most_registers(self) -> int:
+        """With two tables of biases what is summed up for their gradients takes more than other expressions do."""
+        both = self.score.has(RelativeBias) and self.score.has(BlockBias)
+        return min(super().most_registers - 24, 136) if both else super().most_registers
 
 
 def row_shape_of(spec: KernelSpec) -> RowShape:
