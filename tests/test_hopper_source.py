@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused() -> None:
         row_shape_of(replace(two_walks(spec_of(128, softcap=True))[0], tile_n=128))
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
-    for dim, names in ((192, EVERYTHING), (224, ("relative", "block"))):
+    for dim, names in ((192, EVERYTHING), (208, ("relative", "block"))):
         with pytest.raises(Unsupported, match="nor the registers"):
             row_shape_of(two_walks(spec_of(dim, **dict.fromkeys(names, True)))[0])
     with pytest.raises(Unsupported, match="nor the registers"):

@@ -248,7 +248,7 @@ class RowShape(TileShape):
     def most_registers(self) -> int:
         """With two tables of biases what is summed up for their gradients takes more than other expressions do."""
         both = self.score.has(RelativeBias) and self.score.has(BlockBias)
-        return min(super().most_registers - 24, 136) if both else super().most_registers
+        return min(super().most_registers - 24, 128) if both else super().most_registers
 
 
 def row_shape_of(spec: KernelSpec) -> RowShape:
