@@ -105,7 +105,7 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
 
     def gradients(plan: Planner) -> Gradients | GpuGradients:
         if first.spec.kernel == "hopper":
-            sources = Sources(row_plan, transposed_plan, gradient_spec(first.spec), two_walks(first.spec)[1])
+            sources = Sources(row_plan, transposed_plan, gradient_spec(first.spec), two_walks(first.spec)[1:])
             walks = "two" if only_two_walks(first.spec) else Config.from_env().gradient_walks
             return GpuGradients(sources, found, layout, cap, walks)
         return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)

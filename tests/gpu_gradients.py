@@ -35,14 +35,17 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def draw(q_len: int, kv_len: int, dim: int, dtype: str, heads: int = 2, kv_heads: int = 2, batch: int = 1) -> list[Any]:
-    """Random q, k, v and do (batch, heads, seq, dim); k is strided (bshd memory)."""
+def draw(q_len: int, kv_len: int, dim: int, dtype: str, heads: int = 2, kv_heads: int = 2, batch: int = 1,
+         v_dim: int | None = None) -> list[Any]:  # fmt: skip
+    """Random q, k, v and do (batch, heads, seq, dim); k is strided (bshd memory). v_dim: of v and do, if it differs."""
+    v_dim = v_dim or dim
     generator = torch.Generator(DEVICE).manual_seed(q_len * 7 + kv_len + dim)
 
     def normal(*shape: int) -> Any:
         return torch.randn(*shape, device=DEVICE, generator=generator).to(getattr(torch, dtype))
 
-    q, v, do = normal(batch, heads, q_len, dim), normal(batch, kv_heads, kv_len, dim), normal(batch, heads, q_len, dim)
+    q, v = normal(batch, heads, q_len, dim), normal(batch, kv_heads, kv_len, v_dim)
+    do = normal(batch, heads, q_len, v_dim)
     return [q, normal(batch, kv_len, kv_heads, dim).transpose(1, 2), v, do]
 
 

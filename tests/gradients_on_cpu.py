@@ -132,22 +132,27 @@ class Kernels:
         assert grid == (a["blocks"], 1, 1) and not array(a["queue_ptr"], np.int32, 2).any()
         for row in array(a["work_ptr"], np.int32, a["total"], 12).tolist():
             batch, head, _, part, *at, _, _, view, _, _ = row
-            k, v = (load(a[f"{name}_map{view}"], (*at, batch * a[f"{name}_step"] + head), dim)
-                    for name, dim in (("k", self.d), ("v", self.dv)))  # fmt: skip
-            dk, dv = np.zeros((M, self.d)), np.zeros((M, self.dv))
+            dims = {"k": self.d, "v": self.dv, "dk": self.d, "dv": self.dv}
+            assert ("v_map0" in a) == ("dk_map0" in a)  # dV alone is made without V
+            keys = {name: load(a[f"{name}_map{view}"], (*at, batch * a[f"{name}_step"] + head), dims[name])
+                    for name in ("k", "v") if f"{name}_map0" in a}  # fmt: skip
+            made = {name: np.zeros((M, dims[name])) for name in ("dk", "dv") if f"{name}_map0" in a}
             first = head * a["group"] + a["member"]
             for tile in tiles(a, row, n, range(first, first + a["members"])):
                 q, do, statistics = (
                     load(a[f"{name}_map{tile.view}"], (*tile.at, batch * a[f"{name}_step"] + tile.head), dim)
                     for name, dim in (("q", self.d), ("do", self.dv), ("statistics", 4)))  # fmt: skip
-                p = np.exp2(k @ q.T * a["scale"] * LOG2E - statistics[:, 0])
+                p = np.exp2(keys["k"] @ q.T * a["scale"] * LOG2E - statistics[:, 0])
                 p = p if tile.bits is None else np.where(tile.bits, p, 0)
-                ds = p * (v @ do.T - statistics[:, 1])
-                dv, dk = dv + p @ do, dk + ds @ q
+                if "dv" in made:
+                    made["dv"] += p @ do
+                if "dk" in made:
+                    ds = p * (keys["v"] @ do.T - statistics[:, 1])
+                    made["dk"] += ds @ q
                 if "sums_map0" in a:
-                    add(a, tile, batch, n, np.rint(ds.T @ k * statistics[:, 2:3]).astype(np.int32))
-            write(a, "dk", row, dk * a["scale"], part)
-            write(a, "dv", row, dv, part)
+                    add(a, tile, batch, n, np.rint(ds.T @ keys["k"] * statistics[:, 2:3]).astype(np.int32))
+            for name, values in made.items():
+                write(a, name, row, values * a["scale"] if name == "dk" else values, part)
 
 
 def tiles(a: dict[str, Any], row: list[int], n: int, heads: Any) -> Iterator[Tile]:

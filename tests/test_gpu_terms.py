@@ -175,6 +175,14 @@ def test_gradients(name: str, names: tuple[str, ...], dtype: str, dim: int) -> N
     check_gradients(MASKS[name], 320, 320, dim, dtype, names, with_dlse=dim == 64)
 
 
+@pytest.mark.parametrize("names", [*CASES[:5], ("alibi", "dropout")], ids="+".join)
+@pytest.mark.parametrize("name", ["strided", "long rows", "grid"])
+@pytest.mark.parametrize("dtype, dim", [("bfloat16", 192), ("float16", 256)])
+def test_gradients_of_wide_heads(name: str, names: tuple[str, ...], dtype: str, dim: int) -> None:
+    """dV and dK by a kernel each."""
+    check_gradients(MASKS[name], 320, 320, dim, dtype, names, with_dlse=dim == 192)
+
+
 @pytest.mark.parametrize("names", CASES[:6], ids="+".join)
 @pytest.mark.parametrize(
     "q_len, kv_len, align", [(1, 129, "bottom_right"), (127, 300, "bottom_right"), (300, 65, "top_left")]

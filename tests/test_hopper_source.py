@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,11 @@ from splatc.codegen.kernel import (
     BACKWARD,
     COLUMNS,
     HOPPER_TILES,
+    KEYS,
     ROWS,
+    VALUES,
     KernelSpec,
+    gradient_spec,
     gradient_specs,
     kernel_spec,
     not_hopper,
@@ -74,6 +78,11 @@ def test_compiles_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
 LEARNING = [
     spec_of(64), spec_of(64, dtype="float16", softcap=True), spec_of(128), spec_of(128, dtype="float16", softcap=True),
     spec_of(96, 64), spec_of(64, 128, "float16"), spec_of(16)]  # fmt: skip
+WIDE_HEADS = (256, 256), (192, 192), (192, 128), (256, 128), (128, 256), (192, 64), (200, 136), (8, 256)
+LEARNING += [spec_of(*dims, dtype) for dims, dtype in zip(WIDE_HEADS, itertools.cycle(("bfloat16", "float16")))]
+LEARNING += [spec_of(256, softcap=True), spec_of(192, 128, "float16", softcap=True), spec_of(256, dropout=True),
+             spec_of(192, 128, alibi=True), spec_of(256, 128, "float16", relative=True),
+             spec_of(192, dtype="float16", relative=True, block=True, dropout=True)]  # fmt: skip
 GRADIENTS = [one for spec in LEARNING for one in gradient_specs(spec)]
 GRADIENTS += [
     replace(two_walks(spec_of(d, dtype=dtype, softcap=softcap))[0], tile_n=tile_n, gather=gather)
@@ -81,7 +90,7 @@ GRADIENTS += [
         (64, "float16", True, 64, True), (64, "bfloat16", False, 112, False), (128, "bfloat16", False, 64, False),
         (128, "float16", False, 128, True), (128, "bfloat16", True, 112, True))
 ]  # fmt: skip
-FUNCTIONS = {BACKWARD: 5, ROWS: 3, COLUMNS: 2}
+FUNCTIONS = {BACKWARD: 5, ROWS: 3, COLUMNS: 2, VALUES: 2, KEYS: 2}
 
 
 @needs_compiler
@@ -119,7 +128,30 @@ def test_what_does_not_fit_is_refused() -> None:
         row_shape_of(replace(two_walks(spec_of(128, softcap=True))[0], tile_n=128))
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
+    for dim, names in ((192, EVERYTHING), (208, ("relative", "block"))):
+        with pytest.raises(Unsupported, match="nor the registers"):
+            row_shape_of(two_walks(spec_of(dim, **dict.fromkeys(names, True)))[0])
+    with pytest.raises(Unsupported, match="nor the registers"):
+        gradient_shape(replace(two_walks(spec_of(256))[1], tile_n=128))
+    with pytest.raises(Unsupported, match="two walks"):
+        gradient_shape(gradient_spec(spec_of(192, 128)))
     assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (128, 64), (128, 32)}
+
+
+def test_kernels_of_gradients() -> None:
+    """dK and dV are computed together where their accumulators fit; tiles are as large as fit."""
+
+    def kernels(*options: Any, **score: bool) -> dict[str, int]:
+        return {one.role.removeprefix("backward_"): one.tile_n for one in gradient_specs(spec_of(*options, **score))}
+
+    assert kernels(128) == {"backward": 64, "rows": 128, "columns": 64}
+    assert kernels(192, 64) == {"rows": 64, "columns": 64}
+    assert kernels(192, 128) == kernels(128, 256) == kernels(192) == {"rows": 64, "values": 64, "keys": 64}
+    assert kernels(200, 192) == kernels(256) == {"rows": 32, "values": 32, "keys": 32}
+    assert kernels(192, 128, softcap=True) == kernels(192, 128)
+    assert kernels(192, 128, alibi=True) == kernels(256, 128, softcap=True) == kernels(256)
+    stages = {d: [gradient_shape(one).key_stages for one in two_walks(spec_of(d, 128))[1:]] for d in (128, 192, 256)}
+    assert stages == {128: [2], 192: [2, 1], 256: [1, 1]}
 
 
 def test_tiles_of_float32() -> None:

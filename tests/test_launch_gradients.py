@@ -30,6 +30,7 @@ torch = pytest.importorskip("torch")
 from tests.dense_gradients import dense_attention, dense_gradients  # noqa: E402  (it imports torch)
 
 D, DV = 16, 24
+WIDE = ((256, 240), (136, 256), (192, 8))  # dV and dK by a kernel each, with small tiles, larger ones; by one kernel
 HOPPER = Target("cuda", "sm_90a")
 BLOCKS = P.mask(np.kron(np.eye(32, dtype=bool), np.ones((256, 256), bool)))
 MIXED = P.causal() & (P.window(30, 0) | P.strided(32))  # two passes
@@ -48,9 +49,9 @@ class Machine:
     """Gradients of a pattern by the NumPy twins. tile_n: of the row kernel, None for the one of the plan."""
 
     def __init__(self, folder: Path, pattern: Any, walks: str | None, layout: str = "bhsd", sms: int = 3,
-                 tile_n: int | None = None) -> None:  # fmt: skip
-        self.pattern, self.layout = pattern, layout
-        self.forward = kernel_spec(D, DV, "float16", HOPPER)
+                 tile_n: int | None = None, dims: tuple[int, int] = (D, DV)) -> None:  # fmt: skip
+        self.pattern, self.layout, self.dims = pattern, layout, dims
+        self.forward = kernel_spec(*dims, "float16", HOPPER)
         self.driver = FakeDriver({}, {}, sms=sms)
         gpu = fake_gpu(self.driver, FakeTorch())
 
@@ -64,7 +65,7 @@ class Machine:
         def find(spec: KernelSpec) -> Kernel:
             built = folder / spec.role
             built.mkdir()
-            twins, functions = Kernels(D, DV).functions(spec.tile_n), []
+            twins, functions = Kernels(*dims).functions(spec.tile_n), []
             for name, parameters in signatures(spec).items():
                 unique = f"{spec.role} {name}"
                 self.driver.parameters[unique], self.driver.kernels[unique] = parameters, twins[name]
@@ -72,12 +73,12 @@ class Machine:
             write_built(built, functions)
             return Kernel(spec, built)
 
-        self.sources = Sources(rows, columns, gradient_spec(self.forward), two_walks(self.forward)[1])
+        self.sources = Sources(rows, columns, gradient_spec(self.forward), two_walks(self.forward)[1:])
         self.gradients = GpuGradients(self.sources, find, layout, 0.0, walks, lambda _: gpu)
 
     def __call__(self, q: Any, k: Any, v: Any, o: Any, do: Any, lse: Any, dlse: Any, scale: float) -> list[Any]:
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = q.shape, k.shape
-        shape = Shape(batch, heads, kv_heads, q_len, kv_len, D, DV, "float16", "cuda:0")
+        shape = Shape(batch, heads, kv_heads, q_len, kv_len, *self.dims, "float16", "cuda:0")
         q, k, v, o, do = (x.transpose(1, 2) if self.layout == "bshd" else x for x in (q, k, v, o, do))
         got = self.gradients(shape, q, k, v, o, lse, do, dlse, scale)
         return [x.transpose(1, 2) if self.layout == "bshd" else x for x in got]
@@ -87,20 +88,21 @@ def check(machine: Machine, q_len: int, kv_len: int | None = None, heads: int = 
           batch: int = 1) -> None:  # fmt: skip
     """Each of dq, dk and dv is right."""
     generator = torch.Generator().manual_seed(q_len)
-    kv_len = kv_len or q_len
+    kv_len, (d, dv) = kv_len or q_len, machine.dims
 
     def draw(*rows: int, dim: int) -> Any:
         """bshd memory, seen as bhsd."""
         return torch.randn(*rows, dim, generator=generator).half().transpose(1, 2)
 
-    q, do = draw(batch, q_len, heads, dim=D), draw(batch, q_len, heads, dim=DV)
-    k, v = draw(batch, kv_len, kv_heads, dim=D), draw(batch, kv_len, kv_heads, dim=DV)
+    q, do = draw(batch, q_len, heads, dim=d), draw(batch, q_len, heads, dim=dv)
+    k, v = draw(batch, kv_len, kv_heads, dim=d), draw(batch, kv_len, kv_heads, dim=dv)
     dlse = torch.randn(batch, heads, q_len, generator=generator)
     mask = torch.stack([torch.from_numpy(one.dense(q_len, kv_len)) for one in heads_of(machine.pattern, heads)])
     keys, values = (x.repeat_interleave(heads // kv_heads, 1).double() for x in (k, v))
-    o, lse, *_ = dense_attention(q.double(), keys, values, mask, 0.3)
-    got = machine(q, k, v, o.half(), do, lse.float(), dlse, 0.3)
-    errors = dense_gradients(q, k, v, mask, do, dlse, 0.3).errors(got)
+    scale = 1.2 / d**0.5
+    o, lse, *_ = dense_attention(q.double(), keys, values, mask, scale)
+    got = machine(q, k, v, o.half(), do, lse.float(), dlse, scale)
+    errors = dense_gradients(q, k, v, mask, do, dlse, scale).errors(got)
     assert all(error < 5e-3 for error in errors.values()), errors
 
 
@@ -141,6 +143,26 @@ def test_long_rows_in_parts(walks: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert names.count("combine_kernel") >= (1 if walks == "one" else 2)
 
 
+@pytest.mark.parametrize("dims", WIDE, ids=str)
+def test_wide_heads(dims: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two walks, whatever they cost; the second one once more for dK where it is not made with dV."""
+    cases = ((MIXED, "bshd", 4), (P.per_head([MIXED, P.full(), P.strided(7), MIXED]), "bhsd", 4),
+             (P.neighborhood((20, 12), 5), "bhsd", 2))  # fmt: skip
+    for i, (pattern, layout, heads) in enumerate(cases):
+        (tmp_path / str(i)).mkdir()
+        check(Machine(tmp_path / str(i), pattern, "two", layout, dims=dims), 240, 240, heads, kv_heads=2, batch=2)
+    monkeypatch.setattr("splatc.runtime.gradient_walks.costs_of",
+                        lambda spec, workers: Costs(1.0, 0.0, 0.0, 0.0, 0.0, 1.0, workers, ""))  # fmt: skip
+    (tmp_path / "parts").mkdir()
+    machine = Machine(tmp_path / "parts", MIXED | P.global_rows(3) | P.global_cols(3), "two", sms=16, dims=dims)
+    check(machine, 900, 700)
+    names = [name.partition(" splatc_gradient_")[::2] for name, _, _ in machine.driver.launched]
+    columns = [role for role, name in names if name == "columns_kernel"]
+    assert set(columns) == ({"backward_columns"} if dims == WIDE[2] else {"backward_values", "backward_keys"})
+    assert columns == sorted(columns, reverse=True)  # dV first
+    assert all((role, "combine_kernel") in names for role in {*columns, "backward_rows"})
+
+
 def test_lists_of_keys(tmp_path: Path) -> None:
     """In the walk over rows."""
     graph = P.mask(np.random.default_rng(0).random((600, 1000)) < 0.001)
@@ -155,10 +177,10 @@ def test_the_faster_way() -> None:
     shape = Shape(1, 16, 16, 8192, 8192, 128, 128, "bfloat16", "cuda:0")
 
     def chosen(pattern: Any, wanted: str | None = None) -> str:
-        rows, columns = two_walks(forward)
+        rows, *columns = two_walks(forward)
         sources = Sources(lambda q_len, kv_len: best_plan(pattern, q_len, kv_len, rows),
-                          lambda kv_len, q_len: make_plan(pattern.transposed(), kv_len, q_len, columns),
-                          gradient_spec(forward), columns)  # fmt: skip
+                          lambda kv_len, q_len: make_plan(pattern.transposed(), kv_len, q_len, columns[0]),
+                          gradient_spec(forward), tuple(columns))  # fmt: skip
         return "one" if way_of(sources, shape, 132, wanted).rows is None else "two"
 
     assert chosen(P.full()) == chosen(P.causal()) == "one"

@@ -194,11 +194,9 @@ def test_copies_of_a_module_share_the_mask():
 
 
 def test_what_has_no_gradients_on_a_gpu_says_so():
-    for options in ({"dtype": "float32", "head_dim": 64}, {"dtype": "bfloat16", "head_dim": 256}):
-        attend = splatc.compile(PATTERN, seq_len=150, target="sm_90a", **options)
-        q, k, v = learnable(d=options["head_dim"])
-        with pytest.raises(Unsupported, match="on a GPU gradients are computed"):
-            attend(q, k, v)
+    attend = splatc.compile(PATTERN, seq_len=150, target="sm_90a", dtype="float32", head_dim=64)
+    with pytest.raises(Unsupported, match="on a GPU gradients are computed"):
+        attend(*learnable(d=64))
 
 
 # -- with biases, sinks and dropout ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import KernelSpec, gradient_spec, gradient_specs
+from splatc.codegen.kernel import ROWS, KernelSpec, gradient_specs
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -155,7 +155,8 @@ def dump(
     sized = sized_mask(mask, seq_len, kv_len)
     if backward:
         pattern, q_len, kv_len = sized
-        sized, spec = (pattern.transposed(), kv_len, q_len), gradient_spec(spec)
+        sized = pattern.transposed(), kv_len, q_len
+        spec = next(one for one in gradient_specs(spec) if one.role != ROWS)  # all others go over columns
     if what is What.ir:
         write_or_print(_ir(sized, spec, after), output)
     elif what is What.tables:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from splatc.codegen.kernel import BACKWARD, COLUMNS, ROWS, KernelSpec
+from splatc.codegen.kernel import BACKWARD, COLUMNS, KEYS, ROWS, VALUES, KernelSpec
 
 FILE = Path(__file__).with_name("costs.json")
 
@@ -39,8 +39,9 @@ class Costs:
 CPU_CORE_FLOPS = 90e9
 PORTABLE_FLOPS = 18e12
 # Tiles of Hopper's gradients in forward tiles, for head dims up to 64 and beyond: five products for two, four, three.
-# Estimates, not calibrated, from dense rates in an experiment: 515, 620 and 630 TFLOP/s, and 586, 610 and 720.
-GRADIENT_TILES = {BACKWARD: (2.3, 2.3), COLUMNS: (1.5, 1.8), ROWS: (1.1, 1.5)}
+# Estimates, not calibrated, from dense rates in an experiment: 515, 620 and 630 TFLOP/s, and 586, 610 and 720. dV and
+# dK alone take two products and three: shares of COLUMNS.
+GRADIENT_TILES = {BACKWARD: (2.3, 2.3), COLUMNS: (1.5, 1.8), ROWS: (1.1, 1.5), VALUES: (0.8, 0.9), KEYS: (1.1, 1.4)}
 STARTING_TILES = 0.4  # what starting a row tile costs these two kernels, in tiles
 
 

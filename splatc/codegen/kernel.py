@@ -13,9 +13,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
 FORWARD, BACKWARD = "forward", "backward"
 ROWS, COLUMNS = "backward_rows", "backward_columns"  # a kernel each for dq, and for dk and dv
+VALUES, KEYS = "backward_values", "backward_keys"  # a kernel each for dv and for dk
+GRADIENTS = {BACKWARD: ("dq", "dk", "dv"), ROWS: ("dq",), COLUMNS: ("dk", "dv"), VALUES: ("dv",), KEYS: ("dk",)}
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
-WIDEST_GRADIENT = 128  # head dim: dK and dV of 64 keys stay in a warpgroup's registers
+WIDEST_IN_ONE_WALK = 128  # head dim: dK, dV and dQ stay in registers
+WIDEST_TOGETHER = 256  # d + dv: dK and dV of 64 keys stay in a warpgroup's registers
+MOST_PADDED = 384  # d + dv, in columns of 128 bytes: two stages of 64 rows of each fit beside 128 rows of each
 HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
 
 
@@ -28,7 +32,7 @@ class KernelSpec:
     "float64" (all in float64). The hopper kernel rounds the factors of float32 products to tf32.
     tile_m, tile_n: query rows and key columns of a tile. score: what is done to scores (ir/score.py).
     gather: some column tiles are lists of keys (hopper only). role: "forward", "backward" for the functions that
-    compute gradients, or, on Hopper, "backward_rows" and "backward_columns" for those that do it in two walks.
+    compute gradients; on Hopper, where GRADIENTS has them, also those of some of the gradients only.
     """
 
     kernel: str
@@ -101,13 +105,14 @@ def no_gradients(spec: KernelSpec) -> str | None:
         return "on GPUs gradients need the Hopper kernel (sm_90a, head dims that are multiples of 8, 16-bit types)"
     if spec.kernel == "hopper" and spec.dtype == "float32":
         return "on a GPU gradients are computed in float16 and bfloat16, not in float32"
-    if spec.kernel == "hopper" and max(spec.head_dim, spec.v_head_dim) > WIDEST_GRADIENT:
-        return f"on a GPU gradients are computed for head dims up to {WIDEST_GRADIENT}, not {spec.head_dim}"
     return None
 
 
 def gradient_spec(spec: KernelSpec) -> KernelSpec:
-    """The spec of the kernel for the gradients of a kernel; Unsupported if there is none."""
+    """The spec of the kernel for all gradients of a kernel; Unsupported if there are none.
+
+    Where gradients take two walks in any case it names no kernel, but what those over columns share: their tiles.
+    """
     if (why := no_gradients(spec)) is not None:
         raise Unsupported(why)
     if spec.kernel != "hopper":
@@ -115,18 +120,20 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
     score = replace(spec.score, sinks=False)  # LSE has them
     many = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
     gradient = replace(spec, role=BACKWARD, score=score, tile_m=128, gather=False)
-    return replace(gradient, tile_n=32 if _very_crowded(gradient) else 128 if many else 64)
+    return replace(gradient, tile_n=32 if _smallest_tiles(gradient) else 128 if many else 64)
 
 
-def two_walks(spec: KernelSpec) -> tuple[KernelSpec, KernelSpec]:
-    """The specs of the kernels for the gradients of a Hopper kernel in two walks: over rows and over columns.
+def two_walks(spec: KernelSpec) -> tuple[KernelSpec, ...]:
+    """The specs of the kernels for the gradients of a Hopper kernel in two walks: over rows; one or two over columns.
 
     Of the tiles that the first may have (``tile_shapes``), the most usual one.
     """
-    columns = replace(gradient_spec(spec), role=COLUMNS)
-    rows = replace(columns, role=ROWS)
+    gradient = gradient_spec(spec)
+    rows = replace(gradient, role=ROWS)
     tile_m, tile_n = tile_shapes(rows)[0]
-    return replace(rows, tile_m=tile_m, tile_n=tile_n), columns
+    together = _padded(spec, 16) <= WIDEST_TOGETHER
+    roles = (COLUMNS,) if together else (VALUES, KEYS)
+    return replace(rows, tile_m=tile_m, tile_n=tile_n), *(replace(gradient, role=role) for role in roles)
 
 
 def gradient_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
@@ -136,20 +143,24 @@ def gradient_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
 
 
 def only_two_walks(spec: KernelSpec) -> bool:
-    """Whether gradients take two walks whatever they cost: dQ in sums leaves no registers for biases and dropout."""
-    return spec.kernel == "hopper" and spec.score.positional
+    """Whether gradients take two walks whatever they cost: dQ in sums leaves no registers for biases and dropout, nor
+    for wide heads."""
+    widest = max(spec.head_dim, spec.v_head_dim)
+    return spec.kernel == "hopper" and (spec.score.positional or widest > WIDEST_IN_ONE_WALK)
 
 
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """The (tile_m, tile_n) worth considering, the most usual first (measured: docs/performance.md)."""
-    if spec.role in (BACKWARD, COLUMNS):
+    if spec.role in (BACKWARD, COLUMNS, VALUES, KEYS):
         return ((spec.tile_m, spec.tile_n),)
     if spec.kernel != "hopper":
         return (TILE,)
     widest = max(spec.head_dim, spec.v_head_dim)
     if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
         narrow = spec.score.positional or (spec.softcap and widest > 64)
-        return ((128, 32),) if _very_crowded(spec) else ((128, 64),) if narrow else ((128, 128), (128, 64))
+        if _smallest_tiles(spec):
+            return ((128, 32),)
+        return ((128, 64),) if narrow or widest > WIDEST_IN_ONE_WALK else ((128, 128), (128, 64))
     if _crowded(spec):
         return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
@@ -172,10 +183,18 @@ def _crowded(spec: KernelSpec) -> bool:
     return spec.score.positional and not few
 
 
-def _very_crowded(spec: KernelSpec) -> bool:
-    """Whether expressions on scores leave registers for the smallest tiles only, in gradients."""
-    many = 1 if max(spec.head_dim, spec.v_head_dim) > 64 else 2
-    return spec.score.positional and len(spec.score.names) > many
+def _smallest_tiles(spec: KernelSpec) -> bool:
+    """Whether there is room for the smallest tiles only, in gradients: expressions on scores and accumulators of wide
+    heads share registers; K and V of 128 keys (Q and dO of 128 queries) share memory with two stages of the others."""
+    widest, score = max(spec.head_dim, spec.v_head_dim), spec.score
+    if _padded(spec, 64) > MOST_PADDED or (widest > 192 and score):
+        return True
+    return score.positional and len(score.names) > (0 if widest > 128 else 1 if widest > 64 else 2)
+
+
+def _padded(spec: KernelSpec, step: int) -> int:
+    """Both head dims, each rounded up to a multiple of ``step``."""
+    return sum(-(-dim // step) * step for dim in (spec.head_dim, spec.v_head_dim))
 
 
 def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:

@@ -4,7 +4,8 @@ one walk     over the transposed mask's tiles, five products each: dK, dV, and d
              rows of q, k and v find bounds, clear the sums and round them.
 two walks    over the mask's tiles, three products each, for dQ, and the transposed mask's, four each, for dK and dV.
 
-Seven products are dearer than five, but the fewer tiles there are the more those passes count.
+Seven products are dearer than five, but the fewer tiles there are the more those passes count. Wide heads take two
+walks, the second of them twice: dV takes two products, dK three.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Sources:
     """What gradients of one mask are made from: plans by lengths.
 
     rows(q_len, kv_len): of the mask, for the kernel of dQ. columns(kv_len, q_len): of the transposed mask, for both
-    column kernels, of the specs ``one`` (with dQ) and ``two`` (without).
+    column kernels: of the spec ``one``, with dQ, and those of ``two``, without.
     """
 
     rows: Planner
     columns: Planner
     one: KernelSpec
-    two: KernelSpec
+    two: tuple[KernelSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,23 @@ class Walk:
 
 @dataclass(frozen=True)
 class Way:
-    """How gradients are computed: the walks of the kernels ``rows``, if there is one, and ``columns``.
+    """How gradients are computed: the walks of the kernel ``rows``, if there is one, and of ``columns``, which all go
+    the same ones.
 
     microseconds: predicted for a call.
     """
 
     rows: KernelSpec | None
-    columns: KernelSpec
+    columns: tuple[KernelSpec, ...]
     row_walks: tuple[Walk, ...]
     column_walks: tuple[Walk, ...]
     microseconds: float
 
     @property
     def walks(self) -> tuple[tuple[KernelSpec, Walk], ...]:
-        """All of them in order, and their kernels."""
+        """All of them in order, and a kernel of each."""
         rows = [(self.rows, one) for one in self.row_walks if self.rows is not None]
-        return (*rows, *((self.columns, one) for one in self.column_walks))
+        return (*rows, *((self.columns[0], one) for one in self.column_walks))
 
 
 def way_of(sources: Sources, shape: Shape, workers: int, wanted: str | None = None) -> Way:
@@ -89,7 +91,7 @@ def in_one_walk(sources: Sources, shape: Shape, workers: int) -> Way:
     moved += s.batch * s.heads * s.q_len * s.head_dim * (4 + 4 + item)
     columns = column_walks(sources.columns(s.kv_len, s.q_len), s, costs)
     time = predicted(columns) + passes(moved + prepared(s), 3, costs)
-    return Way(None, sources.one, (), columns, time)
+    return Way(None, (sources.one,), (), columns, time)
 
 
 def in_two_walks(sources: Sources, shape: Shape, workers: int) -> Way:
@@ -97,8 +99,9 @@ def in_two_walks(sources: Sources, shape: Shape, workers: int) -> Way:
     s, plan = shape, sources.rows(shape.q_len, shape.kv_len)
     costs = costs_of(plan.spec, workers)
     rows = tuple(Walk(one, work_of(one, s.batch, costs)) for one in plan.launches(s.heads, *MAX_VIEWS))
-    columns = column_walks(sources.columns(s.kv_len, s.q_len), s, costs_of(sources.two, workers))
-    time = predicted(rows) + predicted(columns) + passes(prepared(s), 1, costs)
+    each = [column_walks(sources.columns(s.kv_len, s.q_len), s, costs_of(one, workers)) for one in sources.two]
+    columns = each[-1]  # tables serve all kernels: long columns are cut for the last, which costs most
+    time = predicted(rows) + sum(map(predicted, each)) + passes(prepared(s), 1, costs)
     return Way(plan.spec, sources.two, rows, columns, time)
 
 

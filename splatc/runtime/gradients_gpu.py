@@ -10,7 +10,7 @@ from typing import Any
 
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
 from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
-from splatc.codegen.kernel import KernelSpec
+from splatc.codegen.kernel import GRADIENTS, KernelSpec
 from splatc.ir.terms import NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.bias_gradients import PARAMETERS, BiasGradients, without_pairs
@@ -91,7 +91,7 @@ class GpuGradients:
             way, tables = self._way(shape, on)
             call = Preparation(on, shape, way, tables, layouts, self._layout, self._cap, int(q.data_ptr()))
             rows = None if way.rows is None else self._functions(way.rows, on)
-            steps = call.steps(self._functions(way.columns, on), rows)
+            steps = call.steps([self._functions(one, on) for one in way.columns], rows)
             return GradientCall(on, call.sizes(), steps, tables, self._layout)
 
     def _functions(self, spec: KernelSpec, on: Gpu) -> tuple[Function, ...]:
@@ -116,7 +116,7 @@ def readable(x: Any) -> Any:
 @dataclass(frozen=True)
 class Seen:
     """The tensors that a kernel sees through row views and column views, and its results, through halves of row views;
-    sums: whether it may add up dQ, through column views."""
+    sums: whether it adds up dQ, through column views."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -126,7 +126,12 @@ class Seen:
 
 OF_QUERIES, OF_KEYS = ("q", "do", "statistics"), ("k", "v")
 OVER_ROWS = Seen(OF_QUERIES, OF_KEYS, ("dq",), sums=False)
-OVER_COLUMNS = Seen(OF_KEYS, OF_QUERIES, ("dk", "dv"), sums=True)
+
+
+def over_columns(spec: KernelSpec) -> Seen:
+    """What a column kernel sees."""
+    made = GRADIENTS[spec.role]
+    return Seen(OF_KEYS, OF_QUERIES, tuple(name for name in made if name != "dq"), sums="dq" in made)
 
 
 @dataclass(frozen=True)
@@ -174,20 +179,22 @@ class Preparation:
     def bound_blocks(self) -> int:
         return -(-self.shape.kv_len // bound_rows(self.shape.kv_len, self.widest))
 
-    def steps(self, columns: tuple[Function, ...], rows: tuple[Function, ...] | None) -> list[Step]:
+    def steps(self, columns: Sequence[tuple[Function, ...]], rows: tuple[Function, ...] | None) -> list[Step]:
         """In the order of their launches, of the functions of the kernels."""
         s, way = self.shape, self.way
         pairs, kv_pairs = s.batch * s.heads, s.batch * s.kv_heads
         blocks, first = -(-s.q_len // rows_of(self.widest)), len(way.row_walks)
         if rows is not None:
             prepare, walk, combine = rows
-            return [self._rows(prepare, pairs, blocks), *self._walks(way.row_walks, 0, OVER_ROWS, walk, combine),
-                    *self._walks(way.column_walks, first, OVER_COLUMNS, *columns)]  # fmt: skip
-        bounds, prepare, walk, combine, finish = columns
+            steps = [self._rows(prepare, pairs, blocks), *self._walks(way.row_walks, 0, OVER_ROWS, walk, combine)]
+            for spec, functions in zip(way.columns, columns, strict=True):
+                steps += self._walks(way.column_walks, first, over_columns(spec), *functions)
+            return steps
+        (spec,), ((bounds, prepare, walk, combine, finish),) = way.columns, columns
         return [
             self._rows(bounds, kv_pairs, self.bound_blocks, rows=bound_rows(s.kv_len, self.widest)),
             self._rows(prepare, pairs, blocks),
-            *self._walks(way.column_walks, first, OVER_COLUMNS, walk, combine),
+            *self._walks(way.column_walks, first, over_columns(spec), walk, combine),
             self._rows(finish, pairs, -(-s.q_len // rows_of(s.head_dim))),
         ]
 
@@ -201,9 +208,9 @@ class Preparation:
         """Launches over tiles, whose tables are those from number ``first`` on; then, of those with parts, the sums."""
         steps = []
         for i, one in enumerate(walks, first):
-            names = (*TABLES, "columns") if self.way.columns.score.positional else TABLES
+            names = (*TABLES, "columns") if self.way.columns[0].score.positional else TABLES
             addresses = {f"{name}_ptr": self.tables.address(i, name) for name in names}
-            beside = self.way.rows is not None and i == len(self.way.row_walks)  # the end of the walk over rows
+            beside = self.way.rows is not None and i == len(self.way.row_walks)  # the end of a walk for other results
             values: dict[str, float] = {"merge": int(one.launch.merge), "follow": int(not beside), **addresses}
             steps.append(self._walk(function, one, values, seen))
             if one.work.part_tiles:
@@ -247,8 +254,7 @@ class Preparation:
         values = {**values, "total": total, "member": one.member, "members": one.members}
         rows, cols = boxes_of(one.launch.row_views), boxes_of(one.launch.col_views)
         halves = [sub_box(box, WARPGROUPS) for box in rows]
-        summing = seen.sums and self.way.rows is None
-        shares = [sub_box(box, self.way.columns.tile_n // WARPGROUP_ROWS) for box in cols] if summing else []
+        shares = [sub_box(box, self.way.columns[0].tile_n // WARPGROUP_ROWS) for box in cols] if seen.sums else []
         for name, parts, limit in (("row", halves, MAX_VIEWS[0]), ("sum", shares, MAX_VIEWS[1])):
             for view in range(limit if parts else 0):
                 step = parts[min(view, len(parts) - 1)][1]

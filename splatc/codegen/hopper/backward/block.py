@@ -26,19 +26,20 @@ class Arguments:
 
     def __init__(self, s: Shape) -> None:
         rows, cols = MAX_VIEWS
-        self.k, self.v, self.dk, self.dv = (Maps(name, rows) for name in ("k", "v", "dk", "dv"))
+        keys = ("k", "v") if s.makes("dk") else ("k",)
+        self.keys, self.ends = ({name: Maps(name, rows) for name in names} for names in (keys, s.ends))
         self.q, self.do, self.statistics = (Maps(name, cols) for name in ("q", "do", "statistics"))
-        self.walked = [self.k, self.v, self.q, self.do, self.statistics]
-        if s.with_dq:
+        self.walked = [*self.keys.values(), self.q, self.do, self.statistics]
+        if s.makes("dq"):
             self.sums = Maps("sums", cols)
             self.walked.append(self.sums)
-        self.part_k, self.part_v = Maps("part_k", 1), Maps("part_v", 1)
+        self.parts = {name: Maps(f"part_{name[1:]}", 1) for name in s.ends}
         self.row_steps = [[int_arg(f"row_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(rows)]
-        if s.with_dq and s.halves_queries:
+        if s.makes("dq") and s.halves_queries:
             self.sum_steps = [[int_arg(f"sum_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(cols)]
         names = ("total", "blocks", "group", "member", "members", "merge")
         self.total, self.blocks, self.group, self.member, self.members, self.merge = map(int_arg, names)
-        if not s.with_dq:
+        if not s.makes("dq"):
             self.follow = int_arg("follow")
         self.scale = I.arg("scale", I.float32())
         self.cap = I.arg("cap", I.float32())
@@ -49,7 +50,7 @@ class Arguments:
         self.terms = TermArguments(s.score, table)
         if s.positional:
             self.positions = table("positions", "int32", KEYS)
-        for maps in (*self.walked, self.dk, self.dv, self.part_k, self.part_v):
+        for maps in (*self.walked, *self.ends.values(), *self.parts.values()):
             maps.declare()
 
 
@@ -64,17 +65,18 @@ class Block:
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
         pool = T.SMEMPool()
-        counts = {"k": s.key_stages, "v": s.key_stages, "q": STAGES, "do": STAGES}
-        if s.with_dq:
+        counts = {**dict.fromkeys(a.keys, s.key_stages), "q": STAGES, "do": STAGES}
+        if s.makes("dq"):
             counts["ds"] = STAGES
-        stages = {"k": s.k_bytes, "v": s.v_bytes, "q": s.q_bytes, "do": s.do_bytes, "ds": s.ds_bytes}
+        stages = {"k": s.k_slot, "v": s.v_bytes, "q": s.q_bytes, "do": s.do_bytes, "ds": s.ds_bytes}
+        self.stage_bytes = stages
         sizes = {name: count * stages[name] for name, count in counts.items()}
         ends = list(accumulate(sizes.values(), initial=0))  # multiples of 1024: these lie one after the other
         offsets = dict(zip(sizes, ends[:-1], strict=True))
         tiles = {name: pool.alloc((size // s.item_bytes,), s.dtype, align=1024) for name, size in sizes.items()}
-        self.k, self.v, self.q, self.do = (tiles[name] for name in ("k", "v", "q", "do"))
-        self.tile_places = partial(Places, self.k, offsets, stages)
-        if s.with_dq:
+        self.keys, self.q, self.do = {name: tiles[name] for name in a.keys}, tiles["q"], tiles["do"]
+        self.tile_places = partial(Places, tiles["k"], offsets, stages)
+        if s.makes("dq"):
             self.ds = tiles["ds"]
             self.sums = pool.alloc((WARPGROUPS * s.sum_bytes // 4,), "int32", align=1024)
         self.statistics = pool.alloc((STAGES * s.statistics_bytes // 4,), "float32", align=128)
@@ -84,12 +86,14 @@ class Block:
         if s.positional:
             self.heads = pool.alloc((STAGES,), "int32", align=8)  # the query head of the tile in a stage
         warps = 4 * WARPGROUPS
-        self.k_ring = Ring(pool, s.key_stages, readers=WARPGROUPS + s.with_dq)  # a third: who sends dQ
-        self.v_ring = Ring(pool, s.key_stages, readers=WARPGROUPS)
+        self.k_ring = Ring(pool, s.key_stages, readers=WARPGROUPS + s.makes("dq"))  # a third: who sends dQ
+        self.key_rings = {"k": self.k_ring}
+        if s.makes("dk"):
+            self.v_ring = self.key_rings["v"] = Ring(pool, s.key_stages, readers=WARPGROUPS)
         self.q_ring = Ring(pool, STAGES, readers=warps)
         self.do_ring = Ring(pool, STAGES, readers=warps)
-        self.rings = [self.k_ring, self.v_ring, self.q_ring, self.do_ring]
-        if s.with_dq:
+        self.rings = [*self.key_rings.values(), self.q_ring, self.do_ring]
+        if s.makes("dq"):
             self.ds_ring = Ring(pool, STAGES, readers=warps, writers=warps)
             self.sums_ring = Ring(pool, WARPGROUPS, readers=1, writers=4)  # a stage a warpgroup
             self.rings += [self.ds_ring, self.sums_ring]
@@ -100,7 +104,7 @@ class Block:
 
     def start(self) -> None:
         """Set up what the block shares. A walk without dQ may run beside the end of the walk over rows before it."""
-        start_block(self.thread, self.a.walked, self.rings, None if self.s.with_dq else self.a.follow)
+        start_block(self.thread, self.a.walked, self.rings, None if self.s.makes("dq") else self.a.follow)
 
     def slot(self, at: Cursor) -> Expr:
         """The stage of K and V that a cursor is at."""

@@ -1,4 +1,4 @@
-"""A consumer warpgroup: dK and dV of 64 keys of every column tile, and where wanted its share of dQ of every tile."""
+"""A consumer warpgroup: dK, dV or both of 64 keys of every column tile; where wanted its share of each tile's dQ."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.backward.block import Block
 from splatc.codegen.hopper.backward.products import Products
-from splatc.codegen.hopper.backward.scores import QuerySums, Scores
+from splatc.codegen.hopper.backward.scores import QuerySums, Scores, ValueScores
 from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MESSAGE, PART, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import (
@@ -28,7 +28,7 @@ from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, sto
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.ring import Ring
-from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS
+from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS, chunk
 from splatc.codegen.hopper.terms import Pairs, Terms
 from splatc.codegen.hopper.warpgroup import Warpgroup
 
@@ -36,8 +36,8 @@ BOTH = 1  # the named barrier of both warpgroups
 
 
 class End(NamedTuple):
-    """Where a result of a column tile goes: accumulators of 64 x dim, times a factor, through the place of K or V,
-    place[base:]."""
+    """Where a result of a column tile goes: accumulators o of 64 x dim, times a factor, through place[base:], the place
+    of K or V, whose ring it is."""
 
     o: Expr
     dim: int
@@ -51,18 +51,22 @@ class End(NamedTuple):
 
 
 class Consumer(Warpgroup):
-    """A warpgroup that computes 64 keys of every column tile, by four products of each of its tiles of queries.
+    """A warpgroup that computes dK and dV of 64 keys of every column tile, by four products of each of its tiles of
+    queries; or dK alone, by three.
 
     ptxas wants no product in flight at the end of the loop, so a pass of it begins with the products of one tile and
     ends with the scores of the next.
     """
+
+    kind_of_scores = Scores
 
     def run(self) -> None:
         b, s = self.block, self.s
         do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
         self.start_products()
-        self.dk, self.dv = (registers(name, ceil_div(dim, 16) * 8) for name, dim in (("dk", s.d), ("dv", s.dv)))
+        self.counts = {name: ceil_div(dim, 16) * 8 for name, dim in s.ends.items()}  # of accumulators
+        self.results = {name: registers(name, count) for name, count in self.counts.items()}
         self.bits = registers("mask", s.bit_words, "uint32")
         self.enter_rings()
         self.old_phase = Cell("old_phase", 0)
@@ -78,7 +82,8 @@ class Consumer(Warpgroup):
         """What products and the scores between them need."""
         b, s, a = self.block, self.s, self.a
         self.products = Products(s, b.tile_places(), self.me)
-        self.scores = Scores(s, a.scale, a.cap, b.statistics, b.lane, a.terms.kept if s.score.dropout else None)
+        self.scores = self.kind_of_scores(s, a.scale, a.cap, b.statistics, b.lane,
+                                          a.terms.kept if s.score.dropout else None)  # fmt: skip
         if s.positional:
             self.terms = Terms(a.terms)
 
@@ -88,32 +93,43 @@ class Consumer(Warpgroup):
         self.keys_at, self.at = b.k_ring.consumer("keys"), b.q_ring.consumer("q")
 
     def column_tile(self) -> None:
-        """dK and dV of 64 keys."""
+        """The results of 64 keys."""
         b = self.block
-        for array, count in ((self.dk, ceil_div(self.s.d, 16) * 8), (self.dv, ceil_div(self.s.dv, 16) * 8)):
-            for i in range(count):
+        for name, array in self.results.items():
+            for i in range(self.counts[name]):
                 store(array, i, T.float32(0.0))
         steps = let("steps", b.messages[b.slot(self.keys_at) * MESSAGE + TILES] * self.a.members)
         if self.s.positional:
             self.find_keys()
-        self.ask_scores()
-        b.v_ring.wait_full(self.keys_at)
-        self.ask_score_gradients()
-        self.take_scores()
+        self.first_tile()
         self.release_last_places()
         with loop(steps - 1) as done:
-            self.use(done > 0)
-            self.at.advance()
-            self.ask_scores()
-            self.settle(done > 0, pending=1)  # the scores
-            self.ask_score_gradients()
-            self.take_scores()
-        self.use(steps > 1)
-        self.settle(steps > 1, pending=0)
-        self.last()
+            self.next_tile(done > 0)
+        self.last_tile(steps > 1)
         self.at.advance()
         self.finish()
         self.keys_at.advance()
+
+    def first_tile(self) -> None:
+        """Scores and dP."""
+        self.ask_scores()
+        self.block.v_ring.wait_full(self.keys_at)
+        self.ask_score_gradients()
+        self.take_scores()
+
+    def next_tile(self, before: Expr) -> None:
+        """What a tile's scores and dP are for, and those of the next one. before: whether there was a tile before."""
+        self.use(before)
+        self.at.advance()
+        self.ask_scores()
+        self.settle(before, pending=1)  # the scores
+        self.ask_score_gradients()
+        self.take_scores()
+
+    def last_tile(self, before: Expr) -> None:
+        """What the last tile's scores and dP are for."""
+        self.use(before)
+        self.settle(before, pending=0)
 
     # -- scores of a tile ----------------------------------------------------------------------------------------------
 
@@ -127,8 +143,14 @@ class Consumer(Warpgroup):
 
     def take_scores(self) -> None:
         """Probabilities, masked; then dP has arrived too."""
-        b, stage = self.block, self.at.stage()
         wait_products(1)
+        self.take_probabilities()
+        wait_products(0)
+        fence(self.scores.dp, self.scores.count)
+
+    def take_probabilities(self) -> None:
+        """Those of scores that have arrived, masked."""
+        b, stage = self.block, self.at.stage()
         fence(self.scores.s, self.scores.count)
         if self.s.positional:
             self.begin_terms(stage)
@@ -136,8 +158,6 @@ class Consumer(Warpgroup):
         with when(b.masked[stage] != 0):
             self.read_bits_of(stage, self.bits)
             self.scores.mask(self.bits)
-        wait_products(0)
-        fence(self.scores.dp, self.scores.count)
 
     def find_keys(self) -> None:
         """Positions of this thread's two keys."""
@@ -156,29 +176,32 @@ class Consumer(Warpgroup):
     # -- what they are used for ----------------------------------------------------------------------------------------
 
     def use(self, before: Expr) -> None:
-        """Take dV of a tile and start its dK. before: whether there was a tile before."""
+        """Take dV of a tile, where that is wanted, and start its dK. before: whether there was a tile before."""
         self.used = stage = let("used", self.at.stage())
-        self.products.value_gradients(self.dv, self.scores.p, stage)
+        if self.s.makes("dv"):
+            self.products.value_gradients(self.results["dv"], self.scores.p, stage)
         self.scores.gradients(stage)
-        self.products.key_gradients(self.dk, self.scores.ds, stage)
-        wait_products(1)  # frees the registers of P: without that, ptxas finds too few for the next scores
-        fence(self.dv, ceil_div(self.s.dv, 16) * 8)
+        self.products.key_gradients(self.results["dk"], self.scores.ds, stage)
+        if self.s.makes("dv"):
+            wait_products(1)  # frees the registers of P: without that, ptxas finds too few for the next scores
+            self.take_result("dv")
         self.block.do_ring.release(stage, only=T.EQ(self.block.lane, 0))
 
     def settle(self, before: Expr, pending: int) -> None:
         """Wait for what ``use`` has left under way; ``pending`` products were started after it."""
         wait_products(pending)
-        fence(self.dk, ceil_div(self.s.d, 16) * 8)
+        self.take_result("dk")
         do(T.cuda.warp_sync())
         self.block.q_ring.release(self.used, only=T.EQ(self.block.lane, 0))
 
-    def last(self) -> None:
-        """What is left to do after the last tile."""
+    def take_result(self, name: str) -> None:
+        """A result that has been waited for may be used."""
+        fence(self.results[name], self.counts[name])
 
     # -- the end of a column tile --------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """dK and dV of this warpgroup's keys to where they belong, through the places of K and V."""
+        """The results of this warpgroup's keys to where they belong, through the places of K and V."""
         b, s, a = self.block, self.s, self.a
         batch, head, self.part, self.view, *x = b.message(
             self.keys_at, ("batch", BATCH), ("head", HEAD), ("part", PART), ("view", VIEW), ("x1", X1), ("x2", X2),
@@ -188,11 +211,10 @@ class Consumer(Warpgroup):
                       for at, one, two in zip(x, first, second, strict=True))  # fmt: skip
         self.box = Point(x1, x2, x3, batch, head)
         self.finish_products()
-        one, slot = T.float32(1.0), b.slot(self.keys_at)
-        mine = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
-        dk, dv = (mine + slot * (size // s.item_bytes) for size in (s.k_bytes, s.v_bytes))
-        ends = (End(self.dv, s.dv, s.dv_chunks, b.v, dv, one, a.dv, a.part_v, b.v_ring),
-                End(self.dk, s.d, s.d_chunks, b.k, dk, a.scale, a.dk, a.part_k, b.k_ring))  # fmt: skip
+        for place in b.keys.keys() - s.places.values():  # nothing leaves through it
+            b.key_rings[place].release(b.slot(self.keys_at), only=self.leader)
+        ends = [self.end(name) for name in s.places]
+        one = T.float32(1.0)
         merging = T.And(a.merge != 0, T.EQ(self.part, 0))
         with when(merging):
             self.load_earlier(ends)
@@ -215,6 +237,15 @@ class Consumer(Warpgroup):
                 wait_stores_read(len(ends) - 1 - n)
                 end.ring.release(0)
 
+    def end(self, name: str) -> End:
+        """Of the result with this name."""
+        b, s, a, place = self.block, self.s, self.a, self.s.places[name]
+        dim, factor = s.ends[name], a.scale if name == "dk" else T.float32(1.0)
+        mine = self.me * (WARPGROUP_ROWS * (ROW_BYTES // s.item_bytes))
+        base = mine + b.slot(self.keys_at) * (b.stage_bytes[place] // s.item_bytes)
+        return End(self.results[name], dim, ceil_div(dim, chunk(s.dtype)), b.keys[place], base, factor, a.ends[name],
+                   a.parts[name], b.key_rings[place])  # fmt: skip
+
     def release_last_places(self) -> None:
         """Give the places of the column tile before back as soon as its results have left, if they were not waited
         for."""
@@ -222,8 +253,8 @@ class Consumer(Warpgroup):
         if self.s.key_stages > 1:
             with when(T.And(self.leader, self.unreleased() != 0)):
                 wait_stores_read()
-                for ring in (b.v_ring, b.k_ring):
-                    ring.release(T.bitwise_xor(b.slot(self.keys_at), 1))
+                for place in self.s.places.values():
+                    b.key_rings[place].release(T.bitwise_xor(b.slot(self.keys_at), 1))
 
     def finish_products(self) -> None:
         """Until no product reads the keys and values that results will take the place of."""
@@ -231,10 +262,10 @@ class Consumer(Warpgroup):
 
     def load_earlier(self, ends: Sequence[End]) -> None:
         """Fetch what an earlier pass left of these keys to where the sums go."""
-        b, s = self.block, self.s
+        b = self.block
         full = b.old_ring.full(self.me)
         with when(self.leader):
-            b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * ROW_BYTES * (s.d_chunks + s.dv_chunks)))
+            b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * ROW_BYTES * sum(end.chunks for end in ends)))
             for end in ends:
                 load_tile(end.maps, self.view, self.box, end.place, end.base, end.chunks, KEYS, full)
         do(T.cuda.mbarrier_wait(full, self.old_phase()))
@@ -248,6 +279,49 @@ class Consumer(Warpgroup):
                 at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
                 store_tile(end.part_maps, T.int32(0), at, end.place, end.base, end.chunks, KEYS)
         commit_stores()
+
+
+class ValuesConsumer(Consumer):
+    """A warpgroup that computes dV alone, by two products: the exponentials of a tile beside dV of the one before."""
+
+    kind_of_scores = ValueScores
+    scores: ValueScores
+
+    def first_tile(self) -> None:
+        self.ask_scores()
+        wait_products(0)
+        self.take_probabilities()
+        self.leave_queries()
+        self.scores.pack()
+
+    def next_tile(self, before: Expr) -> None:
+        used = let("used", self.at.stage())
+        self.block.do_ring.wait_full(self.at)
+        self.at.advance()
+        self.ask_scores()
+        self.products.value_gradients(self.results["dv"], self.scores.p, used)
+        wait_products(1)  # the scores
+        self.take_probabilities()
+        self.leave_queries()
+        self.take_value_gradients(used)
+        self.scores.pack()
+
+    def last_tile(self, before: Expr) -> None:
+        used = let("used", self.at.stage())
+        self.block.do_ring.wait_full(self.at)
+        self.products.value_gradients(self.results["dv"], self.scores.p, used)
+        self.take_value_gradients(used)
+
+    def leave_queries(self) -> None:
+        """Q of a tile is done with, and what was read beside it."""
+        do(T.cuda.warp_sync())
+        self.block.q_ring.release(self.at.stage(), only=T.EQ(self.block.lane, 0))
+
+    def take_value_gradients(self, used: Expr) -> None:
+        """dV has arrived; its dO, in the stage ``used``, is done with."""
+        wait_products(0)
+        self.take_result("dv")
+        self.block.do_ring.release(used, only=T.EQ(self.block.lane, 0))
 
 
 class SummingConsumer(Consumer):
@@ -270,7 +344,7 @@ class SummingConsumer(Consumer):
     def use(self, before: Expr) -> None:
         """dV, dK and, for the tile ``before`` (if there is one), dQ, which stays in flight."""
         b, stage = self.block, self.at.stage()
-        self.products.value_gradients(self.dv, self.scores.p, stage)
+        self.products.value_gradients(self.results["dv"], self.scores.p, stage)
         self.scores.gradients(stage)
         b.ds_ring.wait_empty(self.ds_at)
         self.scores.stage_gradients(b.ds, self.ds_at.stage(), self.me * WARPGROUP_ROWS + b.warp * 16, b.lane)
@@ -278,7 +352,7 @@ class SummingConsumer(Consumer):
         do(T.cuda.warp_sync())
         with when(T.EQ(b.lane, 0)):
             b.ds_ring.fill(self.ds_at.stage())
-        self.products.key_gradients(self.dk, self.scores.ds, stage)
+        self.products.key_gradients(self.results["dk"], self.scores.ds, stage)
         with when(before):
             b.ds_ring.wait_full(self.made_at)
         # Without a tile before, the product of what lies there is dropped: products do not like branches.
@@ -286,8 +360,8 @@ class SummingConsumer(Consumer):
         self.sums.next_scale()
         self.sums.read_scale(stage)
         wait_products(1)
-        fence(self.dv, ceil_div(self.s.dv, 16) * 8)
-        fence(self.dk, ceil_div(self.s.d, 16) * 8)
+        self.take_result("dv")
+        self.take_result("dk")
         do(T.cuda.warp_sync())
         b.do_ring.release(stage, only=T.EQ(b.lane, 0))
         b.q_ring.release(stage, only=T.EQ(b.lane, 0))
@@ -300,8 +374,9 @@ class SummingConsumer(Consumer):
         with when(before):
             self.send()
 
-    def last(self) -> None:
-        """dQ of the last tile."""
+    def last_tile(self, before: Expr) -> None:
+        """And its dQ."""
+        super().last_tile(before)
         b = self.block
         b.ds_ring.wait_full(self.made_at)
         self.products.query_gradients(self.sums.dq, T.bitwise_xor(self.ds_at.stage(), 1))
@@ -329,4 +404,5 @@ class SummingConsumer(Consumer):
 
 def consumer_of(block: Block) -> Consumer:
     """The consumer for the block's sizes."""
-    return (SummingConsumer if block.s.with_dq else Consumer)(block)
+    s = block.s
+    return (SummingConsumer if s.makes("dq") else Consumer if s.makes("dk") else ValuesConsumer)(block)

@@ -27,7 +27,7 @@ from splatc.codegen.hopper.backward.consumer import consumer_of
 from splatc.codegen.hopper.backward.producer import Producer, Sender
 from splatc.codegen.hopper.backward.shape import THREADS, Shape, row_shape_of, shape_of
 from splatc.codegen.hopper.emit import do, when
-from splatc.codegen.kernel import BACKWARD, ROWS, KernelSpec
+from splatc.codegen.kernel import ROWS, KernelSpec
 
 NAME = "splatc_gradient_columns"
 
@@ -46,8 +46,8 @@ def gradients_hopper(spec: KernelSpec) -> Emitted:
         return emitted(modules, queries.NAME, r.threads, smem_bytes)
     s = shape_of(spec)
     kernel, smem_bytes = column_kernel(s)
-    modules = {NAME: kernel, combine.NAME: combine.combine_parts(s.dtype, {"dk": s.d, "dv": s.dv})}
-    if spec.role == BACKWARD:
+    modules = {NAME: kernel, combine.NAME: combine.combine_parts(s.dtype, s.ends)}
+    if s.makes("dq"):
         before = {rows.BOUNDS: rows.find_bounds(s), rows.PREPARE: rows.prepare_rows(s)}
         modules = {**before, **modules, rows.FINISH: rows.finish_rows(s)}
     return emitted(modules, NAME, s.threads, smem_bytes)
@@ -77,7 +77,7 @@ def column_kernel(s: Shape):
                         do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](s.registers[0]))
                         with when(T.EQ(block.warp, 0)), when(T.cuda.elect_sync()):
                             Producer(block).run()
-                        if s.with_dq:
+                        if s.makes("dq"):
                             with when(T.EQ(block.warp, 1)), when(T.cuda.elect_sync()):
                                 Sender(block).run()
                     with I.Else():

@@ -18,7 +18,7 @@ from splatc.codegen.hopper.copies import (
     wait_stores,
     wait_stores_read,
 )
-from splatc.codegen.hopper.emit import Cell, do, let, store, wait_for_kernels_before, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, store, wait_for_kernels_before, when
 from splatc.codegen.hopper.queue import Queue
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 
@@ -40,7 +40,7 @@ class Producer:
         store(b.messages, b.slot(self.keys_at) * MESSAGE + TILES, 0)
         b.k_ring.fill(b.slot(self.keys_at))
         self.queue.close()
-        if not self.s.with_dq:
+        if not self.s.makes("dq"):
             wait_for_kernels_before()  # what follows this kernel follows them too
 
     def column_tile(self) -> None:
@@ -55,20 +55,28 @@ class Producer:
             self.keys_at, ("k_batch", BATCH), ("k_head", HEAD), ("k_view", VIEW), ("k1", X1), ("k2", X2),
             ("k3", X3))  # fmt: skip
         at = Point(x1, x2, x3, batch, head)
-        b.k_ring.expect(slot, T.uint32(s.k_bytes))
-        load_tile(a.k, view, at, b.k, slot * (s.k_bytes // s.item_bytes), s.d_chunks, KEYS, b.k_ring.full(slot))
-        self.values_due = Cell("values_due", 1)  # V is asked for after the first Q: its place is free later than K's
+        self.keys("k", view, at, s.k_bytes, s.d_chunks)
+        late = s.makes("dk")  # V is asked for after the first Q: its place is free later than K's
+        if late:
+            self.values_due = Cell("values_due", 1)
         for tile in b.tiles(self.keys_at):
             self.queries(tile)
-            with when(self.values_due() != 0):
-                b.v_ring.wait_empty(self.keys_at)
-                b.v_ring.expect(slot, T.uint32(s.v_bytes))
-                load_tile(a.v, view, at, b.v, slot * (s.v_bytes // s.item_bytes), s.dv_chunks, KEYS,
-                          b.v_ring.full(slot))  # fmt: skip
-                self.values_due.set(0)
+            if late:
+                with when(self.values_due() != 0):
+                    b.v_ring.wait_empty(self.keys_at)
+                    self.keys("v", view, at, s.v_bytes, s.dv_chunks)
+                    self.values_due.set(0)
             self.output_gradients(tile)
             self.at.advance()
         self.keys_at.advance()
+
+    def keys(self, name: str, view: Expr, at: Point, size: int, chunks: int) -> None:
+        """Their K or V, of so many bytes."""
+        b, s = self.block, self.s
+        slot, ring, place = b.slot(self.keys_at), b.key_rings[name], b.keys[name]
+        base = slot * (b.stage_bytes[name] // s.item_bytes)
+        ring.expect(slot, T.uint32(size))
+        load_tile(self.a.keys[name], view, at, place, base, chunks, KEYS, ring.full(slot))
 
     def queries(self, tile: Tile) -> None:
         """Q with what each query needs to know, and the mask bits of the tile."""

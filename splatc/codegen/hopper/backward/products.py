@@ -121,7 +121,7 @@ class Products:
         self._dk = Product(16 * d, kind, None, downward(queries), (False, True), False)
         number = T.cast(me, "uint32")
         self._mine = let("my_rows", number * T.uint32(WARPGROUP_ROWS * ROW_BYTES // UNIT))
-        if not s.with_dq:
+        if not s.makes("dq"):
             return
         self._dq = Product(s.sum_width, kind, downward(keys), downward(keys), (True, True), True)
         # dQ: of my half of the queries (the next block of 64 in dS), or in my columns of K.

@@ -45,7 +45,8 @@ class Scores:
         self._natural = cap if s.softcap else scale
         self._unit = let("unit", self._natural * T.float32(LOG2E))
         self._twice = let("twice", scale / cap * T.float32(2 * LOG2E)) if s.softcap else None
-        self._apart = s.softcap or s.score.dropout
+        self._apart = s.makes("dk") and (s.softcap or s.score.dropout)
+        self._packed = s.makes("dv") or s.score.dropout or not self._apart  # whether anything is made from p
         self._mine = let("my_columns", lane % 4 * (2 * STATISTICS))
 
     def of_query(self, stage: Expr, register: int) -> tuple[Expr, Expr]:
@@ -72,23 +73,30 @@ class Scores:
                     store(self._pair, c, T.exp2(self.pairs.add(at, value * self._natural) * T.float32(LOG2E) - lse))
                 else:
                     store(self._pair, c, T.exp2(value * self._unit - lse))
-                if self._twice is not None:
+                if self._apart and self._twice is not None:
                     store(self._pair, 2 + c, self._pair[c] * (T.float32(1.0) - self._pair[2 + c] * self._pair[2 + c]))
                 elif self._apart:
                     store(self._pair, 2 + c, self._pair[c])
                 if score.dropout:
                     store(self._pair, c, self.pairs.kept(at, self._pair[c] * self._kept))
+            self._take_pair(word)
+
+    def _take_pair(self, word: int) -> None:
+        """A word's two probabilities, and where they are kept apart what of them the gradients take."""
+        if self._packed:
             self._pack(self.p, word, self._pair[0], self._pair[1])
-            if self._apart:
-                self._pack(self.ds, word, self._pair[2], self._pair[3])
+        if self._apart:
+            self._pack(self.ds, word, self._pair[2], self._pair[3])
 
     def _pack(self, words: Expr, at: int, low: Expr, high: Expr) -> None:
         do(T.ptx[f"cvt.rn.{PTX_TYPE[self._s.dtype]}x2.f32"](words[at], high, low))
 
     def mask(self, bits: Expr) -> None:
         """0 where the register's bit is clear. bits: words of a thread."""
-        for words in (self.p, self.ds) if self._apart else (self.p,):
-            mask_words(words, self.words, bits)
+        if self._packed:
+            mask_words(self.p, self.words, bits)
+        if self._apart:
+            mask_words(self.ds, self.words, bits)
 
     def gradients(self, stage: Expr) -> None:
         """ds = p (dp - delta), from p rounded; dp of a pair that was dropped, which p says, is 0."""
@@ -113,6 +121,22 @@ class Scores:
             at = stage * (KEYS * self._s.n) + i // 4 * (KEYS * width) + row * width + column16 * 8
             words = (self.ds[4 * i + j] for j in range(4))
             do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](target.ptr_to([at]), *words))
+
+
+class ValueScores(Scores):
+    """Probabilities of a tile for dV alone: they take the place of scores until ``pack`` makes an A operand of them."""
+
+    def _take_pair(self, word: int) -> None:
+        for c in range(2):
+            store(self.s, 2 * word + c, self._pair[c])
+
+    def mask(self, bits: Expr) -> None:
+        clear_masked(self.s, self.count, bits)
+
+    def pack(self) -> None:
+        """p, when the product with the one before is done."""
+        for word in range(self.words):
+            self._pack(self.p, word, self.s[2 * word], self.s[2 * word + 1])
 
 
 class RowScores:
@@ -193,14 +217,19 @@ class RowScores:
         """0 where the register's bit is clear, whatever it was. bits: words of a thread."""
         mask_words(self.ds, self.words, bits)
         if self._score.biases:
-            for i in range(self.count):
-                kept = T.bitwise_and(bits[i // 32], T.uint32(1 << (i % 32))) != T.uint32(0)
-                store(self.dp, i, T.if_then_else(kept, self.dp[i], T.float32(0.0)))
+            clear_masked(self.dp, self.count, bits)
 
 
 def capped(twice: Expr) -> Expr:
     """tanh(x) of twice x in the log2 domain: 1 - 2 / (1 + exp(2x))."""
     return T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(twice))
+
+
+def clear_masked(values: Expr, count: int, bits: Expr) -> None:
+    """0 for values whose bits are clear, one each."""
+    for i in range(count):
+        kept = T.bitwise_and(bits[i // 32], T.uint32(1 << (i % 32))) != T.uint32(0)
+        store(values, i, T.if_then_else(kept, values[i], T.float32(0.0)))
 
 
 def mask_words(words: Expr, count: int, bits: Expr) -> None:

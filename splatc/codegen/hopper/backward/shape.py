@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.shape import ROW_BYTES, SMEM_BYTES, WARPGROUP_ROWS, chunk, ring_stages
 from splatc.codegen.hopper.shape import Shape as TileShape
-from splatc.codegen.kernel import BACKWARD, KernelSpec
+from splatc.codegen.kernel import GRADIENTS, WIDEST_IN_ONE_WALK, KernelSpec
 from splatc.errors import Unsupported
-from splatc.ir.score import Score
+from splatc.ir.score import BlockBias, RelativeBias, Score
 
 KEYS = 128  # of a column tile: 64 a warpgroup
 WARPGROUPS = KEYS // WARPGROUP_ROWS
@@ -47,7 +47,7 @@ def bound_rows(kv_len: int, dim: int) -> int:
 class Shape:
     """A column tile of 128 keys by n queries; d, dv: head dims of q/k and v/o; float16 or bfloat16.
 
-    with_dq: whether the column kernel adds up dQ too, a fifth product of a tile.
+    results: what the column kernel computes, of ("dq", "dk", "dv"): dQ besides the other two only.
     """
 
     d: int
@@ -55,9 +55,24 @@ class Shape:
     n: int
     dtype: str
     score: Score
-    with_dq: bool
+    results: tuple[str, ...]
 
     item_bytes = 2
+
+    def makes(self, *names: str) -> bool:
+        """Whether all of these are among the results."""
+        return set(names) <= set(self.results)
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """Results that a column tile ends with, and their head dims."""
+        return {name: dim for name, dim in (("dk", self.d), ("dv", self.dv)) if self.makes(name)}
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Through whose place in shared memory they leave."""
+        own = {"dv": "v" if self.makes("dk") else "k", "dk": "k"}
+        return {name: place for name, place in own.items() if self.makes(name)}
 
     @property
     def softcap(self) -> bool:
@@ -90,9 +105,19 @@ class Shape:
         return KEYS * ROW_BYTES * self.dv_chunks
 
     @property
+    def k_slot(self) -> int:
+        """Bytes of a K stage: dV leaves through it too where there is no V."""
+        return self.k_bytes if self.makes("dk") else max(self.k_bytes, self.v_bytes)
+
+    @property
+    def key_bytes(self) -> int:
+        """Of a stage of K and, which dK alone takes, V."""
+        return self.k_slot + (self.v_bytes if self.makes("dk") else 0)
+
+    @property
     def key_stages(self) -> int:
-        """Stages of K and V: without dQ there is room for those of the next column tile."""
-        return 1 if self.with_dq else 2
+        """Stages of K and V: where there is room, those of the next column tile are copied in early."""
+        return 2 if not self.makes("dq") and self.tile_bytes + 2 * self.key_bytes <= SMEM_BYTES else 1
 
     @property
     def q_bytes(self) -> int:
@@ -143,27 +168,42 @@ class Shape:
         return WARPGROUP_ROWS * ROW_BYTES * self.sum_chunks
 
     @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory: tiles, and a page for barriers and messages."""
+    def tile_bytes(self) -> int:
+        """Dynamic shared memory besides that of keys: tiles of queries, and a page for barriers and messages."""
         stage = self.q_bytes + self.do_bytes + self.statistics_bytes + self.bits_bytes
-        of_dq = STAGES * self.ds_bytes + WARPGROUPS * self.sum_bytes if self.with_dq else 0
-        return self.key_stages * (self.k_bytes + self.v_bytes) + STAGES * stage + of_dq + 1024
+        of_dq = STAGES * self.ds_bytes + WARPGROUPS * self.sum_bytes if self.makes("dq") else 0
+        return STAGES * stage + of_dq + 1024
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.key_stages * self.key_bytes + self.tile_bytes
 
     @property
     def registers(self) -> tuple[int, int]:
         """(producer, consumer) registers a thread, as setmaxnreg takes them: three times 168 in all."""
         return 40, 232
 
+    @property
+    def most_registers(self) -> int:
+        """Live registers up to which ptxas was seen to spill nothing: expressions on scores take some."""
+        return 192 if len(self.score.names) <= 1 else 160
+
+    @property
+    def live_registers(self) -> int:
+        """Registers that a consumer thread holds through the loop: the results, scores, and dP or, for dV alone, P."""
+        scores = self.n if self.makes("dk") else self.n * 3 // 4
+        return scores + sum(ceil_div(dim, 16) * 8 for dim in self.ends.values())
+
 
 def shape_of(spec: KernelSpec) -> Shape:
     """The sizes that a spec asks for; raises Unsupported for what there is no kernel for."""
-    s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.score, spec.role == BACKWARD)
-    if s.with_dq and s.positional:
-        raise Unsupported(f"{spec.name}: gradients with biases or dropout take two walks")
-    if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)) and (s.with_dq or spec.tile_n != 32):
+    s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.score, GRADIENTS[spec.role])
+    if s.makes("dq") and (s.positional or max(s.d, s.dv) > WIDEST_IN_ONE_WALK):
+        raise Unsupported(f"{spec.name}: gradients of wide heads, with biases or dropout take two walks")
+    if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)) and (s.makes("dq") or spec.tile_n != 32):
         raise Unsupported(f"{spec.name}: gradients are computed by tiles of {KEYS} keys by 64 or 128 queries")
-    if s.smem_bytes > SMEM_BYTES:
-        raise Unsupported(f"{spec.name}: a tile does not fit the shared memory of sm_90a")
+    if s.smem_bytes > SMEM_BYTES or s.live_registers > s.most_registers:
+        raise Unsupported(f"{spec.name}: a tile fits neither the shared memory nor the registers of sm_90a")
     return s
 
 
@@ -203,6 +243,12 @@ class RowShape(TileShape):
     def live_registers(self) -> int:
         """S, dP and dQ: when dQ of a tile has arrived, its dS is done with."""
         return self.n + ceil_div(self.d, 16) * 8
+
+    @property
+    def most_registers(self) -> int:
+        """With two tables of biases what is summed up for their gradients takes more than other expressions do."""
+        both = self.score.has(RelativeBias) and self.score.has(BlockBias)
+        return min(super().most_registers - 24, 128) if both else super().most_registers
 
 
 def row_shape_of(spec: KernelSpec) -> RowShape:
