@@ -19,7 +19,7 @@ from tests import library
 PORTABLE = Schedule()
 # Cutting rows is free: wherever it helps at all, it is done.
 EAGER = Costs(tile=1.0, bits=0.0, item=0.0, launch=0.0, combine=0.0, bandwidth=1e6, workers=7, source="a test")
-TILES = [(64, 64), (128, 128), (192, 128), (128, 64), (128, 112), (64, 80), (192, 96)]
+TILES = [(64, 64), (128, 128), (192, 128), (128, 64), (128, 32), (128, 112), (64, 80), (192, 96)]
 FIELDS = {"work": 2, "items": 8, "entries": 8, "row_views": 12, "col_views": 12}
 
 

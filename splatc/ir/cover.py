@@ -274,14 +274,14 @@ def _shapes(
     blocks, bits = [np.zeros((0, 6), np.int64)], [np.zeros((0, BLOCK), np.uint64)]
     for remainder, view in shared:
         lanes_q, lanes_k = rows.lanes, cols[view].lanes
-        if lanes_q % BLOCK or lanes_k % BLOCK:
+        if lanes_q % BLOCK or (lanes_k % BLOCK and BLOCK % lanes_k):
             raise Unsupported(f"blocks of 64 x 64 bits do not fit tiles of {lanes_q} x {lanes_k}: use multiples of 64")
-        q, k = remainder.rows * BLOCK, remainder.cols * BLOCK
+        q, k, words = _split_blocks(remainder, lanes_k)
         number = np.arange(len(q)) + sum(len(b) for b in bits)
         blocks.append(
             np.stack([q // lanes_q, np.full_like(q, view), k // lanes_k, number, q % lanes_q, k % lanes_k], axis=1)
         )
-        bits.append(remainder.bits)
+        bits.append(words)
     block = np.concatenate(blocks)
     across = max((tile_count(view) for view in cols), default=1)
     key = np.concatenate([(t[:, 0] * len(cols) + t[:, 1]) * across + t[:, 2] for t in (spans, block)])
@@ -304,6 +304,18 @@ def _shapes(
     outer = tiles // across
     entries = np.stack([outer // len(cols), outer % len(cols), tiles % across, np.ones_like(shape), 1 + shape], axis=1)
     return entries, Shapes(len(representative), shape_spans[order], shape_blocks, np.concatenate(bits))
+
+
+def _split_blocks(remainder: BlockBits, lanes_k: int) -> tuple[Ints, Ints, NDArray[np.uint64]]:
+    """(first row, first column, bits) of the blocks, cut where tiles are narrower: bits beyond a tile are then 0."""
+    q, k, bits = remainder.rows * BLOCK, remainder.cols * BLOCK, remainder.bits
+    if lanes_k >= BLOCK:
+        return q, k, bits
+    inside = np.uint64((1 << lanes_k) - 1)
+    first = np.arange(0, BLOCK, lanes_k)
+    parts = bits[:, None] >> first.astype(np.uint64)[None, :, None] & inside
+    block, part = np.nonzero(parts.any(axis=2))
+    return q[block], k[block] + first[part], parts[block, part]
 
 
 def _check_equal(content: Ints, where: Ints, mixed: NDArray[np.uint64], model: Ints) -> None:
@@ -366,8 +378,9 @@ def paint(shapes: Shapes, chosen: slice, lanes_q: int, lanes_k: int) -> NDArray[
         np.add.at(steps, row + end, np.int8(-1))
         painted[:some] = np.cumsum(steps.reshape(some, lanes_q, -1), axis=2, dtype=np.int8)[:, :, :lanes_k]
     blocks = shapes.blocks[(shapes.blocks[:, 0] >= first) & (shapes.blocks[:, 0] < chosen.stop)]
-    if len(blocks):  # tiles are whole blocks then, see _shapes
+    if len(blocks):  # tiles are whole blocks then, or as many rows of parts of blocks, see _shapes
         number, index, lane0, col0 = blocks.T
-        grid = painted.reshape(n, lanes_q // BLOCK, BLOCK, lanes_k // BLOCK, BLOCK).transpose(0, 1, 3, 2, 4)
-        grid[number - first, lane0 // BLOCK, col0 // BLOCK] |= unpack(shapes.bits[index])
+        width = min(lanes_k, BLOCK)
+        grid = painted.reshape(n, lanes_q // BLOCK, BLOCK, lanes_k // width, width).transpose(0, 1, 3, 2, 4)
+        grid[number - first, lane0 // BLOCK, col0 // width] |= unpack(shapes.bits[index])[..., :width]
     return painted

@@ -210,7 +210,8 @@ def shape_of(spec: KernelSpec) -> Shape:
     for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
         shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, spec.gather,
                       stages, q_stages, staged)  # fmt: skip
-        if shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers:
+        fits = shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers
+        if fits and not (q_stages > 1 and shape.wide and not turned):  # a second Q stage takes a register
             return shape
     raise Unsupported(
         f"head dims {spec.head_dim} and {spec.v_head_dim} with tiles of {spec.tile_m} x {spec.tile_n} fit neither the "
