@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from splatc.codegen.kernel import KernelSpec, gradient_spec, kernel_spec, two_wa
 from splatc.codegen.target import Target
 from splatc.compile import best_plan, make_plan
 from splatc.config import GRADIENT_WALKS
+from splatc.ir.score import score_of
+from splatc.ir.terms import Terms
 from splatc.patterns.heads import heads_of
+from splatc.runtime.bias_gradients import BiasGradients
 from splatc.runtime.gradient_walks import Sources, way_of
 from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.kernel import Kernel
@@ -186,3 +190,62 @@ def test_the_faster_way() -> None:
     assert chosen(P.full()) == chosen(P.causal()) == "one"
     assert chosen(P.window(256, 0)) == chosen(BLOCKS) == "two"
     assert chosen(P.full(), "two") == "two" and chosen(P.window(256, 0), "one") == "one"
+
+
+def test_terms_reach_every_kernel(tmp_path: Path) -> None:
+    """Launches know every parameter that generated functions have (else VerifyError), and fill in those of terms."""
+    forward = kernel_spec(D, DV, "float16", HOPPER, score_of(False, True, True, True, True, True))
+    driver = FakeDriver({}, {}, sms=3)
+    gpu = fake_gpu(driver, FakeTorch())
+
+    def find(spec: KernelSpec) -> Kernel:
+        built = tmp_path / spec.role
+        built.mkdir()
+        functions = []
+        for name, parameters in signatures(spec).items():
+            unique = f"{spec.role} {name}"
+            driver.parameters[unique], driver.kernels[unique] = parameters, lambda grid, **values: None
+            functions.append({"name": unique, "threads": 128, "smem_bytes": 1024, "parameters": parameters})
+        write_built(built, functions)
+        return Kernel(spec, built)
+
+    sources = Sources(lambda q_len, kv_len: best_plan(MIXED, q_len, kv_len, two_walks(forward)[0]),
+                      lambda kv_len, q_len: make_plan(MIXED.transposed(), kv_len, q_len, gradient_spec(forward)),
+                      gradient_spec(forward), two_walks(forward)[1:])  # fmt: skip
+    gradients = GpuGradients(sources, find, "bhsd", 0.0, "two", lambda _: gpu)
+    q, k, v, o, do = (torch.randn(1, 2, 300, dim).half() for dim in (D, D, DV, DV, DV))
+    terms = Terms(torch.rand(2), torch.randn(2, 41), torch.randn(2, 5, 5), torch.randn(2), torch.tensor([7]),
+                  block_size=64, shift=3, dropout_p=0.25)  # fmt: skip
+    lse = torch.randn(1, 2, 300)
+    shape = Shape(1, 2, 2, 300, 300, D, DV, "float16", "cuda:0")
+    got = gradients(shape, q, k, v, o, lse, do, None, 0.1, terms)
+    assert [x.shape for x in got[3:]] == [x.shape for x in terms.learnable]
+    walked = [values for name, _, values in driver.launched if "rows_kernel" in name or "columns_kernel" in name]
+    assert len(walked) >= 2
+    for values in walked:
+        assert values["relative_ptr"] == terms.relative_bias.data_ptr() and values["reach"] == 20
+        assert (values["block_size"], values["block_rows"], values["block_cols"], values["shift"]) == (64, 5, 5, 3)
+        assert values["threshold"] == 2**30 and values["kept"] == pytest.approx(4 / 3)
+    rows = [values for values in walked if "relative_sums_ptr" in values]
+    assert rows and all(values["relative_sums_ptr"] and values["powers_ptr"] for values in rows)
+    columns = [values for values in walked if "follow" in values]
+    assert [values["follow"] for values in columns] == [0, *[1] * (len(columns) - 1)]  # the first overlaps the rows
+    assert len({values["queue_ptr"] for values in walked}) == len(walked)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-3, 1.0, 1e4])
+def test_sums_of_biases_fit_and_are_precise(factor: float) -> None:
+    """The power is within a factor of 4 of the largest with which every sum of score gradients stays below 2^62."""
+    generator = torch.Generator().manual_seed(0)
+    do, v = (torch.randn(1, 2, 128, 16, generator=generator, dtype=torch.float32) for _ in range(2))
+    do *= factor
+    shape = Shape(1, 2, 2, 128, 128, 16, 16, "float16", "cuda:0")
+    terms = Terms(alibi_slopes=torch.ones(2), relative_bias=torch.zeros(2, 9), dropout_p=0.5)
+    biases = BiasGradients(terms, shape, do, v, torch.zeros(1, 2, 128))
+    tables, slopes = biases.powers.double().tolist()
+    bound = 128 * 2 * 2 * float(do.norm(dim=-1).max() * v.norm(dim=-1).max())
+    if factor == 1e-30:  # no larger ones
+        assert tables == slopes == 2.0**100
+    else:
+        assert slopes * 128 == tables and tables == 2.0 ** round(math.log2(tables))
+        assert 2.0**60 < tables * bound <= 2.0**62

@@ -30,13 +30,13 @@ class BiasGradients:
         self._terms = terms
         self._sums = {name: torch.zeros(x.shape, dtype=torch.int64, device=x.device) for name, field in SUMS.items()
                       if (x := getattr(terms, field)) is not None}  # fmt: skip
-        self._powers: Any = _powers(terms, shape, do, v, dlse) if self._sums else None
+        self.powers: Any = _powers(terms, shape, do, v, dlse) if self._sums else None
 
     @property
     def values(self) -> dict[str, float]:
         """The kernel's parameters."""
         sums = {f"{name}_ptr": x.data_ptr() for name, x in self._sums.items()}
-        return {**PARAMETERS, **sums, **({} if self._powers is None else {"powers_ptr": self._powers.data_ptr()})}
+        return {**PARAMETERS, **sums, **({} if self.powers is None else {"powers_ptr": self.powers.data_ptr()})}
 
     def results(self, lse: Any, delta: Any) -> list[Any]:
         """The gradients of what there is of ``terms.learnable``, once the kernels run; NaN for heads with a delta that
@@ -47,7 +47,7 @@ class BiasGradients:
         if self._sums:
             bad = ~torch.isfinite(delta).all(2).all(0)
             for name, sums in self._sums.items():
-                power = self._powers[1 if name == SLOPES else 0].double()
+                power = self.powers[1 if name == SLOPES else 0].double()
                 wrong = bad.view(-1, *[1] * (sums.ndim - 1))
                 found.append((sums.double() / power).masked_fill(wrong, math.nan).float())
         if self._terms.sinks is not None:
