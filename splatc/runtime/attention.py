@@ -181,7 +181,7 @@ class CompiledAttention:
             if traced or torch._C._is_any_autocast_enabled():
                 q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
             if traced or self._must_differentiate(torch, q, k, v, terms):
-                return self._by_operator(q, k, v, scale, return_lse, enable_gqa, terms)
+                return self._differentiable(q, k, v, scale, return_lse, enable_gqa, terms)
         o, lse = self.run(q, k, v, scale, enable_gqa, terms)
         return (o, lse) if return_lse else o
 
@@ -221,12 +221,13 @@ class CompiledAttention:
             raise Unsupported(f"{self._refused}: {DETACH}")
         return bool(grad)
 
-    def _by_operator(self, q: Any, k: Any, v: Any, scale: Any, return_lse: bool, enable_gqa: bool,
-                     terms: Terms | None) -> Any:  # fmt: skip
+    def _differentiable(self, q: Any, k: Any, v: Any, scale: Any, return_lse: bool, enable_gqa: bool,
+                        terms: Terms | None) -> Any:  # fmt: skip
         from splatc.runtime import torch_ops
 
         number = None if scale is None else float(scale)
-        o, lse = torch_ops.attention(q, k, v, self._handle, number, enable_gqa, *(terms or NO_TERMS).arguments)
+        given = q, k, v, self._handle, number, enable_gqa, *(terms or NO_TERMS).arguments
+        o, lse = torch_ops.differentiable(*given)
         return (o, lse) if return_lse else o
 
     def _run_on_cpu(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,

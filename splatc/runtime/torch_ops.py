@@ -10,6 +10,7 @@ the gradients of those of its tensors that are there, without the seed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,16 +80,46 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
     ctx.set_materialize_grads(False)  # mostly nobody asks for gradients of lse
 
 
-def _backward(ctx: Any, do: Any, dlse: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, do: Any, dlse: Any, run: Callable[..., Any] = attention_backward) -> tuple[Any, ...]:
     q, k, v, o, lse, *tensors = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, dterms = attention_backward(q, k, v, o, lse, do, dlse, *ctx.options, *tensors, *ctx.numbers)
+    dq, dk, dv, dterms = run(q, k, v, o, lse, do, dlse, *ctx.options, *tensors, *ctx.numbers)
     left = iter(dterms)
     of_terms = (None if x is None else next(left) for x in tensors[: len(LEARNABLE)])
     return dq, dk, dv, None, None, None, *of_terms, None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without operators, which take PyTorch longer each way than all else that is done on the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Any, Any]:
+        q, k, v, mask, scale, enable_gqa, *terms = inputs
+        o, lse = find(mask).run(q, k, v, scale, enable_gqa, _or_none(Terms(*terms)))
+        _save(ctx, inputs, (o, lse))
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Any, dlse: Any) -> tuple[Any, ...]:
+        def run(q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: Any, enable_gqa: bool,
+                *terms: Any) -> Any:  # fmt: skip
+            return find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(Terms(*terms)))
+
+        again = torch.is_grad_enabled()  # a graph of this is made: the operator refuses to be differentiated
+        return _backward(ctx, do, dlse, attention_backward if again else run)
+
+
+def differentiable(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
+    """(o, lse) with a way back: by the operator wherever anything but autograd must see it."""
+    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if seen or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (q, k, v)):
+        o, lse = attention(q, k, v, *options)
+    else:
+        o, lse = _Eager.apply(q, k, v, *options)  # type: ignore[no-untyped-call]
+    return o, lse
 
 
 def _no_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # eager calls are refused before
