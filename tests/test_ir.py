@@ -284,9 +284,18 @@ def test_a_tile_beyond_the_keys_is_detected():
 
 def test_blocks_of_bits_need_tiles_that_hold_them():
     mask = np.random.default_rng(0).random((100, 100)) < 0.5
-    for tile in ((32, 64), (64, 32)):
+    for tile in ((32, 64), (64, 48)):
         with pytest.raises(Unsupported, match="64 x 64 bits do not fit"):
             run_passes(lower(ACSR.from_dense(mask)), Schedule(*tile))
+
+
+@pytest.mark.parametrize("density", [0.002, 0.05, 0.5])
+@pytest.mark.parametrize("lanes_k", [16, 32])
+def test_narrow_tiles_hold_parts_of_blocks(density: float, lanes_k: int):
+    mask = np.random.default_rng(1).random((300, 333)) < density
+    program = run_passes(lower(ACSR.from_dense(mask)), Schedule(128, lanes_k))
+    found = [elements(domain) for _, domain in program.domains if isinstance(domain, Cover)]
+    assert np.array_equal(np.logical_or.reduce(found), mask)
 
 
 def faults() -> dict[str, tuple[Program, str]]:
