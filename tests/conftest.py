@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from splatc.runtime.tuned import NAME
+
 GOLDEN = Path(__file__).parent / "golden"
 
 settings.register_profile("splatc", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
@@ -32,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ.pop("SPLATC_CACHE_DIR", None)
 
         config.add_cleanup(forget)
+
+
+@pytest.fixture
+def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What tunings are remembered in: of an own cache folder, which does not exist yet."""
+    monkeypatch.setenv("SPLATC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPLATC_DISABLE_CACHE", raising=False)
+    return tmp_path / "cache" / NAME
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ from splatc.bench.gpu.measure import Job
 from splatc.bench.gpu.peers import BUILDERS, Contestant, boolean_matrix
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.shapes import Shape
-from tests.test_bench_gpu import SMALL, TINY, VirtualDevice, absent, boom, change, entry, good, record, session
+from tests.bench_results import change, entry, good, record
+from tests.test_bench_gpu import SMALL, TINY, VirtualDevice, absent, boom, session
 
 torch = pytest.importorskip("torch")
 

@@ -13,8 +13,9 @@ from splatc.bench.gpu import suites
 from splatc.bench.gpu.measure import Session
 from splatc.cli import bench
 from splatc.cli.main import run
+from tests.bench_results import change, good
 from tests.test_bench import section
-from tests.test_bench_gpu import SMALL, change, good
+from tests.test_bench_gpu import SMALL
 
 FORMER = "# Performance\n\nWords.\n\n<!-- bench:cpu begin -->\nFORMER\n<!-- bench:cpu end -->\n\nMore.\n\n" \
          "<!-- bench:gpu begin: from splatc bench -->\nFORMER\n<!-- bench:gpu end -->\n\nThe end.\n"  # fmt: skip

@@ -27,7 +27,7 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
-from splatc.codegen.cpu_score import TermArguments, Terms, match_terms
+from splatc.codegen.cpu_score import TermArguments, TermEmitter, match_terms
 from splatc.codegen.cpu_tile import Scratch, Shape, emit_tile
 from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, load
 from splatc.codegen.cpu_walk import (
@@ -113,7 +113,7 @@ def emit_worker(
     """All items of one worker, one after the other; factor and cap are in the log2 domain."""
     cap = I.Bind(T.Broadcast(cap, s.lanes))
     b = Scratch(s)
-    terms = Terms(s, arguments, cap, b.row_pos, b.col_pos)
+    terms = TermEmitter(s, arguments, cap, b.row_pos, b.col_pos)
     group = group_size(t.q, t.k)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:

@@ -39,7 +39,7 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
-from splatc.codegen.cpu_score import TermArguments, Terms, match_terms
+from splatc.codegen.cpu_score import TermArguments, TermEmitter, match_terms
 from splatc.codegen.cpu_tile import Bits, Shape, emit_dots, emit_guard, emit_weighted_sum
 from splatc.codegen.cpu_vector import LOG2E, Expr, exp2, load, scratch, store
 from splatc.codegen.cpu_walk import (
@@ -145,7 +145,7 @@ class Scratch:
         self.sum1t = s.scratch(s.m * s.d_pitch)  # over columns: dS * y1
         self.rows = s.scratch(s.m * max(s.d_pitch, s.dv_pitch))
         self.row_pos, self.col_pos = scratch(s.m, "int32"), scratch(s.n, "int32")
-        self.terms = Terms(s, terms, cap, self.row_pos, self.col_pos, queries_are_rows)
+        self.terms = TermEmitter(s, terms, cap, self.row_pos, self.col_pos, queries_are_rows)
 
 
 def _query_gradient(s: Shape) -> Expr:

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.cpu_pack import At, emit_fill
-from splatc.codegen.cpu_score import Terms
+from splatc.codegen.cpu_score import TermEmitter
 from splatc.codegen.cpu_tile import Shape
 from splatc.codegen.cpu_vector import Expr, load, scratch, store
 from splatc.codegen.cpu_walk import match_array
@@ -48,7 +48,7 @@ def match_bias_gradients(s: Shape, rows: tuple[Expr, ...]) -> BiasGradients:
 class BiasSums:
     """A worker's sums; lanes are queries."""
 
-    def __init__(self, s: Shape, outputs: BiasGradients, terms: Terms, worker: Expr) -> None:
+    def __init__(self, s: Shape, outputs: BiasGradients, terms: TermEmitter, worker: Expr) -> None:
         self.s, self.outputs, self.terms, self.worker = s, outputs, terms, worker
         self.ds = s.scratch(s.n * s.width)  # of one block, 0 where there is no query
         self.slopes = s.scratch(s.m) if outputs.slopes is not None else None

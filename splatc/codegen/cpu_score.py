@@ -86,7 +86,7 @@ class Side:
                 I.buffer_store(self.words, query_word(a.seed[0], batch, head, self.pos[i]), [i])
 
 
-class Terms:
+class TermEmitter:
     """What is done to the scores and probabilities of a worker, tile by tile."""
 
     def __init__(self, s: Shape, a: TermArguments, cap: Expr, row_pos: Expr, col_pos: Expr,
@@ -166,19 +166,19 @@ def cap_score(score: Expr, cap: Expr, s: Shape) -> tuple[Expr, Expr]:
     return T.Select(x < zero, zero - size, size), s.constant(4.0) * e / ((one + e) * (one + e))
 
 
-def _alibi(t: Terms, score: Expr, j: Expr, row: Expr) -> Expr:
+def _alibi(t: TermEmitter, score: Expr, j: Expr, row: Expr) -> Expr:
     return score - t.slope * t.emit_distance(j, row)
 
 
-def _relative(t: Terms, score: Expr, j: Expr, row: Expr) -> Expr:
+def _relative(t: TermEmitter, score: Expr, j: Expr, row: Expr) -> Expr:
     return score + t.a.relative[t.head, t.emit_offset(j, row)] * t.s.constant(LOG2E)
 
 
-def _block(t: Terms, score: Expr, j: Expr, row: Expr) -> Expr:
+def _block(t: TermEmitter, score: Expr, j: Expr, row: Expr) -> Expr:
     return score + t.a.block[t.head, t.emit_block(j, row)] * t.s.constant(LOG2E)
 
 
-EMITTERS: dict[type[Step], Callable[[Terms, Expr, Expr, Expr], Expr]] = {
+EMITTERS: dict[type[Step], Callable[[TermEmitter, Expr, Expr, Expr], Expr]] = {
     Alibi: _alibi, RelativeBias: _relative, BlockBias: _block,
 }  # fmt: skip
 

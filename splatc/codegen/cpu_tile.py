@@ -18,7 +18,7 @@ from splatc.codegen.cpu_vector import Expr, Register, constant, exp2, load, scra
 from splatc.ir.score import Score
 
 if TYPE_CHECKING:
-    from splatc.codegen.cpu_score import Terms
+    from splatc.codegen.cpu_score import TermEmitter
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Bits:
         return T.NE(T.bitwise_and(T.Broadcast(word, s.lanes), test), constant(0, s.lanes, "uint32"))
 
 
-def emit_tile(b: Scratch, s: Shape, terms: Terms, bits: Bits | None) -> None:
+def emit_tile(b: Scratch, s: Shape, terms: TermEmitter, bits: Bits | None) -> None:
     """Online softmax over one packed tile; bits: None for a full tile."""
     guard = None if bits is None else emit_guard(bits, b.v, s.n * s.dv, s)
     with I.serial(0, s.blocks) as block:
@@ -185,7 +185,7 @@ def emit_dots(
 
 
 def emit_scores(
-    b: Scratch, s: Shape, terms: Terms, block: Expr, top: list[Register], bits: Bits | None
+    b: Scratch, s: Shape, terms: TermEmitter, block: Expr, top: list[Register], bits: Bits | None
 ) -> None:
     """st[j, i] = every step of <k_j, q_i>, -inf where a bit is off; top[i] = max(top[i], their maximum over j)."""
 
@@ -201,7 +201,7 @@ def emit_scores(
 
 
 def emit_softmax(
-    b: Scratch, s: Shape, terms: Terms, block: Expr, top: list[Register], alpha: list[Register]
+    b: Scratch, s: Shape, terms: TermEmitter, block: Expr, top: list[Register], alpha: list[Register]
 ) -> None:
     """m' = max(m, top); p = exp2(st - m'); alpha = exp2(m - m'); l = l * alpha + sum of p over j; st = p, or 0 where it
     is dropped."""

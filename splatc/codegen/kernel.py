@@ -13,8 +13,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
 FORWARD, BACKWARD = "forward", "backward"
 ROWS, COLUMNS = "backward_rows", "backward_columns"  # a kernel each for dq, and for dk and dv
-VALUES, KEYS = "backward_values", "backward_keys"  # a kernel each for dv and for dk
-GRADIENTS = {BACKWARD: ("dq", "dk", "dv"), ROWS: ("dq",), COLUMNS: ("dk", "dv"), VALUES: ("dv",), KEYS: ("dk",)}
+DV_ALONE, DK_ALONE = "backward_values", "backward_keys"  # a kernel each for dv and for dk
+GRADIENTS = {BACKWARD: ("dq", "dk", "dv"), ROWS: ("dq",), COLUMNS: ("dk", "dv"), DV_ALONE: ("dv",), DK_ALONE: ("dk",)}
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
 WIDEST_IN_ONE_WALK = 128  # head dim: dK, dV and dQ stay in registers
@@ -132,7 +132,7 @@ def two_walks(spec: KernelSpec) -> tuple[KernelSpec, ...]:
     rows = replace(gradient, role=ROWS)
     tile_m, tile_n = tile_shapes(rows)[0]
     together = _padded(spec, 16) <= WIDEST_TOGETHER
-    roles = (COLUMNS,) if together else (VALUES, KEYS)
+    roles = (COLUMNS,) if together else (DV_ALONE, DK_ALONE)
     return replace(rows, tile_m=tile_m, tile_n=tile_n), *(replace(gradient, role=role) for role in roles)
 
 
@@ -151,7 +151,7 @@ def only_two_walks(spec: KernelSpec) -> bool:
 
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """The (tile_m, tile_n) worth considering, the most usual first (measured: docs/performance.md)."""
-    if spec.role in (BACKWARD, COLUMNS, VALUES, KEYS):
+    if spec.role in (BACKWARD, COLUMNS, DV_ALONE, DK_ALONE):
         return ((spec.tile_m, spec.tile_n),)
     if spec.kernel != "hopper":
         return (TILE,)

@@ -16,7 +16,7 @@ from splatc.runtime.tensors import Shape
 
 SLOPES = "slope_sums"
 SUMS = {SLOPES: "alibi_slopes", "relative_sums": "relative_bias", "block_sums": "block_bias"}
-PARAMETERS: dict[str, float] = dict.fromkeys((*(f"{name}_ptr" for name in SUMS), "powers_ptr"), 0)
+ABSENT_SUMS: dict[str, float] = dict.fromkeys((*(f"{name}_ptr" for name in SUMS), "powers_ptr"), 0)
 BITS = 62
 MOST = 100  # of the exponent of a power
 
@@ -36,7 +36,7 @@ class BiasGradients:
     def values(self) -> dict[str, float]:
         """The kernel's parameters."""
         sums = {f"{name}_ptr": x.data_ptr() for name, x in self._sums.items()}
-        return {**PARAMETERS, **sums, **({} if self.powers is None else {"powers_ptr": self.powers.data_ptr()})}
+        return {**ABSENT_SUMS, **sums, **({} if self.powers is None else {"powers_ptr": self.powers.data_ptr()})}
 
     def results(self, lse: Any, delta: Any) -> list[Any]:
         """The gradients of what there is of ``terms.learnable``, once the kernels run; NaN for heads with a delta that

@@ -16,7 +16,7 @@ from splatc.runtime.gpu import DeviceTables, Gpu
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import Layout
 from splatc.runtime.tensors import Shape
-from splatc.runtime.term_values import NONE, Slots, term_values
+from splatc.runtime.term_values import ABSENT, Slots, term_values
 from splatc.runtime.work import Work
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class GpuCall:
         self._take_queue = gpu.queue_slots.take if self._queues else None
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._scale: float | None = None
-        self._terms = Slots(steps, NONE)
+        self._terms = Slots(steps, ABSENT)
         self._stream: int | None = None
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of

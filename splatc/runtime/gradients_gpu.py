@@ -13,7 +13,7 @@ from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
 from splatc.codegen.kernel import GRADIENTS, KernelSpec
 from splatc.ir.terms import NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Bound, Function
-from splatc.runtime.bias_gradients import PARAMETERS, BiasGradients, without_pairs
+from splatc.runtime.bias_gradients import ABSENT_SUMS, BiasGradients, without_pairs
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step, config_of, contiguous, start_of
 from splatc.runtime.gradient_walks import Sources, Walk, Way, way_of
@@ -22,7 +22,7 @@ from splatc.runtime.launch import contiguous_copy, layout_of, output_layout, rem
 from splatc.runtime.launch_hopper import Maps, boxes_of, hopper_tables
 from splatc.runtime.tensor_map import ALIGNMENT, Layout, geometry, sub_box, unswizzled
 from splatc.runtime.tensors import Shape, to_bhsd
-from splatc.runtime.term_values import NONE, Slots, term_values
+from splatc.runtime.term_values import ABSENT, Slots, term_values
 
 INPUTS = ("q", "k", "v", "o", "do", "lse", "dlse")
 RESULTS = ("dq", "dk", "dv")
@@ -53,10 +53,9 @@ class GpuGradients:
         """
         import torch
 
-        terms = terms or NO_TERMS
         dlse = self._zeros(lse) if dlse is None else dlse.detach().to(lse.dtype).contiguous()
         if not (shape.q_len and shape.kv_len):
-            return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms, lse, dlse)
+            return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms or NO_TERMS, lse, dlse)
         tensors = {name: readable(to_bhsd(x.detach(), self._layout))
                    for name, x in zip(INPUTS, (q, k, v, o, do.to(q.dtype)), strict=False)}  # fmt: skip
         tensors["lse"], tensors["dlse"] = lse.detach().contiguous(), dlse
@@ -64,11 +63,14 @@ class GpuGradients:
         if key not in self._ready:
             layouts = {name: layout_of(tensors[name]) for name in INPUTS[:5]}
             remember(self._ready, key, self._prepare(shape, layouts, q))
-        biases = BiasGradients(terms, shape, tensors["do"], tensors["v"], tensors["dlse"])
-        addresses = {name: x.data_ptr() for name, x in tensors.items()}
-        made = self._ready[key](addresses, scale, {**term_values(terms), **biases.values})
-        delta = made["statistics"].view(*tensors["lse"].shape, STATISTICS)[..., 1]
-        return made["dq"], made["dk"], made["dv"], *biases.results(tensors["lse"], delta)
+        run, addresses = self._ready[key], {name: x.data_ptr() for name, x in tensors.items()}
+        if terms is None:
+            made = run(addresses, scale)
+            return made["dq"], made["dk"], made["dv"]
+        biases = BiasGradients(terms, shape, tensors["do"], tensors["v"], dlse)
+        made = run(addresses, scale, {**term_values(terms), **biases.values})
+        delta = made["statistics"].view(*lse.shape, STATISTICS)[..., 1]
+        return made["dq"], made["dk"], made["dv"], *biases.results(lse, delta)
 
     def _zeros(self, lse: Any) -> Any:
         """What dlse is where nobody asks for gradients of lse: made once for each size, but for each graph anew."""
@@ -223,7 +225,7 @@ class Preparation:
         common: dict[str, float] = {
             "blocks": blocks, "heads": s.heads, "kv_heads": s.kv_heads, "group": s.heads // s.kv_heads,
             "q_len": s.q_len, "kv_len": s.kv_len, "bound_blocks": self.bound_blocks, "scale": 0.0, "cap": self.cap,
-            **NONE, **PARAMETERS, **dict.fromkeys(holders.values(), 0),
+            **ABSENT, **ABSENT_SUMS, **dict.fromkeys(holders.values(), 0),
         }  # fmt: skip
         for name, one in self._all_layouts().items():
             common |= {f"{name}_step": one.step, f"{name}_batch": one.batch_stride, f"{name}_head": one.head_stride,
@@ -294,7 +296,7 @@ class GradientCall:
         self._bounds = {name: self._bound(name, steps) for name in (*INPUTS, *RESULTS, *SCRATCH)}
         self._queues = [slot for step in steps if (slot := step.arguments.slot(step.holders["queue"])) is not None]
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
-        self._terms = Slots(steps, (*NONE, *PARAMETERS))
+        self._terms = Slots(steps, (*ABSENT, *ABSENT_SUMS))
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of
         self._starts = [start_of(config, step) for config, step in zip(self._configs, steps, strict=True)]
@@ -304,9 +306,10 @@ class GradientCall:
         maps = [one for step in steps for one in step.arguments.maps.values() if one.tensor == name]
         return Bound(self._gpu.driver, slots, maps, -1)
 
-    def __call__(self, addresses: dict[str, int], scale: float, terms: Mapping[str, float]) -> dict[str, Any]:
+    def __call__(self, addresses: dict[str, int], scale: float,
+                 terms: Mapping[str, float] | None = None) -> dict[str, Any]:  # fmt: skip
         """All that it allocates, dq, dk and dv among it, of tensors at these addresses that are as this call was
-        prepared for. terms: parameters."""
+        prepared for. terms: the parameters of a score's."""
         on = self._gpu
         with on.torch.on(on.ordinal):
             mine = {name: self._empty(shape, strides, dtype=dtype, device=on.device)
@@ -321,7 +324,8 @@ class GradientCall:
                     slot.value = scale
                 for slot in self._queues:  # one each: two walks may run at the same time
                     slot.value = on.queue_slots.take(captured)
-                self._terms.fill(terms)
+                if terms is not None:
+                    self._terms.fill(terms)
                 for config in self._configs:
                     config.stream = stream
                 self._tables.used(stream, captured)

@@ -18,7 +18,7 @@ from splatc.runtime.gpu import Gpu
 from splatc.runtime.gpu_call import Request, Step
 from splatc.runtime.plan import Launch
 from splatc.runtime.tensor_map import Geometry, Layout, geometry, sub_box
-from splatc.runtime.term_values import NONE
+from splatc.runtime.term_values import ABSENT
 from splatc.runtime.work import Work, work_of
 
 HOLDERS = {"k": "k_ptr", "v": "v_ptr", "lse": "lse_ptr", "part_lse": "part_lse_ptr", "queue": "queue_ptr"}
@@ -69,7 +69,7 @@ def _attend(request: Request, function: Function, i: int, launch: Launch, work: 
     blocks = min(total, per_sm * gpu.driver.multiprocessors(gpu.ordinal))
     values: dict[str, float] = {
         **_common(request, i, launch), "total": total, "blocks": blocks, "scale": 0.0, "cap": request.cap,
-        "group": request.shape.heads // request.layouts["k"].heads, **dict.fromkeys(HOLDERS.values(), 0), **NONE,
+        "group": request.shape.heads // request.layouts["k"].heads, **dict.fromkeys(HOLDERS.values(), 0), **ABSENT,
     }  # fmt: skip
     for name, one in request.layouts.items():
         values |= {f"{name}_step": one.step, f"{name}_last": one.last[1], f"{name}_row": one.seq_stride}
@@ -84,7 +84,7 @@ def _combine(request: Request, function: Function, i: int, launch: Launch, work:
     o, blocks = request.layouts["o"], len(work.combine) * request.spec.tile_m // COMBINE_ROWS
     values = {
         **_common(request, i, launch), "blocks": blocks, "o_batch": o.batch_stride, "o_head": o.head_stride,
-        "o_seq": o.seq_stride, **dict.fromkeys(COMBINE_HOLDERS.values(), 0), **NONE,
+        "o_seq": o.seq_stride, **dict.fromkeys(COMBINE_HOLDERS.values(), 0), **ABSENT,
     }  # fmt: skip
     return Step(function, Arguments(function, values, {}), (blocks, 1, 1), COMBINE_HOLDERS, early=True)
 

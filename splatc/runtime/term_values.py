@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 POINTERS = {"slopes_ptr": "alibi_slopes", "relative_ptr": "relative_bias", "biases_ptr": "block_bias",
             "sinks_ptr": "sinks", "seed_ptr": "seed"}  # fmt: skip
-NONE: dict[str, float] = {
+# Of terms that a kernel does not have, or until a call brings them
+ABSENT: dict[str, float] = {
     **dict.fromkeys(POINTERS, 0), "reach": 0, "shift": 0, "block_size": 1, "block_rows": 1, "block_cols": 1,
     "threshold": 0, "kept": 1.0,
 }  # fmt: skip
@@ -22,7 +23,7 @@ NONE: dict[str, float] = {
 def term_values(terms: Terms) -> dict[str, float]:
     """Every parameter, of tensors that stay alive until the kernels have started."""
     tensors = {name: getattr(terms, field) for name, field in POINTERS.items()}
-    values = {**NONE, **{name: x.data_ptr() for name, x in tensors.items() if x is not None}, "shift": terms.shift}
+    values = {**ABSENT, **{name: x.data_ptr() for name, x in tensors.items() if x is not None}, "shift": terms.shift}
     if terms.relative_bias is not None:
         values["reach"] = terms.relative_bias.shape[1] // 2
     if terms.block_bias is not None:

@@ -31,9 +31,8 @@ def attention(
     block_size: int = 0, shift: int = 0, dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(o, lse) as CompiledAttention returns them."""
-    terms = Terms(alibi_slopes, relative_bias, block_bias, sinks, seed, block_size, shift, dropout_p)
-    o, lse = find(mask).run(q, k, v, scale, enable_gqa, _or_none(terms))
-    return o, lse
+    return _forward(q, k, v, mask, scale, enable_gqa, alibi_slopes, relative_bias, block_bias, sinks, seed, block_size,
+                    shift, dropout_p)  # fmt: skip
 
 
 @attention.register_fake
@@ -53,9 +52,8 @@ def attention_backward(
     block_size: int = 0, shift: int = 0, dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """The gradients for those, do and dlse, of o and lse."""
-    terms = Terms(alibi_slopes, relative_bias, block_bias, sinks, seed, block_size, shift, dropout_p)
-    dq, dk, dv, dterms = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(terms))
-    return dq, dk, dv, dterms
+    return _gradients(q, k, v, o, lse, do, dlse, mask, scale, enable_gqa, alibi_slopes, relative_bias, block_bias,
+                      sinks, seed, block_size, shift, dropout_p)  # fmt: skip
 
 
 @attention_backward.register_fake
@@ -66,6 +64,17 @@ def _(
     learnable = [*terms[: len(LEARNABLE)], *(named.get(name) for name in LEARNABLE)]
     dterms = [x.new_empty(x.shape) for x in learnable if x is not None]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dterms
+
+
+def _forward(q: Any, k: Any, v: Any, mask: str, scale: Any, enable_gqa: bool, *terms: Any) -> tuple[Any, Any]:
+    o, lse = find(mask).run(q, k, v, scale, enable_gqa, _or_none(Terms(*terms)))
+    return o, lse
+
+
+def _gradients(q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: Any, enable_gqa: bool,
+               *terms: Any) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+    dq, dk, dv, dterms = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(Terms(*terms)))
+    return dq, dk, dv, dterms
 
 
 def _or_none(terms: Terms) -> Terms | None:
@@ -97,19 +106,14 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, Any]:
-        q, k, v, mask, scale, enable_gqa, *terms = inputs
-        o, lse = find(mask).run(q, k, v, scale, enable_gqa, _or_none(Terms(*terms)))
-        _save(ctx, inputs, (o, lse))
-        return o, lse
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, do: Any, dlse: Any) -> tuple[Any, ...]:
-        def run(q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: Any, enable_gqa: bool,
-                *terms: Any) -> Any:  # fmt: skip
-            return find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(Terms(*terms)))
-
         again = torch.is_grad_enabled()  # a graph of this is made: the operator refuses to be differentiated
-        return _backward(ctx, do, dlse, attention_backward if again else run)
+        return _backward(ctx, do, dlse, attention_backward if again else _gradients)
 
 
 def differentiable(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:

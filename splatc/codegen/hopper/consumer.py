@@ -13,7 +13,7 @@ from splatc.codegen.hopper.epilogue import merge_weights, stage_output
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, output_of, wait_products
 from splatc.codegen.hopper.row_tiles import RowTiles
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
-from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_scores
+from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_values
 from splatc.codegen.hopper.terms import Pairs
 
 TURN = 1  # named barriers from here on: turns of the warpgroups
@@ -24,7 +24,6 @@ class Consumer(RowTiles):
 
     def run(self) -> None:
         b, s, a = self.block, self.s, self.a
-        do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
         self.scores = Scores(s.dtype, s.d, s.n, s.m)
         self.out = output_of(s)
@@ -145,7 +144,7 @@ class Consumer(RowTiles):
             cap_scores(self.scores.s, self.scores.count, self.a.scale / self.a.cap)
 
     def mask(self) -> None:
-        mask_scores(self.scores.s, self.scores.count, self.words)
+        mask_values(self.scores.s, self.scores.count, self.words)
 
     # -- expressions that depend on positions --------------------------------------------------------------------------
 

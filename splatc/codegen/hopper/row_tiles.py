@@ -26,7 +26,7 @@ from splatc.codegen.hopper.block import (
 from splatc.codegen.hopper.copies import Point, commit_stores, load_tile, store_tile, wait_stores, wait_stores_read
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
 from splatc.codegen.hopper.shape import ROW_BYTES, STRIDES, WARPGROUP_ROWS
-from splatc.codegen.hopper.terms import Key, Terms
+from splatc.codegen.hopper.terms import Key, TermEmitter
 from splatc.codegen.hopper.warpgroup import Warpgroup
 
 
@@ -44,7 +44,7 @@ class RowTiles(Warpgroup):
         if self.s.q_stages > 1:
             self.unreleased = Cell("unreleased", 0)  # whether the last row tile's Q stage is still being stored from
         if self.s.positional:
-            self.terms = Terms(self.a.terms)
+            self.terms = TermEmitter(self.a.terms)
             self.place = registers("place", PLACE, "int32")
 
     def walk(self) -> None:

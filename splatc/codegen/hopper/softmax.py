@@ -95,11 +95,16 @@ def cap_scores(s: Expr, count: int, inverse: Expr) -> None:
     """s = tanh(s * inverse), as 1 - 2 / (1 + exp(2x)): exact near 0, where tanh.approx is not."""
     twice = let("twice", inverse * T.float32(2 * LOG2E))
     for i in range(count):
-        store(s, i, T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(s[i] * twice)))
+        store(s, i, capped(s[i] * twice))
 
 
-def mask_scores(s: Expr, count: int, words: Expr) -> None:
-    """-inf where the register's bit is clear."""
+def capped(twice: Expr) -> Expr:
+    """tanh(x) of twice x in the log2 domain: 1 - 2 / (1 + exp(2x))."""
+    return T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(twice))
+
+
+def mask_values(values: Expr, count: int, words: Expr, masked: float = NEG_INF) -> None:
+    """``masked`` where the register's bit is clear."""
     for i in range(count):
         kept = T.bitwise_and(words[i // 32], T.uint32(1 << (i % 32))) != T.uint32(0)
-        store(s, i, T.if_then_else(kept, s[i], T.float32(NEG_INF)))
+        store(values, i, T.if_then_else(kept, values[i], T.float32(masked)))

@@ -65,7 +65,7 @@ class Key:
     word: Expr  # times GOLDEN
 
 
-class Terms:
+class TermEmitter:
     """The terms of one query head: ``begin`` before anything else."""
 
     def __init__(self, a: TermArguments) -> None:
@@ -136,7 +136,7 @@ class Pairs:
     Rows are known; ``column`` prepares the column of a register when a sweep over the registers comes to it.
     """
 
-    def __init__(self, terms: Terms, rows: Sequence[Any], column: Callable[[int], Any],
+    def __init__(self, terms: TermEmitter, rows: Sequence[Any], column: Callable[[int], Any],
                  rows_are_keys: bool = False) -> None:  # fmt: skip
         self._terms, self._rows, self._column, self._rows_are_keys = terms, rows, column, rows_are_keys
         self._columns: dict[tuple[int, int], Any] = {}

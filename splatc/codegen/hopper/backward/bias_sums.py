@@ -13,7 +13,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
-from splatc.codegen.hopper.terms import Key, Pairs, Query, Terms
+from splatc.codegen.hopper.terms import Key, Pairs, Query, TermEmitter
 from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score
 
 
@@ -35,7 +35,7 @@ class SumArguments:
 class BiasSums:
     """The sums of a thread's two rows of queries."""
 
-    def __init__(self, a: SumArguments, terms: Terms, count: int) -> None:
+    def __init__(self, a: SumArguments, terms: TermEmitter, count: int) -> None:
         """count: of the registers of a tile."""
         self._a, self._terms, self._count = a, terms, count
         self._runs = []

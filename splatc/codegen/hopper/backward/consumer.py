@@ -29,7 +29,7 @@ from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS, chunk
-from splatc.codegen.hopper.terms import Pairs, Terms
+from splatc.codegen.hopper.terms import Pairs, TermEmitter
 from splatc.codegen.hopper.warpgroup import Warpgroup
 
 BOTH = 1  # the named barrier of both warpgroups
@@ -62,7 +62,6 @@ class Consumer(Warpgroup):
 
     def run(self) -> None:
         b, s = self.block, self.s
-        do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
         self.start_products()
         self.counts = {name: ceil_div(dim, 16) * 8 for name, dim in s.ends.items()}  # of accumulators
@@ -85,7 +84,7 @@ class Consumer(Warpgroup):
         self.scores = self.kind_of_scores(s, a.scale, a.cap, b.statistics, b.lane,
                                           a.terms.kept if s.score.dropout else None)  # fmt: skip
         if s.positional:
-            self.terms = Terms(a.terms)
+            self.terms = TermEmitter(a.terms)
 
     def enter_rings(self) -> None:
         """Stand at the beginning of the rings."""
@@ -232,10 +231,10 @@ class Consumer(Warpgroup):
                 self.store(end)
             if s.key_stages > 1:
                 self.unreleased.set(1)
-                return
-            for n, end in enumerate(ends):
-                wait_stores_read(len(ends) - 1 - n)
-                end.ring.release(0)
+            else:
+                for n, end in enumerate(ends):
+                    wait_stores_read(len(ends) - 1 - n)
+                    end.ring.release(0)
 
     def end(self, name: str) -> End:
         """Of the result with this name."""

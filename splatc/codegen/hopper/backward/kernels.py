@@ -17,8 +17,6 @@ from typing import Any
 
 import tvm
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.emitted import DeviceFunction, Emitted
 from splatc.codegen.hopper.backward import combine, queries, rows
@@ -26,7 +24,8 @@ from splatc.codegen.hopper.backward.block import Arguments, Block
 from splatc.codegen.hopper.backward.consumer import consumer_of
 from splatc.codegen.hopper.backward.producer import Producer, Sender
 from splatc.codegen.hopper.backward.shape import THREADS, Shape, row_shape_of, shape_of
-from splatc.codegen.hopper.emit import do, when
+from splatc.codegen.hopper.emit import when
+from splatc.codegen.hopper.walk import walking_kernel
 from splatc.codegen.kernel import ROWS, KernelSpec
 
 NAME = "splatc_gradient_columns"
@@ -64,22 +63,12 @@ def emitted(modules: dict[str, Any], walk: str, threads: int, smem_bytes: int) -
 
 def column_kernel(s: Shape):
     """(dK and dV of column tiles, and sums of dQ; bytes of dynamic shared memory)."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(NAME)
-            a = Arguments(s)
-            I.device_entry()
-            with I.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):
-                block = Block(s, a)
-                block.start()
-                with I.If(T.EQ(block.warpgroup, 0)):
-                    with I.Then():
-                        do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](s.registers[0]))
-                        with when(T.EQ(block.warp, 0)), when(T.cuda.elect_sync()):
-                            Producer(block).run()
-                        if s.makes("dq"):
-                            with when(T.EQ(block.warp, 1)), when(T.cuda.elect_sync()):
-                                Sender(block).run()
-                    with I.Else():
-                        consumer_of(block).run()
-    return builder.get().with_attr("global_symbol", NAME), block.smem_bytes
+
+    def produce(block: Block) -> None:
+        with when(T.EQ(block.warp, 0)), when(T.cuda.elect_sync()):
+            Producer(block).run()
+        if s.makes("dq"):
+            with when(T.EQ(block.warp, 1)), when(T.cuda.elect_sync()):
+                Sender(block).run()
+
+    return walking_kernel(NAME, s, Arguments, Block, produce, lambda block: consumer_of(block).run())

@@ -10,7 +10,6 @@ LSE and delta are two numbers of a thread each, and dS is an A operand as it lie
 from __future__ import annotations
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
@@ -32,7 +31,7 @@ from splatc.codegen.hopper.block import (
     table,
 )
 from splatc.codegen.hopper.copies import Maps, Point, Rows, load_tile
-from splatc.codegen.hopper.emit import Expr, do, emit_if, let, loop, registers, store, when
+from splatc.codegen.hopper.emit import Expr, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.forward import producer_of
 from splatc.codegen.hopper.producer import Producer
@@ -40,27 +39,14 @@ from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.row_tiles import RowTiles
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, WARPGROUP_ROWS
 from splatc.codegen.hopper.terms import Pairs, Query, TermArguments
+from splatc.codegen.hopper.walk import walking_kernel
 
 NAME = "splatc_gradient_rows"
 
 
 def row_kernel(s: RowShape):
     """(dQ of row tiles; bytes of dynamic shared memory)."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(NAME)
-            a = Arguments(s)
-            I.device_entry()
-            with I.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):
-                b = Block(s, a)
-                b.start()
-                with I.If(T.EQ(b.warpgroup, 0)):
-                    with I.Then():
-                        do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](s.registers[0]))
-                        row_producer_of(b).run()
-                    with I.Else():
-                        Consumer(b).run()
-    return builder.get().with_attr("global_symbol", NAME), b.smem_bytes
+    return walking_kernel(NAME, s, Arguments, Block, lambda b: row_producer_of(b).run(), lambda b: Consumer(b).run())
 
 
 class Arguments:
@@ -160,7 +146,6 @@ class Consumer(RowTiles):
 
     def run(self) -> None:
         b, s, a = self.block, self.s, self.a
-        do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](s.registers[1]))
         self.take_number()
         self.products = RowProducts(s, b.tile_places(), self.me)
         self.scores = RowScores(s, a.scale, a.cap, a.terms.kept if s.score.dropout else None)

@@ -160,12 +160,7 @@ def find_bounds(s: Shape):
         store(top, 1, T.float32(0.0))
         with loop(T.truncdiv(rows, place.step * PASSES)) as turn:
             first = let("first", place.block * rows + turn * (place.step * PASSES) + place.row)
-            for p in range(PASSES):
-                position = let("position", first + p * place.step)
-                for i, x in enumerate((k, v)):
-                    inside = T.And(position < kv_len, place.column < x.dim)
-                    at = x.at(place.batch, place.head, position, place.column)
-                    load_words(words, (2 * p + i) * WORDS, at, inside)
+            load_two(words, place, first, (k, v), kv_len)
             for p in range(PASSES):
                 store(norm, 0, T.float32(0.0))
                 for w in range(WORDS):
@@ -255,13 +250,18 @@ def load_outputs(place: Place, o: Rows, do_: Rows, q_len: Expr) -> tuple[Expr, E
     """(words of a thread's PASSES rows, of O and dO in turn; the position of the first)."""
     words = registers("words", 2 * PASSES * WORDS, "uint32")
     first = let("first", place.block * (place.step * PASSES) + place.row)
+    load_two(words, place, first, (o, do_), q_len)
+    return words, first
+
+
+def load_two(words: Expr, place: Place, first: Expr, tensors: tuple[Rows, Rows], length: Expr) -> None:
+    """words = a thread's PASSES rows from position ``first`` on, of both tensors in turn; 0 beyond ``length``."""
     for p in range(PASSES):
         position = let("position", first + p * place.step)
-        for i, x in enumerate((o, do_)):
-            inside = T.And(position < q_len, place.column < x.dim)
+        for i, x in enumerate(tensors):
+            inside = T.And(position < length, place.column < x.dim)
             at = x.at(place.batch, place.head, position, place.column)
             load_words(words, (2 * p + i) * WORDS, at, inside)
-    return words, first
 
 
 def log2_of(lse: Expr) -> Expr:

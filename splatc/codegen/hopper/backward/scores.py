@@ -18,6 +18,7 @@ from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE, hidden
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, chunk
+from splatc.codegen.hopper.softmax import capped, mask_values
 from splatc.codegen.hopper.terms import Pairs
 
 # Words of a query's statistics (rows.py); in one walk, and in two
@@ -131,7 +132,7 @@ class ValueScores(Scores):
             store(self.s, 2 * word + c, self._pair[c])
 
     def mask(self, bits: Expr) -> None:
-        clear_masked(self.s, self.count, bits)
+        mask_values(self.s, self.count, bits, masked=0.0)
 
     def pack(self) -> None:
         """p, when the product with the one before is done."""
@@ -217,19 +218,7 @@ class RowScores:
         """0 where the register's bit is clear, whatever it was. bits: words of a thread."""
         mask_words(self.ds, self.words, bits)
         if self._score.biases:
-            clear_masked(self.dp, self.count, bits)
-
-
-def capped(twice: Expr) -> Expr:
-    """tanh(x) of twice x in the log2 domain: 1 - 2 / (1 + exp(2x))."""
-    return T.float32(1.0) - T.float32(2.0) / (T.float32(1.0) + T.exp2(twice))
-
-
-def clear_masked(values: Expr, count: int, bits: Expr) -> None:
-    """0 for values whose bits are clear, one each."""
-    for i in range(count):
-        kept = T.bitwise_and(bits[i // 32], T.uint32(1 << (i % 32))) != T.uint32(0)
-        store(values, i, T.if_then_else(kept, values[i], T.float32(0.0)))
+            mask_values(self.dp, self.count, bits, masked=0.0)
 
 
 def mask_words(words: Expr, count: int, bits: Expr) -> None:

@@ -15,7 +15,7 @@ KEYS = 128  # of a column tile: 64 a warpgroup
 WARPGROUPS = KEYS // WARPGROUP_ROWS
 STAGES = 2  # of Q, dO and dS
 SUM_CHUNK = ROW_BYTES // 4  # columns of a 128-byte row of int32 sums
-STATISTICS = 4  # fp32 of a query: LSE in the log2 domain, delta, and the scale of its sums in and out
+STATISTICS = 4  # 32-bit words of a query; what they are: rows.py
 STATISTICS_BYTES = 4 * STATISTICS
 
 # Of the kernels over rows (rows.py):
