@@ -19,10 +19,10 @@ from splatc.codegen.hopper.shape import SMEM_BYTES, Shape, shape_of
 from splatc.codegen.kernel import (
     BACKWARD,
     COLUMNS,
+    DK_ALONE,
+    DV_ALONE,
     HOPPER_TILES,
-    KEYS,
     ROWS,
-    VALUES,
     KernelSpec,
     gradient_spec,
     gradient_specs,
@@ -91,7 +91,7 @@ GRADIENTS += [
         (64, "float16", True, 64, True), (64, "bfloat16", False, 112, False), (128, "bfloat16", False, 64, False),
         (128, "float16", False, 128, True), (128, "bfloat16", True, 112, True))
 ]  # fmt: skip
-FUNCTIONS = {BACKWARD: 5, ROWS: 3, COLUMNS: 2, VALUES: 2, KEYS: 2}
+FUNCTIONS = {BACKWARD: 5, ROWS: 3, COLUMNS: 2, DV_ALONE: 2, DK_ALONE: 2}
 
 
 @needs_compiler
