@@ -285,6 +285,20 @@ def test_dump_the_kernel_for_gradients(cli):
     assert code == 1 and "on GPUs gradients need the Hopper kernel" in err
 
 
+def test_dump_one_of_the_kernels_for_gradients(cli):
+    options = "causal", "-s", 256, "-d", 64, "--arch", "sm_90a", "--dtype", "bfloat16"
+    code, out, err = cli("dump", *options, "--backward")
+    assert code == 0 and "splatc_gradient_finish" in out
+    assert "this is backward" in err and "backward_rows, backward_columns" in err
+    code, out, err = cli("dump", *options, "--role", "backward_rows")
+    assert code == 0 and "splatc_gradient_rows" in out and "splatc_gradient_columns" not in out and not err
+    code, out, _ = cli("dump", *options, "--role", "backward_rows", "--what", "tables")
+    first = next(line for line in out.splitlines() if "rows0[0, 0, 0]" in line)
+    assert code == 0 and "cols0[0, 0, 0]" in first and "cols0[128, 0, 0]" not in first  # the mask's own rows
+    code, _, err = cli("dump", *options, "--role", "backward_keys")
+    assert code == 2 and "are backward, backward_rows, backward_columns" in err
+
+
 def test_dump_tir(cli):
     code, out, _ = cli("dump", "causal", "-s", 64, "-d", 32, "--arch", "cpu", "--what", "tir")
     assert code == 0 and "tvm.script" in out

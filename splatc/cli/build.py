@@ -51,11 +51,12 @@ Examples:
   splatc dump causal -s 4096 --what ptx --arch sm_80
   splatc dump causal -s 4096 --arch cpu                      (LLVM IR)
   splatc dump causal -s 4096 --arch cpu --backward           (of the gradients)
+  splatc dump causal -s 4096 --arch sm_90a --role backward_rows
   splatc dump 'fixed(128, 16)' -s 1024 --after choose_views  (the IR after a pass)
   splatc dump 'fixed(128, 16)' -s 1024 --what tables -o tables.npz"""
 
 
-Backward = Annotated[bool, typer.Option("--backward", help="The kernel for gradients (CPU) and the transposed mask.")]
+Backward = Annotated[bool, typer.Option("--backward", help="What computes gradients.")]
 
 
 class What(str, Enum):
@@ -145,6 +146,15 @@ def dump(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="A file.")] = None,
     backward: Backward = False,
+    role: Annotated[
+        str | None,
+        typer.Option(
+            "--role",
+            show_default="with --backward, one over the transposed mask",
+            help="Of the kernels for gradients, this one: backward, or on Hopper also backward_rows, backward_columns, "
+            "and for wide heads backward_values and backward_keys.",
+        ),
+    ] = None,
 ) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
     spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(quick_target(arch)))
@@ -153,16 +163,29 @@ def dump(
     if after is not None and what is not What.ir:
         raise InvalidInput(f"--after is for --what ir: there are no passes in {what.value}")
     sized = sized_mask(mask, seq_len, kv_len)
-    if backward:
-        pattern, q_len, kv_len = sized
-        sized = pattern.transposed(), kv_len, q_len
-        spec = next(one for one in gradient_specs(spec) if one.role != ROWS)  # all others go over columns
+    if backward or role is not None:
+        spec = _gradient_kernel(spec, role)
+        if spec.role != ROWS:  # all others go over columns
+            pattern, q_len, kv_len = sized
+            sized = pattern.transposed(), kv_len, q_len
     if what is What.ir:
         write_or_print(_ir(sized, spec, after), output)
     elif what is What.tables:
         _write_tables(plan_mask(sized, spec), output)
     else:
         write_or_print(_source(plan_mask(sized, spec).spec, what), output)
+
+
+def _gradient_kernel(spec: KernelSpec, role: str | None) -> KernelSpec:
+    """The kernel of this role among those for the gradients of a kernel; None: the first that goes over columns."""
+    specs = {one.role: one for one in gradient_specs(spec)}
+    wanted = role or next(known for known in specs if known != ROWS)
+    if wanted not in specs:
+        raise InvalidInput(f"--role is {role!r}: the kernels for gradients here are {', '.join(specs)}")
+    others = ", ".join(one for one in specs if one != wanted)
+    if role is None and others:
+        note(f"this is {wanted}; with --role there are also {others}")
+    return specs[wanted]
 
 
 def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:
