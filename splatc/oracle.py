@@ -37,8 +37,8 @@ def gradients(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_],
               terms: Terms = NO_TERMS, pruning: Pruning | None = None) -> tuple[Float, ...]:  # fmt: skip
     """(dq, dk, dv) of ``attention`` in float64, shaped like q, k and v, and of what there is of ``terms.learnable``.
 
-    do (batch, heads, q_len, dv) and dlse (batch, heads, q_len; None: zeros) are the gradients of o and lse. Which keys a
-    pruning keeps is constant almost everywhere: gradients go through those.
+    do (batch, heads, q_len, dv) and dlse (batch, heads, q_len; None: zeros) are the gradients of o and lse. Which keys
+    a pruning keeps is constant almost everywhere: gradients go through those.
     """
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     batch, kv_heads, kv_len, _ = k.shape

@@ -27,6 +27,7 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
+from splatc.codegen.cpu_prune import kept_of
 from splatc.codegen.cpu_score import TermArguments, TermEmitter, match_terms
 from splatc.codegen.cpu_tile import Scratch, Shape, emit_tile
 from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, load
@@ -114,6 +115,7 @@ def emit_worker(
     cap = I.Bind(T.Broadcast(cap, s.lanes))
     b = Scratch(s)
     terms = TermEmitter(s, arguments, cap, b.row_pos, b.col_pos)
+    kept = kept_of(s, b.row_pos)
     group = group_size(t.q, t.k)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
@@ -128,7 +130,7 @@ def emit_worker(
             emit_pack_rows(b.k, s.d, t.k, at_kv, b.col_pos, s.n, s.d, s)
             emit_pack_rows(b.v, s.dv, t.v, at_kv, b.col_pos, s.n, s.dv, s)
 
-        emit_tiles(walk, item, b.col_pos, t.k.shape[2], pack, lambda bits: emit_tile(b, s, terms, bits))
+        emit_tiles(walk, item, b.col_pos, t.k.shape[2], pack, lambda bits: emit_tile(b, s, terms, bits, kept))
         emit_finish(t, b, s, at)
 
     emit_items(walk, worker, one)

@@ -39,9 +39,10 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
+from splatc.codegen.cpu_prune import Kept, kept_of
 from splatc.codegen.cpu_score import TermArguments, TermEmitter, match_terms
 from splatc.codegen.cpu_tile import Bits, Shape, emit_dots, emit_guard, emit_weighted_sum
-from splatc.codegen.cpu_vector import LOG2E, Expr, exp2, load, scratch, store
+from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, exp2, load, scratch, store
 from splatc.codegen.cpu_walk import (
     Walk,
     emit_items,
@@ -146,6 +147,7 @@ class Scratch:
         self.rows = s.scratch(s.m * max(s.d_pitch, s.dv_pitch))
         self.row_pos, self.col_pos = scratch(s.m, "int32"), scratch(s.n, "int32")
         self.terms = TermEmitter(s, terms, cap, self.row_pos, self.col_pos, queries_are_rows)
+        self.kept = kept_of(s, self.row_pos, keys_are_rows=not queries_are_rows)
 
 
 def _query_gradient(s: Shape) -> Expr:
@@ -217,24 +219,27 @@ def _dkv_worker(
     log2e, group = s.scalar(LOG2E), group_size(t.q, t.k)
     b = Scratch(s, cap * log2e, arguments, queries_are_rows=False)
     stats, sum2t = StatisticsOfColumns(s), s.scratch(s.m * s.dv_pitch)
+    # Scores that are pruned must be those of the forward pass, bit by bit: there it is Q that is scaled.
+    whole = scale * log2e
+    of_keys, of_queries, after = (s.scalar(1.0), whole, s.scalar(LN2)) if b.kept else (whole, None, scale)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_q = (batch, head), (batch, I.Bind(head * group + member))
         emit_row_positions(walk, item, b.row_pos, t.k.shape[2])
         b.terms.emit_begin_rows(*at_q)
-        emit_pack_transposed(b.x1t, b.rows, t.k, at, b.row_pos, s.d, s.d_pitch, s, scale * log2e)
+        emit_pack_transposed(b.x1t, b.rows, t.k, at, b.row_pos, s.d, s.d_pitch, s, of_keys)
         emit_pack_transposed(b.x2t, b.rows, t.v, at, b.row_pos, s.dv, s.dv_pitch, s, s.scalar(1.0))
         emit_fill(b.sum1t, s.m * s.d_pitch, 0.0, s)
         emit_fill(sum2t, s.m * s.dv_pitch, 0.0, s)
 
         def pack() -> None:
             b.terms.emit_begin_columns()
-            emit_pack_rows(b.y1, s.d, t.q, at_q, b.col_pos, s.n, s.d, s)
+            emit_pack_rows(b.y1, s.d, t.q, at_q, b.col_pos, s.n, s.d, s, of_queries)
             emit_pack_rows(b.y2, s.dv, t.do, at_q, b.col_pos, s.n, s.dv, s)
             emit_pack_statistics(stats.lses, stats.deltas, t, at_q, b.col_pos, s.n, s)
 
         emit_tiles(walk, item, b.col_pos, t.q.shape[2], pack, lambda bits: emit_tile(b, s, stats, bits, sum2t))
-        emit_gradient(dk, at, b, b.sum1t, s.d_pitch, s.d, s, scale, merge)
+        emit_gradient(dk, at, b, b.sum1t, s.d_pitch, s.d, s, after, merge)
         emit_gradient(dv, at, b, sum2t, s.dv_pitch, s.dv, s, s.scalar(1.0), merge)
 
     emit_items(walk, worker, one)
@@ -262,11 +267,12 @@ def emit_tile(
 ) -> None:
     """One packed tile: sum1t += dS * y1 and, where there are, sum2t += P * y2 and sums for biases. bits: None for a
     full tile."""
-    guard1 = None if bits is None else emit_guard(bits, b.y1, s.n * s.d, s)
-    guard2 = None if bits is None or sum2t is None else emit_guard(bits, b.y2, s.n * s.dv, s)
+    held = b.kept or bits
+    guard1 = None if held is None else emit_guard(held, b.y1, s.n * s.d, s)
+    guard2 = None if held is None or sum2t is None else emit_guard(held, b.y2, s.n * s.dv, s)
     with I.serial(0, s.blocks) as block:
         emit_probabilities(b, s, block, stats, bits)
-        emit_score_gradients(b, s, block, stats, bits, sum2t is not None, biases)
+        emit_score_gradients(b, s, block, stats, held, sum2t is not None, biases)
         if biases is not None:
             biases.emit_add(block)
         emit_weighted_sum(b.sum1t, s.d_pitch, b.y1, s.d, b.ds, s, block, guard1)
@@ -275,23 +281,36 @@ def emit_tile(
 
 
 def emit_probabilities(b: Scratch, s: Shape, block: Expr, stats: Statistics, bits: Bits | None) -> None:
-    """p[j, i] = exp2(<y1_j, x1_i> - LSE), 0 where a bit is off; with a softcap also its slope at the score."""
+    """p[j, i] = exp2(<y1_j, x1_i> - LSE), 0 where a bit is off or what is pruned; with a softcap also its slope at the
+    score."""
 
     def one(j: Expr, v: int, score: Expr) -> None:
         at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
         score, slope = b.terms.apply(score, j, row)
         if slope is not None:
             store(b.slope, at, slope, s.lanes)
+        if b.kept is not None:
+            score = score if bits is None else T.Select(bits.on(s, j, row), score, s.constant(NEG_INF))
+            store(b.p, at, score, s.lanes)
+            return
         p = exp2(score - stats.lse(j, row), s.lanes, s.acc, flush=s.flush)
         store(b.p, at, p if bits is None else T.Select(bits.on(s, j, row), p, s.constant(0.0)), s.lanes)
 
     emit_dots(s, b.y1, b.x1t, s.d, s.d_pitch, block, one)
+    if b.kept is None:
+        return
+    b.kept.emit(b.p, block)
+    with I.serial(0, s.n) as j:
+        for v in range(s.vecs):
+            at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
+            p = exp2(load(b.p, at, s.lanes) - stats.lse(j, row), s.lanes, s.acc, flush=s.flush)
+            store(b.p, at, T.Select(b.kept.on(s, j, row), p, s.constant(0.0)), s.lanes)
 
 
 def emit_score_gradients(
-    b: Scratch, s: Shape, block: Expr, stats: Statistics, bits: Bits | None, drop: bool, biases: BiasSums | None
+    b: Scratch, s: Shape, block: Expr, stats: Statistics, held: Bits | Kept | None, drop: bool, biases: BiasSums | None
 ) -> None:
-    """ds[j, i] = p[j, i] * (<y2_j, x2_i> - delta) * slope, 0 where a bit is off: delta may not be a number there.
+    """ds[j, i] = p[j, i] * (<y2_j, x2_i> - delta) * slope, 0 where it is off: delta may not be a number there.
 
     drop: then drop from p what dropout drops. biases: are told ds without the slope.
     """
@@ -299,7 +318,7 @@ def emit_score_gradients(
     def one(j: Expr, v: int, dp: Expr) -> None:
         at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
         def masked(x: Expr) -> Expr:
-            return x if bits is None else T.Select(bits.on(s, j, row), x, s.constant(0.0))
+            return x if held is None else T.Select(held.on(s, j, row), x, s.constant(0.0))
 
         ds = load(b.p, at, s.lanes) * (b.terms.emit_dropped(dp, j, row) - stats.delta(j, row))
         if biases is not None:

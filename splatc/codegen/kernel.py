@@ -72,6 +72,9 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
             raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
+    if score.pruning is not None and target.kind != "cpu":
+        raise Unsupported(f"{score.pruning} has no kernel for {target} yet: compile for the CPU, or let "
+                          "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
     v_head_dim = v_head_dim or head_dim
     portable = not_hopper(head_dim, v_head_dim, name, target, allow_tf32) is not None
     kernel = "cpu" if target.kind == "cpu" else "portable" if portable else "hopper"

@@ -46,8 +46,8 @@ def prune(scores: Floats, pruning: Pruning) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """N:M values (..., keys n / m) of ``encode`` and their metadata, uint16 (..., words): keys are kv_len, rounded up to
-    whole words. bits: of the values' type on the device, 16 or 32."""
+    """N:M values (..., keys n / m) of ``encode`` and their metadata, uint16 (..., words): keys are kv_len,
+    rounded up to whole words. bits: of the values' type on the device, 16 or 32."""
 
     values: Floats
     words: NDArray[np.uint16]
@@ -99,7 +99,7 @@ def check_ratio(pruning: Pruning, bits: int) -> None:
     if bits not in (16, 32):
         raise InvalidInput(f"bits is {bits}: values have 16 or 32")
     if bits == 32 and (pruning.n, pruning.m) != (1, 2):
-        raise InvalidInput(f"{pruning} of 32-bit values: sparse tensor cores take nm(1, 2) only; use 16 bits or nm(1, 2)")
+        raise InvalidInput(f"{pruning} of 32-bit values: sparse tensor cores take nm(1, 2) only, or 16 bits")
 
 
 def _padded(x: Floats, multiple: int, fill: float) -> Floats:

@@ -152,8 +152,8 @@ class Spmm:
 
 @dataclass(frozen=True)
 class Attend:
-    """All of the above in one, over tiles; merging: combined with the (out, lse) already there, so that sinks are of the
-    first only."""
+    """All of the above in one, over tiles; merging: combined with the (out, lse) already there, so that sinks are
+    of the first only."""
 
     out: str
     lse: str

@@ -76,8 +76,9 @@ class Score:
         """All that there is, for names of kernels: ("softcap", "alibi", "relative", "block", "sinks", "dropout",
         "nm24")."""
         short = {Softcap: "softcap", Alibi: "alibi", RelativeBias: "relative", BlockBias: "block"}
-        pruned = () if self.pruning is None else (f"nm{self.pruning.n}{self.pruning.m}",)
-        return (*(short[type(one)] for one in self.steps), *(n for n in ("sinks", "dropout") if getattr(self, n)), *pruned)
+        others = [name for name in ("sinks", "dropout") if getattr(self, name)]
+        others += [f"nm{self.pruning.n}{self.pruning.m}"] if self.pruning else []
+        return (*(short[type(one)] for one in self.steps), *others)
 
 
 NO_SCORE = Score()

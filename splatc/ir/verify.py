@@ -71,7 +71,8 @@ def _groups(program: Program) -> list[str]:
     pruning = program.score.pruning
     if pruning is None:
         return []
-    faults = ["scores are pruned in more than one pass"] if any(getattr(op, "merging", False) for op in program.body) else []
+    merged = any(isinstance(op, Attend) and op.merging for op in program.body)
+    faults = ["scores are pruned in more than one pass"] if merged else []
     for name, domain in program.domains:
         if not isinstance(domain, Cover):
             continue

@@ -17,7 +17,7 @@ RATIOS = ((2, 4), (1, 2))  # what sparse tensor cores take
 
 @dataclass(frozen=True)
 class Pruning:
-    """Of every ``m`` consecutive keys, the ``n`` that attend with the largest scores stay (N:M; DFSS, arXiv 2203.00091).
+    """Of every ``m`` consecutive keys the ``n`` with the largest scores stay (N:M; DFSS, arXiv 2203.00091).
 
     Scores are signed, after the scale and every step of the Score, before the softmax. Group g has the keys
     m g ... m g + m - 1, so the last one may be short. Only keys of the mask compete; a group with at most n of them
@@ -88,7 +88,7 @@ def _both(a: Pattern, b: Pattern) -> Pattern:
 
 
 def nm(n: int, m: int) -> Pruned:
-    """nm(2, 4), nm(1, 2): of every m consecutive keys those n with the largest scores (``Pruning`` has the rules)."""
+    """Of every m consecutive keys the n with the largest scores, n:m being 2:4 or 1:2; ``Pruning`` has the rules."""
     ratio = whole("nm", "n", n, at_least=1), whole("nm", "m", m, at_least=2)
     if ratio not in RATIOS:
         known = " or ".join(f"nm{one}" for one in RATIOS)
@@ -112,3 +112,8 @@ def split(pattern: Pattern) -> tuple[Pattern, Pruning | None]:
         raise Unsupported(f"heads are pruned in different ways ({names}): one kernel prunes all heads alike; give all "
                           "the same nm(...), or call attention once for each group of heads")  # fmt: skip
     return PerHead(tuple(static for static, _ in parts)), parts[0][1]
+
+
+def joined(static: Pattern, pruning: Pruning | None) -> Pattern:
+    """The pattern of these two parts: what ``split`` takes apart."""
+    return static if pruning is None else static & Pruned(Full(), pruning)
