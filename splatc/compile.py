@@ -73,8 +73,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     mask: a pattern (also a dynamic one, with nm(2, 4)), its text, a boolean matrix, a scipy.sparse matrix, a networkx
     graph, a FlexAttention mask_mod or BlockMask, or a list with one of these for each head. seq_len, kv_len: as in
     ``analyze``; other lengths reuse the binary. dtype: "float32", "float16", "bfloat16" (on a CPU also "float64") or
-    torch's. softcap: scores s become softcap * tanh(s / softcap). alibi, relative_bias, block_bias, sinks, dropout: whether calls bring these
-    (``TermOptions``; what they do: ir/score.py).
+    torch's. softcap: scores s become softcap * tanh(s / softcap). alibi, relative_bias, block_bias, sinks, dropout:
+    whether calls bring these (``TermOptions``; what they do: ir/score.py).
     target: "cpu", "cuda" or an arch such as "sm_90a" (default: the GPU here, else the CPU). layout: "bhsd" or "bshd".
     tile: (query rows, key columns) of a tile, default: the fastest for this mask by ``splatc tune`` or the cost model.
     allow_tf32: on a Hopper GPU, compute float32 by tensor cores, which round the factors of products to tf32 (11 bits;

@@ -114,7 +114,7 @@ def emit_worker(
     """All items of one worker, one after the other; factor and cap are in the log2 domain."""
     cap = I.Bind(T.Broadcast(cap, s.lanes))
     b = Scratch(s)
-    terms = TermEmitter(s, arguments, cap, b.row_pos, b.col_pos)
+    terms = TermEmitter(s, arguments, factor, cap, b.row_pos, b.col_pos)
     kept = kept_of(s, b.row_pos)
     group = group_size(t.q, t.k)
 
@@ -122,7 +122,7 @@ def emit_worker(
         at, at_kv = (batch, head), (batch, I.Bind(T.truncdiv(head, group)))
         emit_row_positions(walk, item, b.row_pos, t.q.shape[2])
         terms.emit_begin_rows(batch, head)
-        emit_pack_transposed(b.qt, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, factor)
+        emit_pack_transposed(b.qt, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, s.of_rows(factor))
         emit_start(t, b, s, at, merge, arguments.sinks)
 
         def pack() -> None:

@@ -42,7 +42,7 @@ from splatc.codegen.cpu_pack import (
 from splatc.codegen.cpu_prune import Kept, kept_of
 from splatc.codegen.cpu_score import TermArguments, TermEmitter, match_terms
 from splatc.codegen.cpu_tile import Bits, Shape, emit_dots, emit_guard, emit_weighted_sum
-from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, exp2, load, scratch, store
+from splatc.codegen.cpu_vector import LOG2E, Expr, exp2, load, scratch, store
 from splatc.codegen.cpu_walk import (
     Walk,
     emit_items,
@@ -135,10 +135,10 @@ class StatisticsOfColumns:
 class Scratch:
     """A worker's own buffers; those named *t are transposed as in the forward kernel."""
 
-    def __init__(self, s: Shape, cap: Expr, terms: TermArguments, queries_are_rows: bool) -> None:
-        """cap: of scores times log2(e)."""
+    def __init__(self, s: Shape, factor: Expr, cap: Expr, terms: TermArguments, queries_are_rows: bool) -> None:
+        """factor: scale * log2(e). cap: of scores times log2(e)."""
         cap = I.Bind(T.Broadcast(cap, s.lanes))
-        self.x1t, self.x2t = s.scratch(s.m * s.d_pitch), s.scratch(s.m * s.dv_pitch)  # x1: times scale * log2(e)
+        self.x1t, self.x2t = s.scratch(s.m * s.d_pitch), s.scratch(s.m * s.dv_pitch)  # x1: times s.of_rows(factor)
         self.y1, self.y2 = s.scratch(s.n * s.d), s.scratch(s.n * s.dv)
         self.p = s.scratch(s.n * s.width)  # of one block, as the next two
         self.ds = s.scratch(s.n * s.width)
@@ -146,7 +146,7 @@ class Scratch:
         self.sum1t = s.scratch(s.m * s.d_pitch)  # over columns: dS * y1
         self.rows = s.scratch(s.m * max(s.d_pitch, s.dv_pitch))
         self.row_pos, self.col_pos = scratch(s.m, "int32"), scratch(s.n, "int32")
-        self.terms = TermEmitter(s, terms, cap, self.row_pos, self.col_pos, queries_are_rows)
+        self.terms = TermEmitter(s, terms, factor, cap, self.row_pos, self.col_pos, queries_are_rows)
         self.kept = kept_of(s, self.row_pos, keys_are_rows=not queries_are_rows)
 
 
@@ -184,15 +184,15 @@ def _dq_worker(
     t: Tensors, dq: Expr, walk: Walk, s: Shape, worker: Expr, scale: Expr, cap: Expr, merge: Expr,
     arguments: TermArguments, outputs: BiasGradients,
 ) -> None:  # fmt: skip
-    log2e, group = s.scalar(LOG2E), group_size(t.q, t.k)
-    b = Scratch(s, cap * log2e, arguments, queries_are_rows=True)
+    factor, group = scale * s.scalar(LOG2E), group_size(t.q, t.k)
+    b = Scratch(s, factor, cap * s.scalar(LOG2E), arguments, queries_are_rows=True)
     stats, biases = StatisticsOfRows(s), BiasSums(s, outputs, b.terms, worker) if s.score.biases else None
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_kv = (batch, head), (batch, I.Bind(T.truncdiv(head, group)))
         emit_row_positions(walk, item, b.row_pos, t.q.shape[2])
         b.terms.emit_begin_rows(*at)
-        emit_pack_transposed(b.x1t, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, scale * log2e)
+        emit_pack_transposed(b.x1t, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, s.of_rows(factor))
         emit_pack_transposed(b.x2t, b.rows, t.do, at, b.row_pos, s.dv, s.dv_pitch, s, s.scalar(1.0))
         emit_pack_statistics(stats.lses, stats.deltas, t, at, b.row_pos, s.m, s)
         emit_fill(b.sum1t, s.m * s.d_pitch, 0.0, s)
@@ -216,30 +216,27 @@ def _dkv_worker(
     t: Tensors, dk: Expr, dv: Expr, walk: Walk, s: Shape, worker: Expr, scale: Expr, cap: Expr, merge: Expr,
     member: Expr, arguments: TermArguments,
 ) -> None:  # fmt: skip
-    log2e, group = s.scalar(LOG2E), group_size(t.q, t.k)
-    b = Scratch(s, cap * log2e, arguments, queries_are_rows=False)
+    factor, group = scale * s.scalar(LOG2E), group_size(t.q, t.k)
+    b = Scratch(s, factor, cap * s.scalar(LOG2E), arguments, queries_are_rows=False)
     stats, sum2t = StatisticsOfColumns(s), s.scratch(s.m * s.dv_pitch)
-    # Scores that are pruned must be those of the forward pass, bit by bit: there it is Q that is scaled.
-    whole = scale * log2e
-    of_keys, of_queries, after = (s.scalar(1.0), whole, s.scalar(LN2)) if b.kept else (whole, None, scale)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_q = (batch, head), (batch, I.Bind(head * group + member))
         emit_row_positions(walk, item, b.row_pos, t.k.shape[2])
         b.terms.emit_begin_rows(*at_q)
-        emit_pack_transposed(b.x1t, b.rows, t.k, at, b.row_pos, s.d, s.d_pitch, s, of_keys)
+        emit_pack_transposed(b.x1t, b.rows, t.k, at, b.row_pos, s.d, s.d_pitch, s, s.of_rows(factor))
         emit_pack_transposed(b.x2t, b.rows, t.v, at, b.row_pos, s.dv, s.dv_pitch, s, s.scalar(1.0))
         emit_fill(b.sum1t, s.m * s.d_pitch, 0.0, s)
         emit_fill(sum2t, s.m * s.dv_pitch, 0.0, s)
 
         def pack() -> None:
             b.terms.emit_begin_columns()
-            emit_pack_rows(b.y1, s.d, t.q, at_q, b.col_pos, s.n, s.d, s, of_queries)
+            emit_pack_rows(b.y1, s.d, t.q, at_q, b.col_pos, s.n, s.d, s)
             emit_pack_rows(b.y2, s.dv, t.do, at_q, b.col_pos, s.n, s.dv, s)
             emit_pack_statistics(stats.lses, stats.deltas, t, at_q, b.col_pos, s.n, s)
 
         emit_tiles(walk, item, b.col_pos, t.q.shape[2], pack, lambda bits: emit_tile(b, s, stats, bits, sum2t))
-        emit_gradient(dk, at, b, b.sum1t, s.d_pitch, s.d, s, after, merge)
+        emit_gradient(dk, at, b, b.sum1t, s.d_pitch, s.d, s, scale, merge)
         emit_gradient(dv, at, b, sum2t, s.dv_pitch, s.dv, s, s.scalar(1.0), merge)
 
     emit_items(walk, worker, one)
@@ -300,11 +297,10 @@ def emit_probabilities(b: Scratch, s: Shape, block: Expr, stats: Statistics, bit
     if b.kept is None:
         return
     b.kept.emit(b.p, block)
-    with I.serial(0, s.n) as j:
-        for v in range(s.vecs):
-            at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
-            p = exp2(load(b.p, at, s.lanes) - stats.lse(j, row), s.lanes, s.acc, flush=s.flush)
-            store(b.p, at, T.Select(b.kept.on(s, j, row), p, s.constant(0.0)), s.lanes)
+    with I.serial(0, s.n) as j, I.serial(0, s.vecs) as v:
+        at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
+        p = exp2(load(b.p, at, s.lanes) - stats.lse(j, row), s.lanes, s.acc, flush=s.flush)
+        store(b.p, at, T.Select(b.kept.on(s, j, row), p, s.constant(0.0)), s.lanes)
 
 
 def emit_score_gradients(

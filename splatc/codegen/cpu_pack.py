@@ -16,18 +16,14 @@ from splatc.codegen.cpu_vector import Expr, constant, lane_range, load, pieces, 
 At = tuple[Expr, Expr]  # batch, head
 
 
-def emit_pack_rows(
-    dst: Expr, pitch: int, src: Expr, at: At, pos: Expr, count: int, dim: int, s: Shape, factor: Expr | None = None
-) -> None:
-    """dst[j * pitch + d] = src[*at, pos[j], d] (times factor) for j < count and d < dim; 0 where pos[j] < 0."""
+def emit_pack_rows(dst: Expr, pitch: int, src: Expr, at: At, pos: Expr, count: int, dim: int, s: Shape) -> None:
+    """dst[j * pitch + d] = src[*at, pos[j], d] for j < count and d < dim; 0 where pos[j] < 0."""
     with I.serial(0, count) as j:
         p = I.Bind(pos[j])
         with I.If(p >= 0):
             with I.Then():
                 for d, width in pieces(dim, s.lanes):
                     value = src[at[0], at[1], p, lane_range(d, width)].astype(vector_type(width, s.acc))
-                    if factor is not None:
-                        value = value * (factor if width == 1 else T.Broadcast(factor, width))
                     store(dst, j * pitch + d, value, width)
             with I.Else():
                 for d, width in pieces(dim, s.lanes):

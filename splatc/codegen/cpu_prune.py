@@ -43,11 +43,10 @@ class Kept:
             with I.serial(0, self.s.n) as j:
                 self._emit_row_groups(scores, block, j)
         else:
-            with I.serial(0, self.s.n // self.m) as group:
-                for v in range(self.s.vecs):
-                    self._emit_column_group(scores, block, group * self.m, v)
+            with I.serial(0, self.s.n // self.m) as group, I.serial(0, self.s.vecs) as v:
+                self._emit_column_group(scores, block, group * self.m, v)
 
-    def _emit_column_group(self, scores: Expr, block: Expr, j0: Expr, v: int) -> None:
+    def _emit_column_group(self, scores: Expr, block: Expr, j0: Expr, v: Expr) -> None:
         s = self.s
         values = [I.Bind(load(scores, (j0 + r) * s.width + v * s.lanes, s.lanes)) for r in range(self.m)]
         ranks = [I.Bind(_rank(x, s)) for x in values]
@@ -61,15 +60,16 @@ class Kept:
     def _emit_row_groups(self, scores: Expr, block: Expr, j: Expr) -> None:
         """Of one column: neighbours are lanes, read at an offset from a line with room at both ends."""
         s = self.s
-        for v in range(s.vecs):
+        with I.serial(0, s.vecs) as v:
             at = v * s.lanes
             there = load(self.row_pos, block * s.width + at, s.lanes) >= constant(0, s.lanes, "int32")
             x = T.Select(there, load(scores, j * s.width + at, s.lanes), s.constant(NEG_INF))
             store(self.line, s.lanes + at, _rank(I.Bind(x), s), s.lanes)
-        for v in range(s.vecs):
+        with I.serial(0, s.vecs) as v:
             at = v * s.lanes
             mine = I.Bind(load(self.line, s.lanes + at, s.lanes))
-            place = I.Bind(T.truncmod(T.Ramp(T.int32(at), T.int32(1), s.lanes), constant(self.m, s.lanes, "int32")))
+            first = at if s.lanes % self.m else T.int32(0)
+            place = I.Bind(T.truncmod(T.Ramp(first, T.int32(1), s.lanes), constant(self.m, s.lanes, "int32")))
             beaten = s.constant(0.0)
             for away in (*range(1 - self.m, 0), *range(1, self.m)):
                 rank = load(self.line, s.lanes + at + away, s.lanes)
@@ -79,7 +79,7 @@ class Kept:
                 beaten = beaten + T.Select(inside, lost, s.constant(0.0))
             self._emit_store(scores, block, j, v, load(scores, j * s.width + at, s.lanes), mine, I.Bind(beaten))
 
-    def _emit_store(self, scores: Expr, block: Expr, j: Expr, v: int, value: Expr, rank: Expr, beaten: Expr) -> None:
+    def _emit_store(self, scores: Expr, block: Expr, j: Expr, v: Expr, value: Expr, rank: Expr, beaten: Expr) -> None:
         s = self.s
         some = T.Select(rank > s.constant(NEG_INF), s.constant(1.0), s.constant(0.0))
         kept = I.Bind(T.Select(beaten < s.constant(self.n), some, s.constant(0.0)))

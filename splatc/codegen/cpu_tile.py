@@ -66,6 +66,16 @@ class Shape:
     def dv_pitch(self) -> int:
         return -(-self.dv // self.lanes) * self.lanes
 
+    @property
+    def scales_scores(self) -> bool:
+        """Whether the scale is applied to scores, not to the rows of a tile: what is compared must be the same whatever
+        the rows are, and equal where products are."""
+        return self.score.pruning is not None
+
+    def of_rows(self, factor: Expr) -> Expr:
+        """What the rows of a tile are multiplied by when they are packed, the factor of scores being this."""
+        return self.scalar(1.0) if self.scales_scores else factor
+
     def scalar(self, value: float | Expr) -> Expr:
         """A number in the type of computations."""
         return getattr(T, self.acc)(value)
@@ -94,7 +104,7 @@ class Scratch:
     """
 
     def __init__(self, s: Shape) -> None:
-        self.qt = s.scratch(s.m * s.d_pitch)  # times scale * log2(e)
+        self.qt = s.scratch(s.m * s.d_pitch)  # times s.of_rows(scale * log2(e))
         self.k = s.scratch(s.n * s.d)
         self.v = s.scratch(s.n * s.dv)
         self.st = s.scratch(s.n * s.width)  # of one block: scores, then probabilities

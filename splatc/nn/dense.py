@@ -20,7 +20,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: 
                     layout: str = "bhsd", mask: torch.Tensor | None = None,
                     dropout_p: float = 0.0) -> Any:  # fmt: skip
     """What ``sparse_attention`` computes, from all q_len x kv_len scores: for checking, and for training where a
-    dynamic pattern has no kernel. Differentiable to any order, on CPUs and GPUs; time and memory are quadratic.
+    dynamic pattern has no kernel. Differentiable, on CPUs and GPUs; time and memory are quadratic.
 
     q, k, v, pattern, scale, softcap, return_lse, enable_gqa, layout: as of ``sparse_attention``. mask: boolean,
     broadcast to (batch, heads, q_len, kv_len); keys count only where it is True, too (padding, say). dropout_p: of the
@@ -53,7 +53,8 @@ def kept(scores: torch.Tensor, pruning: Pruning) -> torch.Tensor:
     """Which of scores (..., kv_len) stay, boolean: the rules of ``Pruning``; -inf for what is not in the mask."""
     kv_len, m = scores.shape[-1], pruning.m
     rank = scores.masked_fill(scores.isnan(), INF)
-    groups = torch.nn.functional.pad(rank, (0, -kv_len % m), value=-INF).unflatten(-1, (-1, m)).unbind(-1)
+    rank = torch.nn.functional.pad(rank, (0, -kv_len % m), value=-INF)
+    groups = [rank[..., i::m] for i in range(m)]  # by their place in a group
     stay = []
     for i, mine in enumerate(groups):  # earlier keys win ties
         beaten = [other >= mine if j < i else other > mine for j, other in enumerate(groups) if j != i]
