@@ -25,7 +25,8 @@ HOLES = P.causal("bottom_right") & (P.window(30, 0) | P.strided(16)) & ~P.global
 SIZES = [(1, 1), (17, 200), (127, 129), (200, 66)]
 
 
-def tensors(q_len: int, kv_len: int, dtype: str = "float32", batch: int = 2, heads: int = 2, kv_heads: int = 0) -> Any:
+def tensors(q_len: int, kv_len: int, dtype: str = "float32", batch: int = 2, heads: int = 2,
+            kv_heads: int = 0) -> tuple[Any, Any]:  # fmt: skip
     """(q, k, v) that require gradients, and a gradient of o."""
     make = torch.Generator().manual_seed(q_len + kv_len)
     shapes = [(batch, heads, q_len, D), *[(batch, kv_heads or heads, kv_len, D)] * 2, (batch, heads, q_len, D)]
@@ -52,14 +53,14 @@ def check(attend: Any, pattern: Any, qkv: Any, do: Any, options: Any = None, sof
     known: Any = {"softcap": softcap, "pruning": pruning}
     if options:
         known["terms"] = oracle_terms(options, q_len, kv_len, dtype)
-    arrays: Any = [wide(x) for x in qkv]
-    wanted, wanted_lse = oracle.attention(*arrays, dense, **known)
+    a, b, c = (wide(x) for x in qkv)
+    wanted, wanted_lse = oracle.attention(a, b, c, dense, **known)
     empty = np.isneginf(wanted_lse)
     dlse = np.where(empty, 0, wide(dlse))
     assert (np.isneginf(wide(lse)) == empty).all() and (wide(o)[empty] == 0).all()
     assert relative_error(wide(o), wanted) < BOUND[dtype]
     np.testing.assert_allclose(wide(lse)[~empty], wanted_lse[~empty], rtol=BOUND[dtype], atol=BOUND[dtype])
-    results = oracle.gradients(*arrays, dense, wide(do), dlse, **known)
+    results = oracle.gradients(a, b, c, dense, wide(do), dlse, **known)
     for x, gradient in zip((*qkv, *learned), results, strict=True):
         error = np.linalg.norm(wide(x.grad) - gradient) / max(np.linalg.norm(gradient), 1.0)
         assert error < 10 * BOUND[dtype]
@@ -73,7 +74,7 @@ def test_patterns_and_lengths(static, nm, attend):
         check(attend, static & nm, *tensors(*size))
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_dtypes(dtype):
     check(splatc.attention, HOLES & NM24, *tensors(100, 131, dtype))
     check(dense_attention, HOLES & NM24, *tensors(100, 131, dtype))
@@ -88,8 +89,8 @@ def test_heads_in_groups_and_each_with_its_pattern(attend):
 
 def test_terms_and_softcap():
     """Scores are compared after all steps; sinks are no keys, and dropout is of what stays."""
-    qkv, do = tensors(100, 131)
-    check(splatc.attention, HOLES & NM24, qkv, do, options_of("all", 2, 100, 131), softcap=2.0)
+    options = {k: x for name in ("alibi", "sinks", "dropout") for k, x in options_of(name, 2, 100, 131).items()}
+    check(splatc.attention, HOLES & NM24, *tensors(100, 131), options, softcap=2.0)
     check(dense_attention, HOLES & NM24, *tensors(100, 131), softcap=2.0)
 
 
@@ -167,14 +168,15 @@ def test_dense_attention_has_masks_layouts_and_dropout():
     padding = torch.arange(33) < torch.tensor([20, 33])[:, None]
     o = dense_attention(q, k, v, pattern, mask=padding[:, None, None])
     for b, kv_len in enumerate((20, 33)):
-        alone = (x[b : b + 1, :, :kv_len] for x in (q, k, v))
-        same = dense_attention(*alone, pattern=pattern)
+        one, two, three = (x[b : b + 1, :, :kv_len] for x in (q, k, v))
+        same = dense_attention(one, two, three, pattern)
         torch.testing.assert_close(o[b : b + 1, :, :kv_len], same)
-    turned = dense_attention(*(x.transpose(1, 2) for x in (q, k, v)), pattern=pattern, layout="bshd")
+    one, two, three = (x.transpose(1, 2) for x in (q, k, v))
+    turned = dense_attention(one, two, three, pattern, layout="bshd")
     torch.testing.assert_close(turned.transpose(1, 2), dense_attention(q, k, v, pattern))
     torch.manual_seed(0)
-    dropped = torch.stack([dense_attention(q, k, v, pattern, dropout_p=0.2) for _ in range(300)])
-    assert (dropped.mean(0) - dense_attention(q, k, v, pattern)).abs().max() < 0.3 and dropped.std(0).max() > 0.1
+    dropped = torch.stack([dense_attention(q, k, v, pattern, dropout_p=0.2) for _ in range(60)])
+    assert (dropped.mean(0) - dense_attention(q, k, v, pattern)).abs().max() < 0.6 and dropped.std(0).max() > 0.1
 
 
 def test_dense_attention_computes_in_float32_under_autocast():

@@ -103,9 +103,10 @@ def test_every_level_computes_the_same(pattern, pruning):
     do, dlse = rng.standard_normal((q_len, 8)), rng.standard_normal(q_len)
     score = Score(score_of(softcap=True).steps, pruning=pruning)
     dense = pattern.dense(q_len, kv_len)
-    batched: Any = [x[None, None] for x in (q, k, v)]
-    o, lse = attention(*batched, dense, scale=0.5, softcap=2.0, pruning=pruning)
-    wanted = gradients(*batched, dense, do[None, None], dlse[None, None], scale=0.5, softcap=2.0, pruning=pruning)
+    a, b, c = (x[None, None] for x in (q, k, v))
+    options: Any = {"scale": 0.5, "softcap": 2.0, "pruning": pruning}
+    o, lse = attention(a, b, c, dense, **options)
+    wanted = gradients(a, b, c, dense, do[None, None], dlse[None, None], **options)
     for n in range(len(PASSES) + 1):
         forward = program(pattern, q_len, kv_len, score, PASSES[:n])
         backward = program(pattern.transposed(), kv_len, q_len, score, PASSES[:n])
@@ -115,7 +116,7 @@ def test_every_level_computes_the_same(pattern, pruning):
         np.testing.assert_allclose(got[0], o[0, 0], atol=1e-12)
         np.testing.assert_allclose(got[1], lse[0, 0], atol=1e-12)
         found = interpret_gradients(forward, backward, q, k, v, do, dlse, 0.5, Numbers(2.0))
-        assert max(relative_error(a, b[0, 0]) for a, b in zip(found, wanted, strict=True)) < 1e-12
+        assert max(relative_error(x, y[0, 0]) for x, y in zip(found, wanted, strict=True)) < 1e-12
 
 
 def test_groups_stay_whole():
