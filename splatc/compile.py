@@ -18,6 +18,7 @@ from splatc.codegen.kernel import (
     patch_tiles,
     tile_shapes,
     two_walks,
+    with_pruning,
 )
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
@@ -85,9 +86,9 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
     cap = check_softcap(softcap)
     score = score_of(cap > 0, *check_asked(Asked(alibi, relative_bias, block_bias, sinks, dropout)))
-    pattern, pruning = split(pattern)
-    score = replace(score, pruning=pruning)
     spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), score, tile, allow_tf32)
+    pattern, pruning = split(pattern)
+    spec = with_pruning(spec, pruning)
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
 

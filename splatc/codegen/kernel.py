@@ -8,6 +8,7 @@ from typing import Any
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput, Unsupported
 from splatc.ir.score import NO_SCORE, Score
+from splatc.patterns.pruned import Pruning
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
@@ -72,9 +73,6 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     for what, value in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
         if value is not None and (not isinstance(value, int) or not 1 <= value <= 256):
             raise InvalidInput(f"{what} is {value!r}: it must be a whole number from 1 to 256")
-    if score.pruning is not None and target.kind != "cpu":
-        raise Unsupported(f"{score.pruning} has no kernel for {target} yet: compile for the CPU, or let "
-                          "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
     v_head_dim = v_head_dim or head_dim
     portable = not_hopper(head_dim, v_head_dim, name, target, allow_tf32) is not None
     kernel = "cpu" if target.kind == "cpu" else "portable" if portable else "hopper"
@@ -84,6 +82,16 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, score)
     tile_m, tile_n = tile or tile_shapes(spec)[0]
     return replace(spec, tile_m=tile_m, tile_n=tile_n)
+
+
+def with_pruning(spec: KernelSpec, pruning: Pruning | None) -> KernelSpec:
+    """The spec of a kernel that prunes scores, too (None: the same); Unsupported where there is no such kernel."""
+    if pruning is None:
+        return spec
+    if spec.kernel != "cpu":
+        raise Unsupported(f"{pruning} has no kernel for {spec.target} yet: compile for the CPU, or let "
+                          "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
+    return replace(spec, score=replace(spec.score, pruning=pruning))
 
 
 def dtypes_of(target: Target) -> tuple[str, ...]:
