@@ -11,8 +11,8 @@ Float = NDArray[np.float64]
 
 
 def diagonal_sums(scores: NDArray[np.floating[Any]], length: int) -> Float:
-    """Each cell of a (q_len, kv_len) map as the sum of ``length`` (odd) cells round it on its diagonal; cells beyond the
-    map are zeros."""
+    """Each cell of a (q_len, kv_len) map as the sum of ``length`` (odd) cells round it on its diagonal; beyond the map
+    are zeros."""
     rows, cols = scores.shape
     reach = length // 2
     padded = np.pad(np.asarray(scores, np.float64), reach)
@@ -83,5 +83,4 @@ def _pool_on_device(scores: Any, block: int, filter: int) -> Float:
         out += whole.view(n, block, n, block).sum((1, 3), dtype=torch.float64)
     sizes = torch.full((n,), block, dtype=torch.float64)
     sizes[-1] = length - (n - 1) * block
-    means: Float = out.cpu().numpy() / (sizes[:, None] * sizes).numpy()
-    return means
+    return np.asarray(out.cpu() / (sizes[:, None] * sizes))
