@@ -36,6 +36,10 @@ LAZY = {
     "splatc.codegen.hopper.*": {"tvm", "tvm_ffi"},
     "splatc.runtime.torch_ops": {"torch"},
     "splatc.nn*": {"torch"},
+    "splatc.sparsify.layer": {"torch"},
+    "splatc.sparsify.schedule": {"torch"},
+    "splatc.sparsify.scores": {"torch"},
+    "splatc.sparsify.zero": {"torch"},
 }
 LIGHT = {"splatc.codegen.hopper.shape", "splatc.codegen.hopper.backward.shape"}  # all the same
 

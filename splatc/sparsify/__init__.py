@@ -1,12 +1,24 @@
 """Patterns that are found in a model, and models that change to them.
 
-find_pattern    SPION's blocks, from a map of attention
+find_pattern      SPION's blocks, from a map of attention
+mean_attention    such a map, of queries and keys
+SpionAttention    a layer that is dense until it is switched to blocks
+SpionSchedule     when to switch, and the switch
+prune_to_zero     the softmax in which pruned entries have the score 0
 """
 
 from importlib import import_module
 from typing import Any
 
-_HOME = {"find_pattern": "spion"}  # loaded when asked for: some of them import torch
+_HOME = {  # loaded when asked for: some of them import torch
+    "SpionAttention": "layer",
+    "SpionSchedule": "schedule",
+    "find_pattern": "spion",
+    "lightning_callback": "callbacks",
+    "mean_attention": "scores",
+    "prune_to_zero": "zero",
+    "trainer_callback": "callbacks",
+}
 
 __all__ = list(_HOME)
 

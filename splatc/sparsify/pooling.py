@@ -67,7 +67,8 @@ def pool_on_cpu(scores: NDArray[np.floating[Any]], block: int, filter: int) -> F
                 begin += strip[t + height - 1]
                 total += begin[t : t + length]
         out[i] = np.add.reduceat(total, edges)
-    return out / (sizes[:, None] * sizes)
+    out /= sizes[:, None] * sizes
+    return out
 
 
 def _pool_on_device(scores: Any, block: int, filter: int) -> Float:
@@ -83,4 +84,4 @@ def _pool_on_device(scores: Any, block: int, filter: int) -> Float:
         out += whole.view(n, block, n, block).sum((1, 3), dtype=torch.float64)
     sizes = torch.full((n,), block, dtype=torch.float64)
     sizes[-1] = length - (n - 1) * block
-    return np.asarray(out.cpu() / (sizes[:, None] * sizes))
+    return as_numpy(out.cpu() / (sizes[:, None] * sizes)).astype(np.float64)

@@ -83,7 +83,7 @@ def find_pattern(scores: Any, block: int = 64, quantile: float = 0.98, filter: i
     The pattern is for this length; it knows nothing of causality: combine it, ``found.pattern & causal()``. Raises
     InvalidInput for options or maps that do not fit, and for values that are not finite.
     """
-    _check_options(block, quantile, filter, variant, density)
+    check_options(block, quantile, filter, variant, density)
     shape = tuple(getattr(scores, "shape", ()))
     if len(shape) not in (2, 3) or shape[-1] != shape[-2] or 0 in shape:
         raise InvalidInput(f"scores have shape {shape}: they must be (length, length) or (heads, length, length)")
@@ -150,7 +150,8 @@ def fill_paths(pooled: Float) -> Bool:
     return reached[:outside].reshape(n, n)
 
 
-def _check_options(block: int, quantile: float, filter: int, variant: str, density: float | None) -> None:
+def check_options(block: int, quantile: float, filter: int, variant: str, density: float | None) -> None:
+    """InvalidInput for options that `find_pattern` does not take."""
     if variant not in VARIANTS:
         known = "; ".join(f"{name}: {text}" for name, text in VARIANTS.items())
         raise InvalidInput(f"variant is {variant!r}: it must be one of {known}")
