@@ -159,3 +159,46 @@ def test_bad_input(scores, options, words):
 def test_finding_needs_no_torch():
     script = "import sys; from splatc.sparsify import find_pattern; assert not {'torch', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_pictures_of_maps(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from splatc.cli.main import run
+    from splatc.draw.maps import maps_figure, shrink
+
+    scores = a_map("bands", 300, np.random.default_rng(6))
+    np.save(tmp_path / "scores.npy", scores)
+    np.save(tmp_path / "heads.npy", np.stack([scores, scores.T]).astype(np.float32))
+    for name in ("scores.npy", "heads.npy"):
+        picture = tmp_path / f"{name}.png"
+        options = ["--maps", "--block", "16", "--quantile", "0.9", "-o", str(picture)]
+        assert run(["show", str(tmp_path / name), *options]) == 0
+        assert picture.stat().st_size > 10_000 and "of 19^2 blocks" in capsys.readouterr().err
+    titles = {"CF": ["scores", "sums", "means", "fill", "pattern"], "F": ["scores", "means", "fill", "pattern"],
+              "C": ["scores", "sums", "means", "pattern"], "T": ["scores", "means", "pattern"]}  # fmt: skip
+    for variant, wanted in titles.items():
+        (maps,) = find_pattern(scores, 16, 0.9, variant=variant).maps
+        axes = maps_figure(maps).axes
+        assert [one.get_title(loc="left").split()[0].rstrip(",:") for one in axes] == wanted
+        assert (np.asarray(axes[-1].images[0].get_array()) == maps.blocks).all()
+    assert np.allclose(shrink(np.ones((1700, 1700))), 1)
+    assert shrink(np.eye(1700)).sum() * 3 == pytest.approx(567, rel=1e-2)  # means of 3 x 3 cells
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["scores.npy"], "give -o maps.png"),
+    (["missing.npy", "-o", "maps.png"], "No such file"),
+    (["text.npy", "-o", "maps.png"], "no .npy file of numbers"),
+    (["whole.npy", "-o", "maps.png"], "holds no floats"),
+    (["scores.npy", "-o", "maps.gif"], "cannot draw a .gif file"),
+])  # fmt: skip
+def test_wrong_maps(arguments, words, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from splatc.cli.main import run
+
+    monkeypatch.chdir(tmp_path)
+    np.save("scores.npy", np.ones((8, 8)))
+    np.save("whole.npy", np.ones((8, 8), int))
+    (tmp_path / "text.npy").write_text("not an array")
+    assert run(["show", *arguments, "--maps"]) != 0
+    assert words in capsys.readouterr().err

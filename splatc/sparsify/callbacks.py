@@ -38,6 +38,8 @@ def lightning_callback(schedule: SpionSchedule, every: int) -> Any:
     base: Any = _found(("lightning.pytorch", "Callback"), ("pytorch_lightning", "Callback"))
 
     class SpionCallback(base):  # type: ignore[misc]
+        __qualname__ = "SpionCallback"  # what checkpoints call it
+
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             turns.begin(trainer.global_step)
 
