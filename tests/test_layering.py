@@ -37,6 +37,7 @@ LAZY = {
     "splatc.runtime.torch_ops": {"torch"},
     "splatc.nn*": {"torch"},
     "splatc.sparsify.layer": {"torch"},
+    "splatc.sparsify.projection": {"torch"},
     "splatc.sparsify.schedule": {"torch"},
     "splatc.sparsify.scores": {"torch"},
     "splatc.sparsify.zero": {"torch"},

@@ -5,6 +5,7 @@ mean_attention    such a map, of queries and keys
 SpionAttention    a layer that is dense until it is switched to blocks
 SpionSchedule     when to switch, and the switch
 prune_to_zero     the softmax in which pruned entries have the score 0
+sparsek           SparseK's projection: a differentiable choice of k scores
 """
 
 from importlib import import_module
@@ -17,6 +18,7 @@ _HOME = {  # loaded when asked for: some of them import torch
     "lightning_callback": "callbacks",
     "mean_attention": "scores",
     "prune_to_zero": "zero",
+    "sparsek": "projection",
     "trainer_callback": "callbacks",
 }
 
