@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,14 +79,20 @@ def evaluate(tokens: list[int]) -> int:
     return stack[0][0]
 
 
-def dataset(grammar: Grammar, count: int, length: int, seed: int,
+def dataset(grammar: Grammar, count: int, length: int, seed: int, processes: int = 1,
             shown: Callable[[int], None] = lambda done: None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """(tokens uint8 (count, length), padded with 0; values uint8 (count,)), a function of its arguments alone."""
+    """(tokens uint8 (count, length), padded with 0; values uint8 (count,)), a function of the first four arguments."""
     if grammar.longest > length:
         raise ValueError(f"expressions of up to {grammar.longest} tokens do not fit into {length}")
     tokens, values = np.zeros((count, length), np.uint8), np.zeros(count, np.uint8)
-    for i in range(count):
-        text, values[i] = expression(grammar, np.random.default_rng((seed, i)))
-        tokens[i, : len(text)] = text
-        shown(i + 1)
+    one = partial(_example, grammar, seed)
+    with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
+        examples = pool.map(one, range(count), chunksize=64) if pool else map(one, range(count))
+        for i, (text, value) in enumerate(examples):
+            tokens[i, : len(text)], values[i] = text, value
+            shown(i + 1)
     return tokens, values
+
+
+def _example(grammar: Grammar, seed: int, number: int) -> tuple[list[int], int]:
+    return expression(grammar, np.random.default_rng((seed, number)))
