@@ -55,6 +55,7 @@ def test_every_mode_computes(listops):
     assert torch.isfinite(means(padded)).all()
 
 
+@pytest.mark.slow
 def test_training(listops, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     modes = "dense,spion-CF,window"
@@ -77,6 +78,7 @@ def test_training(listops, monkeypatch, tmp_path, capsys):
         listops.listops.main()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_nothing_had_happened(listops, tmp_path):
     example = listops.listops
     plan = replace(example.SMALL, batch=2, steps=9, evaluate=2, change=1e9, examples=20, tests=4, prune_to="zero")
