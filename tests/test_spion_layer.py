@@ -166,6 +166,16 @@ def test_blocks_are_saved_with_the_model(tmp_path, per_head):
     assert other.blocks is None and other.pattern == P.causal()
 
 
+def test_a_traced_layer_follows_the_switch():
+    layer, x = SpionAttention(32, 2), torch.randn(1, 64, 32)
+    traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(traced(x), layer(x), atol=1e-6)
+    layer.switch(P.block_mask([[1, 0], [1, 1]], 32))
+    assert torch.allclose(changed := layer(x), traced(x), atol=1e-6)
+    layer.switch(P.block_mask([[0, 1], [1, 1]], 32))
+    assert torch.allclose(other := layer(x), traced(x), atol=1e-6) and not torch.allclose(changed, other)
+
+
 def test_wrong_layers():
     with pytest.raises(Unsupported, match="has no softcap"):
         SpionAttention(16, 2, softcap=20.0)

@@ -30,7 +30,8 @@ class SpionAttention(SparseAttention):
     everywhere in splatc, and what is left sums to one. "zero": they stay in the denominator of the softmax with the
     score 0, as in SPION's public code, so that rows sum to less than one; see `splatc.sparsify.zero.prune_to_zero`.
 
-    The blocks are part of ``state_dict``, and are for one length (or others with as many blocks).
+    The blocks are part of ``state_dict``, and are for one length (or others with as many blocks). Switched
+    "zero" layers do not trace under ``torch.compile(fullgraph=True)``; without fullgraph they run eagerly.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, pattern: Any = "full()", *, prune_to: str = "-inf",

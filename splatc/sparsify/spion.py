@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import InvalidInput
-from splatc.patterns import Pattern, block_mask, per_head
+from splatc.patterns import Pattern, PerHead, block_mask
 from splatc.sparsify.pooling import as_numpy, diagonal_sums, pool
 
 Float = NDArray[np.float64]
@@ -92,11 +92,7 @@ def find_pattern(scores: Any, block: int = 64, quantile: float = 0.98, filter: i
     if len(shape) == 3 and not per_head:
         scores = scores.mean(0) if shape[0] > 1 else scores[0]
     maps = tuple(_find(one, block, quantile, filter, variant, density) for one in (scores if per_head else [scores]))
-    return Found(_of_heads(maps) if per_head else maps[0].pattern, maps)
-
-
-def _of_heads(maps: tuple[Maps, ...]) -> Pattern:
-    return per_head([one.pattern for one in maps])
+    return Found(PerHead(tuple(one.pattern for one in maps)) if per_head else maps[0].pattern, maps)
 
 
 def _find(scores: Any, block: int, quantile: float, filter: int, variant: str, density: float | None) -> Maps:
