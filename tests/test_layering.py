@@ -37,6 +37,11 @@ LAZY = {
     "splatc.runtime.torch_ops": {"torch"},
     "splatc.nn*": {"torch"},
     "splatc.sparsify.nm": {"torch"},
+    "splatc.sparsify.layer": {"torch"},
+    "splatc.sparsify.projection": {"torch"},
+    "splatc.sparsify.schedule": {"torch"},
+    "splatc.sparsify.scores": {"torch"},
+    "splatc.sparsify.zero": {"torch"},
 }
 LIGHT = {"splatc.codegen.hopper.shape", "splatc.codegen.hopper.backward.shape"}  # all the same
 

@@ -20,6 +20,7 @@ from splatc.cli.masks import (
 )
 from splatc.cli.output import console, fields, note, percent, print_json, seconds, size
 from splatc.codegen.target import resolve_target
+from splatc.errors import InvalidInput
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Mask
 from splatc.runtime.attention import Plan
@@ -34,7 +35,8 @@ SHOW_EXAMPLES = """\b
 Examples:
   splatc show 'causal & (window(31, 0) | strided(32))' --seq-len 512
   splatc show 'fixed(128, 16)' -s 1024 -o fixed.png
-  splatc show mask.npy --tiles -o tiles.svg"""
+  splatc show mask.npy --tiles -o tiles.svg
+  splatc show attention.npy --maps --block 64 -o maps.png"""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -112,8 +114,19 @@ def show(
     pieces: Annotated[bool, typer.Option("--pieces", help="Only the mask with its pieces.")] = False,
     tiles: Annotated[bool, typer.Option("--tiles", help="Only the tiles.")] = False,
     head: Annotated[int, typer.Option("--head", help="Which head, if each has its own mask.")] = 0,
+    maps: Annotated[
+        bool,
+        typer.Option("--maps", help="The file is a map of attention (.npy, floats): draw how SPION finds its pattern."),
+    ] = False,
+    block: Annotated[int, typer.Option("--block", help="Of --maps: the side of a block.")] = 64,
+    quantile: Annotated[float, typer.Option("--quantile", help="Of --maps: blocks above it are candidates.")] = 0.98,
+    filter: Annotated[int, typer.Option("--filter", help="Of --maps: cells along the diagonal that are summed.")] = 31,
+    variant: Annotated[str, typer.Option("--variant", help="Of --maps: CF, C, F, or without filling CT, T.")] = "CF",
 ) -> None:
     """Draw a mask with its pieces and its tiles, in a file or in the terminal. Compiles nothing."""
+    if maps:
+        _show_maps(Path(mask), output, block, quantile, filter, variant)
+        return
     from splatc.draw import Drawing, print_to, save
 
     drawing = Drawing.of(*sized_mask(mask, seq_len, kv_len), head=head)
@@ -123,3 +136,14 @@ def show(
         note(f"wrote {output} ({size(output.stat().st_size)})")
     else:
         print_to(console(), drawing, pieces=both or pieces, tiles=both or tiles)
+
+
+def _show_maps(path: Path, output: Path | None, block: int, quantile: float, filter: int, variant: str) -> None:
+    from splatc.draw.maps import load_scores, save_maps
+    from splatc.sparsify.spion import find_pattern
+
+    if output is None:
+        raise InvalidInput("--maps draws in a file: give -o maps.png")
+    (maps,) = find_pattern(load_scores(path), block, quantile, filter, variant).maps
+    save_maps(maps, output, title=f"{path.name}, {variant}")
+    note(f"wrote {output} ({size(output.stat().st_size)}): {percent(maps.density)} of {len(maps.blocks)}^2 blocks")

@@ -25,32 +25,46 @@ MAX_BORDERS = 80  # tiles along a side beyond which borders would hide them
 
 def save(drawing: Drawing, path: str | Path, *, pieces: bool = True, tiles: bool = True) -> None:
     """Write the picture to a .png, .svg or .pdf file. Raises InvalidInput for another kind of file."""
-    path = Path(path)
-    if path.suffix.lower() not in KINDS:
-        raise InvalidInput(f"{path}: cannot draw a {path.suffix or 'nameless kind of'} file: use {', '.join(KINDS)}")
+    check_kind(path)
     drawn = figure(drawing, pieces=pieces, tiles=tiles)
     drawn.savefig(path, dpi=150, facecolor="white")
 
 
-def figure(drawing: Drawing, *, pieces: bool = True, tiles: bool = True) -> Any:
-    """A matplotlib Figure: the mask coloured by piece, then every pass with its tiles in the order of its views."""
+def check_kind(path: str | Path) -> None:
+    """InvalidInput unless a picture can be written to a file of this name."""
+    suffix = Path(path).suffix
+    if suffix.lower() not in KINDS:
+        raise InvalidInput(f"{path}: cannot draw a {suffix or 'nameless kind of'} file: use {', '.join(KINDS)}")
+
+
+def load_figure(**options: Any) -> Any:
+    """An empty matplotlib Figure; Unsupported without matplotlib."""
     try:
-        import matplotlib as mpl
+        import matplotlib  # noqa: F401  (loaded already, or missing)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
     except ImportError:
         raise Unsupported(
             "pictures need matplotlib: pip install 'splatc[plot]' (or leave out -o to draw in the terminal)"
         ) from None
+    out = Figure(**options)
+    FigureCanvasAgg(out)
+    return out
+
+
+def figure(drawing: Drawing, *, pieces: bool = True, tiles: bool = True) -> Any:
+    """A matplotlib Figure: the mask coloured by piece, then every pass with its tiles in the order of its views."""
+    out = load_figure()
+    import matplotlib as mpl
+    from matplotlib.patches import Rectangle
+
     panels = [_pieces_panel(drawing)] if pieces else []
     panels += [_tiles_panel(drawing, i) for i in range(len(drawing.covers) if tiles else 0)]
     lines = max(len(panel.legend) for panel in panels)
     sides = [SIDE * min(1, panel.height / panel.width) for panel in panels]
     wide, high = (SIDE + LEFT) * len(panels) + 0.1, TOP + max(sides) + 0.25 + LINE * lines
     with mpl.rc_context({"font.size": 8, "axes.linewidth": 0.6, "font.family": "sans-serif", "svg.fonttype": "none"}):
-        out = Figure(figsize=(wide, high))
-        FigureCanvasAgg(out)
+        out.set_size_inches(wide, high)
         for i, panel in enumerate(panels):
             w, h = (SIDE * min(1, x / y) for x, y in ((panel.width, panel.height), (panel.height, panel.width)))
             x = LEFT + i * (SIDE + LEFT)

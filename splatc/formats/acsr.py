@@ -207,12 +207,16 @@ class ACSR:
 
     def statistics(self) -> dict[str, float]:
         """nnz, density, pieces, strips, remainder_nnz, nbytes, empty_rows, row_min, row_mean, row_max (elements)."""
-        row, start, stop = self.runs()
-        per_row = np.bincount(row, stop - start, self.q_len)
+        per_row = self.row_counts()
         rows = {"empty_rows": int((per_row == 0).sum()), "row_min": int(per_row.min(initial=self.kv_len)),
                 "row_mean": self.nnz / max(self.q_len, 1), "row_max": int(per_row.max(initial=0))}  # fmt: skip
         return {"nnz": self.nnz, "density": self.density, "pieces": len(self.pieces), "strips": len(self.strips),
                 "remainder_nnz": self.remainder.nnz, "nbytes": self.nbytes, **rows}  # fmt: skip
+
+    def row_counts(self) -> Ints:
+        """Elements of each row (q_len,)."""
+        row, start, stop = self.runs()
+        return np.bincount(row, stop - start, self.q_len).astype(np.int64)
 
     def __str__(self) -> str:
         head = (

@@ -1,0 +1,69 @@
+"""The Transformer that SPION trained on ListOps: 4 layers of 64, two heads, means over positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from listops_data import CLASSES, WORDS
+from torch import nn
+
+from splatc import patterns as P
+from splatc.sparsify import SpionAttention
+
+MODES = ("dense", "spion-C", "spion-F", "spion-CF", "spion-T", "window", "bigbird")
+
+
+@dataclass(frozen=True)
+class Size:
+    """length: positions of a sequence. block: the side of blocks of every pattern."""
+
+    length: int = 2048
+    layers: int = 4
+    width: int = 64
+    heads: int = 2
+    hidden: int = 128
+    dropout: float = 0.1
+    block: int = 64
+
+
+def pattern_of(mode: str, size: Size) -> P.Pattern:
+    """What a mode begins with."""
+    if mode == "window":
+        return P.block_window(size.block, 1, 1)
+    return P.bigbird(size.block) if mode == "bigbird" else P.full()
+
+
+class Layer(nn.Module):
+    """Attention and a hidden layer, each added to its input."""
+
+    def __init__(self, size: Size, pattern: P.Pattern, prune_to: str) -> None:
+        super().__init__()
+        self.attention = SpionAttention(size.width, size.heads, pattern, prune_to=prune_to)
+        self.before, self.between = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
+        self.hidden = nn.Sequential(nn.Linear(size.width, size.hidden), nn.GELU(), nn.Dropout(size.dropout),
+                                    nn.Linear(size.hidden, size.width))  # fmt: skip
+        self.dropout = nn.Dropout(size.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.before(x)))
+        return x + self.dropout(self.hidden(self.between(x)))
+
+
+class Classifier(nn.Module):
+    """Tokens (batch, length) to logits of classes (batch, 10). Padding takes part in attention as a word of its own, in
+    every mode, and in no mean."""
+
+    def __init__(self, size: Size, mode: str, prune_to: str = "-inf") -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(len(WORDS), size.width), nn.Embedding(size.length, size.width)
+        pattern = pattern_of(mode, size)
+        self.layers = nn.ModuleList([Layer(size, pattern, prune_to) for _ in range(size.layers)])
+        self.norm, self.out = nn.LayerNorm(size.width), nn.Linear(size.width, CLASSES)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.words(tokens) + self.places.weight[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        real = (tokens > 0)[..., None]
+        return self.out((self.norm(x) * real).sum(1) / real.sum(1))

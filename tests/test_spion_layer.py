@@ -1,0 +1,385 @@
+"""Layers that change from dense to blocks: their maps, both softmaxes against float64, saving, and the schedule."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splatc import oracle
+from splatc import patterns as P
+from splatc.errors import InvalidInput, Unsupported
+from splatc.oracle import relative_error
+
+torch = pytest.importorskip("torch")
+
+from splatc.sparsify import SpionAttention, SpionSchedule, find_pattern, mean_attention, prune_to_zero  # noqa: E402
+from splatc.sparsify.callbacks import lightning_callback, trainer_callback  # noqa: E402
+from splatc.sparsify.schedule import settled  # noqa: E402
+
+
+def dense_weights(q: Any, k: Any, seen: Any = True, scale: float | None = None) -> Any:
+    """The softmax in float64, (batch, heads, q_len, kv_len); rows that see nothing are 0."""
+    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    hidden = ~torch.as_tensor(seen)
+    return scores.masked_fill(hidden, -1e300).softmax(-1).masked_fill(hidden, 0.0)
+
+
+# -- maps --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 100, 2**24])
+@pytest.mark.parametrize("q_len, kv_len, kv_heads", [(1, 1, 4), (17, 17, 2), (33, 20, 1)])
+def test_mean_attention(limit, q_len, kv_len, kv_heads):
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 4, q_len, 8), torch.randn(3, kv_heads, kv_len, 8)
+    heads = P.per_head([P.causal(), P.window(3, 1), P.full(), P.full() & ~P.full()])
+    for pattern in (None, P.causal(), heads):
+        seen = True if pattern is None else torch.from_numpy(pattern.dense(q_len, kv_len))
+        wanted = dense_weights(q, k, seen, 0.4)
+        together = mean_attention(q, k, pattern, scale=0.4, limit=limit)
+        assert together.dtype == torch.float32 and relative_error(together, wanted.mean((0, 1))) < 1e-6
+        each = mean_attention(q, k, pattern, scale=0.4, per_head=True, limit=limit)
+        assert each.shape == (4, q_len, kv_len) and relative_error(each, wanted.mean(0)) < 1e-6
+    with pytest.raises(InvalidInput, match="they must be"):
+        mean_attention(q, k[:, :0])
+
+
+def test_mean_attention_holds_little(monkeypatch):
+    sizes: list[int] = []
+    softmax = torch.Tensor.softmax
+
+    def counted(x: Any, dim: int) -> Any:
+        sizes.append(x.numel())
+        return softmax(x, dim)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", counted)
+    mean_attention(torch.randn(5, 2, 64, 4), torch.randn(5, 2, 64, 4), limit=1000)
+    assert max(sizes) <= 1000 and sum(sizes) == 5 * 2 * 64 * 64
+
+
+# -- the softmax with zeros --------------------------------------------------------------------------------------------
+
+
+def zero_reference(q: Any, k: Any, v: Any, base: Any, kept: Any) -> Any:
+    """(o, lse) in float64, by the definition: pruned entries have the score 0 and add nothing."""
+    q, k, v = (x.double() for x in (q, k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    pruned = base & ~kept
+    top = torch.where(kept, scores, torch.where(pruned, 0.0, -1e30)).amax(-1, keepdim=True)
+    weights = torch.where(kept, (scores - top).exp(), 0.0)
+    total = weights.sum(-1, keepdim=True) + pruned.sum(-1, keepdim=True) * (-top).exp()
+    return weights / total.clamp_min(1e-300) @ v, top[..., 0] + total[..., 0].log()
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("length", [1, 48, 127])
+@pytest.mark.parametrize("base", ["full()", "causal()"])
+def test_prune_to_zero_against_float64(layout, length, base):
+    rng = np.random.default_rng(length)
+    n = -(-length // 16)
+    blocks = P.block_mask(rng.random((n, n)) < 0.4, 16)  # some rows attend to nothing, some to everything
+    layer = SpionAttention(16, 2, base, projections=False, prune_to="zero", layout=layout)
+    turn = (lambda x: x.transpose(1, 2)) if layout == "bshd" else (lambda x: x)
+    q, k, v = (torch.from_numpy(rng.standard_normal((2, 2, length, 8)) * 2).requires_grad_() for _ in "qkv")
+    whole = torch.from_numpy(P.parse(base).dense(length))
+    o, lse = layer(*map(turn, (q, k, v)), return_lse=True)
+    wanted = dense_weights(q, k, whole) @ v
+    assert relative_error(turn(o).detach(), wanted.detach()) < 1e-12  # dense: nothing is pruned
+    layer.switch(blocks)
+    o, lse = layer(*map(turn, (q, k, v)), return_lse=True)
+    kept = whole & torch.from_numpy(blocks.dense(length))
+    wanted, wanted_lse = zero_reference(q, k, v, whole, kept)
+    some = torch.isfinite(lse)
+    assert relative_error(turn(o).detach(), wanted.detach()) < 1e-12
+    assert torch.allclose(lse[some], wanted_lse[some]) and (wanted[~some] == 0).all()
+    do = torch.randn_like(wanted)
+    got = torch.autograd.grad((turn(o) * do).sum() + lse[some].sum(), (q, k, v))
+    want = torch.autograd.grad((wanted * do).sum() + wanted_lse[some].sum(), (q, k, v))
+    for a, b in zip(got, want):
+        assert torch.isfinite(a).all() and relative_error(a, b) < 1e-10
+
+
+def test_prune_to_zero_is_safe():
+    lse = torch.tensor([[[-float("inf"), -float("inf"), 300.0, -300.0, 1e4, 3.0]]], requires_grad=True)
+    o = torch.ones(1, 1, 6, 2, requires_grad=True)
+    new, new_lse = prune_to_zero(o, lse, torch.tensor([4, 0, 4, 4, 4, 0]))
+    assert torch.isfinite(new).all() and new[0, 0, :, 0].tolist() == pytest.approx([0, 1, 1, 0, 1, 1])
+    assert new_lse[0, 0].tolist() == pytest.approx([np.log(4), -np.inf, 300, np.log(4), 1e4, 3])
+    new.sum().backward()
+    assert torch.isfinite(o.grad).all() and torch.isfinite(lse.grad).all()
+
+
+def test_zero_with_blocks_of_each_head():
+    rng = np.random.default_rng(5)
+    blocks = P.per_head([P.block_mask(rng.random((3, 3)) < 0.5, 16) for _ in range(2)])
+    layer = SpionAttention(16, 2, projections=False, prune_to="zero")
+    layer.switch(blocks)
+    q, k, v = (torch.randn(1, 2, 40, 8, dtype=torch.float64) for _ in "qkv")
+    wanted, _ = zero_reference(q, k, v, torch.tensor(True), torch.from_numpy(blocks.dense(40)))
+    assert relative_error(layer(q, k, v), wanted) < 1e-12
+    assert "prune_to=zero" in repr(layer)
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_is_dense_then_sparse():
+    torch.manual_seed(1)
+    layer, x = SpionAttention(32, 4, num_kv_heads=2), torch.randn(2, 50, 32)
+    names = {name for name, _ in layer.named_parameters()}
+    layer.watch()
+    dense = layer(x)
+    scores = layer.watched()
+    assert scores.shape == (50, 50) and torch.allclose(scores.sum(-1), torch.ones(50), atol=1e-5)
+    assert torch.equal(layer(x), dense) and layer.watched() is None  # watching changed nothing and has ended
+    layer.switch(found := find_pattern(scores, 16, 0.7).pattern)
+    assert layer.pattern == layer.blocks == found and {name for name, _ in layer.named_parameters()} == names
+    q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2).detach() for f in (layer.q_proj, layer.k_proj, layer.v_proj))
+    o = torch.from_numpy(oracle.attention(q, k, v, found.dense(50))[0]).float()
+    assert torch.allclose(layer(x), layer.out_proj(o.transpose(1, 2).flatten(-2)), atol=1e-5)
+    layer.switch(None)
+    assert torch.equal(layer(x), dense)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_blocks_are_saved_with_the_model(tmp_path, per_head):
+    rng = np.random.default_rng(2)
+    each = [P.block_mask(rng.random((70, 70)) < 0.3, 8) for _ in range(2)]
+    blocks = P.per_head(each) if per_head else each[0]
+    layer = SpionAttention(16, 2, P.causal())
+    dense_state = copy.deepcopy(layer.state_dict())
+    layer.switch(blocks)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    other = SpionAttention(16, 2, P.causal())
+    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    assert other.blocks == blocks and other.pattern == layer.pattern == P.causal() & blocks
+    x = torch.randn(1, 560, 16)
+    assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+    other.load_state_dict(dense_state)
+    assert other.blocks is None and other.pattern == P.causal()
+
+
+def test_a_traced_layer_follows_the_switch():
+    layer, x = SpionAttention(32, 2), torch.randn(1, 64, 32)
+    traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(traced(x), layer(x), atol=1e-6)
+    layer.switch(P.block_mask([[1, 0], [1, 1]], 32))
+    assert torch.allclose(changed := layer(x), traced(x), atol=1e-6)
+    layer.switch(P.block_mask([[0, 1], [1, 1]], 32))
+    assert torch.allclose(other := layer(x), traced(x), atol=1e-6) and not torch.allclose(changed, other)
+
+
+def test_wrong_layers():
+    with pytest.raises(Unsupported, match="has no softcap"):
+        SpionAttention(16, 2, softcap=20.0)
+    with pytest.raises(InvalidInput, match="prune_to is 'none'"):
+        SpionAttention(16, 2, prune_to="none")
+    layer = SpionAttention(16, 2)
+    mixed = P.per_head([P.block_mask([[1]], 8), P.block_mask([[1]], 16)])
+    for wrong in (P.causal(), P.block_mask([[1]], (8, 16)), mixed, P.per_head([P.block_mask([[1]], 8), P.full()])):
+        with pytest.raises(InvalidInput, match="no block_mask of square blocks"):
+            layer.switch(wrong)
+    layer.switch(P.block_mask([[1, 0], [0, 1]], 8))
+    with pytest.raises(InvalidInput, match="q_len 50"):
+        layer(torch.randn(1, 50, 16))
+
+
+# -- the schedule ------------------------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):  # type: ignore[name-defined]
+    """Two layers, one after the other."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([SpionAttention(16, 2, **options) for _ in range(2)])
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_settled():
+    assert settled({"a": 1.0, "b": 2.0}, {"a": 1.1, "b": 1.8}, 0.15)
+    assert not settled({"a": 1.0, "b": 2.0}, {"a": 1.1, "b": 1.6}, 0.15)
+    assert settled({"a": 0.0}, {"a": 0.0}, 0.15) and not settled({"a": 0.0}, {"a": 1.0}, 0.15)
+    assert not settled({"a": 1.0}, {"a": 1.15000001}, 0.15)
+
+
+def test_the_transition(tmp_path):
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(3)
+    model = Model()
+    told: list[dict[str, Any]] = []
+    schedule = SpionSchedule(model, block=16, quantile=0.7, pictures=tmp_path / "maps", on_switch=told.append)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    x, maps = torch.randn(2, 64, 16), []
+    for _ in range(12):
+        if schedule.switched:
+            break
+        with schedule.watch():
+            loss = model(x).square().mean()
+        layer = model.layers[0]
+        q, k = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj))
+        maps.append(dense_weights(q, k).mean((0, 1)).detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert schedule.switched and len(maps) >= 3 and len(schedule.distances) == len(maps) - 1
+    distances = [one["layers.0"] for one in schedule.distances]
+    assert distances == pytest.approx([float((b - a).norm()) for a, b in pairwise(maps)], rel=1e-3)
+    wanted = find_pattern(maps[-1], 16, 0.7).pattern
+    assert model.layers[0].blocks == wanted and set(told[0]) == {"layers.0", "layers.1"}
+    assert all((tmp_path / f"maps/layers.{i}.png").stat().st_size > 5000 for i in range(2))
+    before = {p: optimizer.state[p]["exp_avg"].clone() for p in model.parameters()}
+    assert all((p in optimizer.state) and before[p].abs().sum() > 0 for p in model.layers[1].parameters() if p.ndim > 1)
+    loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == len(maps) + 1 for p in model.parameters())
+    with pytest.raises(InvalidInput, match="nothing left to watch"):
+        schedule.start()
+
+
+def test_a_schedule_goes_on_from_its_state(tmp_path):
+    torch.manual_seed(4)
+    model = Model()
+    x = torch.randn(1, 32, 16)
+    schedule = SpionSchedule(model, block=8, quantile=0.5, per_head=True)
+    for _ in range(2):
+        with schedule.watch():
+            model(x)
+    torch.save({"model": model.state_dict(), "schedule": schedule.state_dict()}, tmp_path / "all.pt")
+    saved = torch.load(tmp_path / "all.pt", weights_only=True)
+    copied = Model()
+    copied.load_state_dict(saved["model"])
+    other = SpionSchedule(copied, block=8, quantile=0.5, per_head=True)
+    other.load_state_dict(saved["schedule"])
+    for one, m in ((schedule, model), (other, copied)):
+        with one.watch():
+            m(x)
+    assert schedule.switched and other.switched and schedule.distances == other.distances  # d = 0: nothing moved
+    assert [layer.blocks for layer in model.layers] == [layer.blocks for layer in copied.layers]
+    assert isinstance(model.layers[0].blocks, P.PerHead)
+    resumed = Model()
+    resumed.load_state_dict(copied.state_dict())
+    assert SpionSchedule(resumed).switched and torch.equal(resumed(x), model(x))
+    with pytest.raises(InvalidInput, match="the state is of layers"):
+        SpionSchedule(resumed.layers[0]).load_state_dict(saved["schedule"])
+
+
+def test_micro_batches_are_one_evaluation():
+    torch.manual_seed(5)
+    model = Model()
+    x = torch.randn(4, 32, 16)
+    layer = model.layers[0]
+    layer.watch()
+    model(x[:2]), model(x[2:])
+    halves = layer.watched()
+    layer.watch()
+    model(x)
+    assert torch.allclose(halves, layer.watched(), atol=1e-6)
+
+
+def test_wrong_schedules():
+    with pytest.raises(InvalidInput, match="has no SpionAttention"):
+        SpionSchedule(torch.nn.Linear(2, 2))
+    with pytest.raises(InvalidInput, match="change is 0"):
+        SpionSchedule(Model(), change=0)
+    with pytest.raises(InvalidInput, match="must be odd"):
+        SpionSchedule(Model(), filter=4)
+    model = Model()
+    schedule = SpionSchedule(model)
+    with pytest.raises(InvalidInput, match="no map to find patterns in"):
+        schedule.switch()
+    with pytest.raises(InvalidInput, match="was not called"), schedule.watch():
+        model.layers[0](torch.randn(1, 8, 16))
+    with pytest.raises(RuntimeError), schedule.watch():
+        raise RuntimeError
+    assert not schedule.watching
+    with schedule.watch():
+        model(torch.randn(1, 8, 16))
+    with pytest.raises(InvalidInput, match="sequences of one length"), schedule.watch():
+        model(torch.randn(1, 9, 16))
+
+
+def _average(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layer = SpionAttention(16, 2)
+    layer.watch()
+    layer(torch.load(f"{folder}/x.pt")[rank : rank + 1])
+    torch.save(layer.watched(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_share_their_maps(tmp_path):
+    torch.save(x := torch.randn(2, 24, 16), tmp_path / "x.pt")
+    torch.multiprocessing.spawn(_average, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    layer = SpionAttention(16, 2)
+    layer.watch()
+    layer(x)
+    wanted = layer.watched()
+    for rank in range(2):
+        assert torch.allclose(torch.load(tmp_path / f"{rank}.pt"), wanted, atol=1e-6)
+
+
+# -- callbacks ---------------------------------------------------------------------------------------------------------
+
+
+def stand_in(monkeypatch: Any, module: str, name: str) -> None:
+    """A library whose callbacks have a base class and nothing else."""
+    parts = module.split(".")
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), ModuleType(parts[i]))
+    setattr(sys.modules[module], name, type(name, (), {}))
+
+
+@pytest.mark.parametrize("module", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightning_hooks(monkeypatch, module):
+    for one in ("lightning", "lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, one, None)  # as if it were not installed
+    model = Model()
+    schedule = SpionSchedule(model, block=8, quantile=0.5)
+    with pytest.raises(Unsupported, match="needs lightning"):
+        lightning_callback(schedule, 2)
+    stand_in(monkeypatch, module, "Callback")
+    with pytest.raises(InvalidInput, match="every is 0"):
+        lightning_callback(schedule, 0)
+    callback = lightning_callback(schedule, 2)
+    x = torch.randn(1, 24, 16)
+    for step in range(8):
+        for micro in range(2):
+            callback.on_train_batch_start(type("Trainer", (), {"global_step": step}), model, x, 2 * step + micro)
+            model(x)
+            callback.on_train_batch_end(None, model, None, x, micro)
+        assert schedule.switched == (step >= 6)  # evaluations at 2, 4 and 6
+        if step == 4:
+            state = callback.state_dict()
+            callback.load_state_dict(state)
+    assert len(schedule.distances) == 2
+
+
+def test_trainer_hooks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model = Model()
+    schedule = SpionSchedule(model, block=8, quantile=0.5)
+    with pytest.raises(Unsupported, match="needs transformers"):
+        trainer_callback(schedule, 1)
+    stand_in(monkeypatch, "transformers", "TrainerCallback")
+    callback = trainer_callback(schedule, 3)
+    for step in range(10):
+        callback.on_step_begin(None, type("State", (), {"global_step": step}), None)
+        model(torch.ones(1, 24, 16))
+        callback.on_step_end(None, type("State", (), {"global_step": step + 1}), None)
+        assert schedule.switched == (step >= 9)
