@@ -14,15 +14,16 @@ from splatc.compile import analyze, attention, compile
 
 if TYPE_CHECKING:
     from splatc import nn as nn
+    from splatc import sparsify as sparsify
 
 __all__ = ["analyze", "attention", "compile", "patterns"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":  # it imports torch
-        import splatc.nn
+    if name in ("nn", "sparsify"):  # nn imports torch
+        from importlib import import_module
 
-        return splatc.nn
+        return import_module(f"splatc.{name}")
     if name == "__version__":
         from importlib.metadata import version
 

@@ -18,6 +18,7 @@ from splatc.codegen.kernel import (
     patch_tiles,
     tile_shapes,
     two_walks,
+    with_pruning,
 )
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
@@ -30,6 +31,7 @@ from splatc.ir.score import score_of
 from splatc.patterns import as_pattern
 from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
+from splatc.patterns.pruned import Pruned, joined, split
 from splatc.runtime.attention import CompiledAttention, Plan
 from splatc.runtime.cpu_call import workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
@@ -54,6 +56,9 @@ def analyze(mask: Any, seq_len: int | None = None, kv_len: int | None = None) ->
     Lengths are needed for a symbolic pattern and taken from a matrix otherwise; kv_len defaults to seq_len.
     """
     pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
+    if isinstance(pattern, Pruned):
+        raise InvalidInput(f"analyze takes a mask, and {pattern} depends on scores: analyze its static part, "
+                           f"{pattern.static}")  # fmt: skip
     if isinstance(pattern, PerHead):
         raise InvalidInput("analyze takes the mask of one head: analyze the patterns of a per-head list one by one")
     return ACSR.from_pattern(pattern, q_len, kv_len)
@@ -66,11 +71,11 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
             allow_tf32: bool = True, after: After | None = None) -> CompiledAttention:  # fmt: skip
     """Compile masked attention.
 
-    mask: a pattern, its text, a boolean matrix, a scipy.sparse matrix, a networkx graph, a FlexAttention mask_mod or
-    BlockMask, or a list with one of these for each head. seq_len, kv_len: as in ``analyze``; other lengths reuse the
-    binary. dtype: "float32", "float16", "bfloat16" (on a CPU also "float64") or torch's. softcap: scores s become
-    softcap * tanh(s / softcap). alibi, relative_bias, block_bias, sinks, dropout: whether calls bring these
-    (``TermOptions``; what they do: ir/score.py).
+    mask: a pattern (also a dynamic one, with nm(2, 4)), its text, a boolean matrix, a scipy.sparse matrix, a networkx
+    graph, a FlexAttention mask_mod or BlockMask, or a list with one of these for each head. seq_len, kv_len: as in
+    ``analyze``; other lengths reuse the binary. dtype: "float32", "float16", "bfloat16" (on a CPU also "float64") or
+    torch's. softcap: scores s become softcap * tanh(s / softcap). alibi, relative_bias, block_bias, sinks, dropout:
+    whether calls bring these (``TermOptions``; what they do: ir/score.py).
     target: "cpu", "cuda" or an arch such as "sm_90a" (default: the GPU here, else the CPU). layout: "bhsd" or "bshd".
     tile: (query rows, key columns) of a tile, default: the fastest for this mask by ``splatc tune`` or the cost model.
     allow_tf32: on a Hopper GPU, compute float32 by tensor cores, which round the factors of products to tf32 (11 bits;
@@ -82,6 +87,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     cap = check_softcap(softcap)
     score = score_of(cap > 0, *check_asked(Asked(alibi, relative_bias, block_bias, sinks, dropout)))
     spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), score, tile, allow_tf32)
+    pattern, pruning = split(pattern)
+    spec = with_pruning(spec, pruning)
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
 
@@ -156,6 +163,7 @@ def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after
         if watched:
             dump_tables(one, q_len, kv_len, passes)
     of_head = tuple(distinct.index(one) for one in heads) if isinstance(pattern, PerHead) else None
+    pattern = joined(pattern, spec.score.pruning)
     explanation = explain(str(pattern), acsrs, programs, tables, spec, workers())
     return Plan(pattern, q_len, kv_len, spec, tuple(programs), tuple(tables), of_head, explanation)
 

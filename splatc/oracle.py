@@ -7,38 +7,43 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from splatc.formats.nm import prune
 from splatc.ir.dropout import kept
 from splatc.ir.terms import NO_TERMS, Terms
+from splatc.patterns.pruned import Pruning
 
 Float = NDArray[np.float64]
 
 
 def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_], scale: float | None = None,
-              softcap: float | None = None, terms: Terms = NO_TERMS) -> tuple[Float, Float]:  # fmt: skip
+              softcap: float | None = None, terms: Terms = NO_TERMS,
+              pruning: Pruning | None = None) -> tuple[Float, Float]:  # fmt: skip
     """Masked attention in float64.
 
     q (batch, heads, q_len, d), k (batch, kv_heads, kv_len, d), v (batch, kv_heads, kv_len, dv); heads must be a
     multiple of kv_heads. mask: (q_len, kv_len) or (heads, q_len, kv_len), True = attend. scale defaults to 1/sqrt(d).
-    softcap, terms (NumPy arrays): see ir/score.py and ir/terms.py.
+    softcap, terms (NumPy arrays): see ir/score.py and ir/terms.py. pruning: of a dynamic pattern, whose static part the
+    mask is (patterns/pruned.py).
     Returns o (batch, heads, q_len, dv) and lse (batch, heads, q_len), natural log. A row that attends to nothing gives
     0 and -inf, with a sink 0 and the sink.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    p, lse, _ = _probabilities(q, k, mask, scale, softcap, terms)
+    p, lse, _ = _probabilities(q, k, mask, scale, softcap, terms, pruning)
     return p * _dropped(terms, p.shape) @ np.repeat(v, q.shape[1] // k.shape[1], axis=1), lse
 
 
 def gradients(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_], do: ArrayLike,
               dlse: ArrayLike | None = None, scale: float | None = None, softcap: float | None = None,
-              terms: Terms = NO_TERMS) -> tuple[Float, ...]:  # fmt: skip
+              terms: Terms = NO_TERMS, pruning: Pruning | None = None) -> tuple[Float, ...]:  # fmt: skip
     """(dq, dk, dv) of ``attention`` in float64, shaped like q, k and v, and of what there is of ``terms.learnable``.
 
-    do (batch, heads, q_len, dv) and dlse (batch, heads, q_len; None: zeros) are the gradients of o and lse.
+    do (batch, heads, q_len, dv) and dlse (batch, heads, q_len; None: zeros) are the gradients of o and lse. Which keys
+    a pruning keeps is constant almost everywhere: gradients go through those.
     """
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     batch, kv_heads, kv_len, _ = k.shape
     group = q.shape[1] // kv_heads
-    p, lse, slope = _probabilities(q, k, mask, scale, softcap, terms)
+    p, lse, slope = _probabilities(q, k, mask, scale, softcap, terms, pruning)
     k, v = (np.repeat(x, group, axis=1) for x in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     dropped = _dropped(terms, p.shape)
@@ -51,7 +56,7 @@ def gradients(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: NDArray[np.bool_],
 
 
 def _probabilities(q: Float, k: Float, mask: NDArray[np.bool_], scale: float | None, softcap: float | None,
-                   terms: Terms) -> tuple[Float, Float, Float]:  # fmt: skip
+                   terms: Terms, pruning: Pruning | None) -> tuple[Float, Float, Float]:  # fmt: skip
     """(probabilities before dropout (batch, heads, q_len, kv_len), lse, the slope of the softcap)."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(-1, -2) * scale
@@ -67,6 +72,8 @@ def _probabilities(q: Float, k: Float, mask: NDArray[np.bool_], scale: float | N
     if terms.block_bias is not None:
         scores = scores + np.asarray(terms.block_bias, np.float64)[:, at.blocks[0], at.blocks[1]]
     scores = np.where(mask, scores, -np.inf)
+    if pruning is not None:
+        scores = prune(scores, pruning)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     top = np.where(np.isinf(top), 0.0, top)
     with np.errstate(divide="ignore"):

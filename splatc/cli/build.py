@@ -23,7 +23,7 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import ROWS, KernelSpec, gradient_specs
+from splatc.codegen.kernel import ROWS, KernelSpec, gradient_specs, with_pruning
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -33,6 +33,7 @@ from splatc.ir.passes import PASSES
 from splatc.ir.printer import to_text
 from splatc.ir.program import GATHERED, Program
 from splatc.patterns.base import Pattern
+from splatc.patterns.pruned import split
 from splatc.runtime.attention import Plan
 from splatc.runtime.kernel import find_kernel, kernel_cache
 
@@ -164,10 +165,11 @@ def dump(
         raise InvalidInput(f"--after is for --what ir: there are no passes in {what.value}")
     sized = sized_mask(mask, seq_len, kv_len)
     if backward or role is not None:
-        spec = _gradient_kernel(spec, role)
+        pattern, q_len, kv_len = sized
+        static, pruning = split(pattern)
+        spec = _gradient_kernel(with_pruning(spec, pruning), role)
         if spec.role != ROWS:  # all others go over columns
-            pattern, q_len, kv_len = sized
-            sized = pattern.transposed(), kv_len, q_len
+            sized = static.transposed(), kv_len, q_len
     if what is What.ir:
         write_or_print(_ir(sized, spec, after), output)
     elif what is What.tables:

@@ -87,6 +87,7 @@ def _summary(plan: Plan) -> object:
         ("pattern", text),
         ("mask", f"{e.q_len:,} x {e.kv_len:,}{heads}"),
         ("nnz", f"{e.nnz:,}"),
+        *([("pruned", f"{e.pruning}: by scores, among these elements")] if e.pruning else []),
         ("density", percent(e.density)),
         ("pieces", f"{e.pieces:,}{rest}"),
         ("tiles", f"{e.tiles:,}: {kinds}"),

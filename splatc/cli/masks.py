@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from splatc.codegen.kernel import KernelSpec, kernel_spec
+from splatc.codegen.kernel import KernelSpec, kernel_spec, with_pruning
 from splatc.codegen.target import Target
 from splatc.compile import After, best_plan, resolve_mask
 from splatc.config import Config
 from splatc.errors import InvalidInput
 from splatc.patterns.base import Pattern
 from splatc.patterns.importers import parse_or_load
+from splatc.patterns.pruned import split
 from splatc.runtime.attention import Plan
 
 MaskArgument = Annotated[
@@ -67,4 +68,6 @@ def named_spec(head_dim: int, v_head_dim: int | None, dtype: str | None, target:
 
 def plan_mask(mask: tuple[Pattern, int, int], spec: KernelSpec, after: After | None = None) -> Plan:
     """The plan of a mask, with the tile that ``splatc.compile`` would take; compiles nothing."""
-    return best_plan(*mask, spec, after=after)
+    pattern, q_len, kv_len = mask
+    static, pruning = split(pattern)
+    return best_plan(static, q_len, kv_len, with_pruning(spec, pruning), after=after)

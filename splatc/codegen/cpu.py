@@ -27,6 +27,7 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
+from splatc.codegen.cpu_prune import kept_of
 from splatc.codegen.cpu_score import TermArguments, TermEmitter, match_terms
 from splatc.codegen.cpu_tile import Scratch, Shape, emit_tile
 from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, load
@@ -113,14 +114,15 @@ def emit_worker(
     """All items of one worker, one after the other; factor and cap are in the log2 domain."""
     cap = I.Bind(T.Broadcast(cap, s.lanes))
     b = Scratch(s)
-    terms = TermEmitter(s, arguments, cap, b.row_pos, b.col_pos)
+    terms = TermEmitter(s, arguments, factor, cap, b.row_pos, b.col_pos)
+    kept = kept_of(s, b.row_pos)
     group = group_size(t.q, t.k)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_kv = (batch, head), (batch, I.Bind(T.truncdiv(head, group)))
         emit_row_positions(walk, item, b.row_pos, t.q.shape[2])
         terms.emit_begin_rows(batch, head)
-        emit_pack_transposed(b.qt, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, factor)
+        emit_pack_transposed(b.qt, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, s.of_rows(factor))
         emit_start(t, b, s, at, merge, arguments.sinks)
 
         def pack() -> None:
@@ -128,7 +130,7 @@ def emit_worker(
             emit_pack_rows(b.k, s.d, t.k, at_kv, b.col_pos, s.n, s.d, s)
             emit_pack_rows(b.v, s.dv, t.v, at_kv, b.col_pos, s.n, s.dv, s)
 
-        emit_tiles(walk, item, b.col_pos, t.k.shape[2], pack, lambda bits: emit_tile(b, s, terms, bits))
+        emit_tiles(walk, item, b.col_pos, t.k.shape[2], pack, lambda bits: emit_tile(b, s, terms, bits, kept))
         emit_finish(t, b, s, at)
 
     emit_items(walk, worker, one)

@@ -39,6 +39,7 @@ from splatc.codegen.cpu_pack import (
     emit_transpose_out,
     emit_unpack_rows,
 )
+from splatc.codegen.cpu_prune import Kept, kept_of
 from splatc.codegen.cpu_score import TermArguments, TermEmitter, match_terms
 from splatc.codegen.cpu_tile import Bits, Shape, emit_dots, emit_guard, emit_weighted_sum
 from splatc.codegen.cpu_vector import LOG2E, Expr, exp2, load, scratch, store
@@ -134,10 +135,10 @@ class StatisticsOfColumns:
 class Scratch:
     """A worker's own buffers; those named *t are transposed as in the forward kernel."""
 
-    def __init__(self, s: Shape, cap: Expr, terms: TermArguments, queries_are_rows: bool) -> None:
-        """cap: of scores times log2(e)."""
+    def __init__(self, s: Shape, factor: Expr, cap: Expr, terms: TermArguments, queries_are_rows: bool) -> None:
+        """factor: scale * log2(e). cap: of scores times log2(e)."""
         cap = I.Bind(T.Broadcast(cap, s.lanes))
-        self.x1t, self.x2t = s.scratch(s.m * s.d_pitch), s.scratch(s.m * s.dv_pitch)  # x1: times scale * log2(e)
+        self.x1t, self.x2t = s.scratch(s.m * s.d_pitch), s.scratch(s.m * s.dv_pitch)  # x1: times s.of_rows(factor)
         self.y1, self.y2 = s.scratch(s.n * s.d), s.scratch(s.n * s.dv)
         self.p = s.scratch(s.n * s.width)  # of one block, as the next two
         self.ds = s.scratch(s.n * s.width)
@@ -145,7 +146,8 @@ class Scratch:
         self.sum1t = s.scratch(s.m * s.d_pitch)  # over columns: dS * y1
         self.rows = s.scratch(s.m * max(s.d_pitch, s.dv_pitch))
         self.row_pos, self.col_pos = scratch(s.m, "int32"), scratch(s.n, "int32")
-        self.terms = TermEmitter(s, terms, cap, self.row_pos, self.col_pos, queries_are_rows)
+        self.terms = TermEmitter(s, terms, factor, cap, self.row_pos, self.col_pos, queries_are_rows)
+        self.kept = kept_of(s, self.row_pos, keys_are_rows=not queries_are_rows)
 
 
 def _query_gradient(s: Shape) -> Expr:
@@ -182,15 +184,15 @@ def _dq_worker(
     t: Tensors, dq: Expr, walk: Walk, s: Shape, worker: Expr, scale: Expr, cap: Expr, merge: Expr,
     arguments: TermArguments, outputs: BiasGradients,
 ) -> None:  # fmt: skip
-    log2e, group = s.scalar(LOG2E), group_size(t.q, t.k)
-    b = Scratch(s, cap * log2e, arguments, queries_are_rows=True)
+    factor, group = scale * s.scalar(LOG2E), group_size(t.q, t.k)
+    b = Scratch(s, factor, cap * s.scalar(LOG2E), arguments, queries_are_rows=True)
     stats, biases = StatisticsOfRows(s), BiasSums(s, outputs, b.terms, worker) if s.score.biases else None
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_kv = (batch, head), (batch, I.Bind(T.truncdiv(head, group)))
         emit_row_positions(walk, item, b.row_pos, t.q.shape[2])
         b.terms.emit_begin_rows(*at)
-        emit_pack_transposed(b.x1t, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, scale * log2e)
+        emit_pack_transposed(b.x1t, b.rows, t.q, at, b.row_pos, s.d, s.d_pitch, s, s.of_rows(factor))
         emit_pack_transposed(b.x2t, b.rows, t.do, at, b.row_pos, s.dv, s.dv_pitch, s, s.scalar(1.0))
         emit_pack_statistics(stats.lses, stats.deltas, t, at, b.row_pos, s.m, s)
         emit_fill(b.sum1t, s.m * s.d_pitch, 0.0, s)
@@ -214,15 +216,15 @@ def _dkv_worker(
     t: Tensors, dk: Expr, dv: Expr, walk: Walk, s: Shape, worker: Expr, scale: Expr, cap: Expr, merge: Expr,
     member: Expr, arguments: TermArguments,
 ) -> None:  # fmt: skip
-    log2e, group = s.scalar(LOG2E), group_size(t.q, t.k)
-    b = Scratch(s, cap * log2e, arguments, queries_are_rows=False)
+    factor, group = scale * s.scalar(LOG2E), group_size(t.q, t.k)
+    b = Scratch(s, factor, cap * s.scalar(LOG2E), arguments, queries_are_rows=False)
     stats, sum2t = StatisticsOfColumns(s), s.scratch(s.m * s.dv_pitch)
 
     def one(batch: Expr, head: Expr, item: Expr) -> None:
         at, at_q = (batch, head), (batch, I.Bind(head * group + member))
         emit_row_positions(walk, item, b.row_pos, t.k.shape[2])
         b.terms.emit_begin_rows(*at_q)
-        emit_pack_transposed(b.x1t, b.rows, t.k, at, b.row_pos, s.d, s.d_pitch, s, scale * log2e)
+        emit_pack_transposed(b.x1t, b.rows, t.k, at, b.row_pos, s.d, s.d_pitch, s, s.of_rows(factor))
         emit_pack_transposed(b.x2t, b.rows, t.v, at, b.row_pos, s.dv, s.dv_pitch, s, s.scalar(1.0))
         emit_fill(b.sum1t, s.m * s.d_pitch, 0.0, s)
         emit_fill(sum2t, s.m * s.dv_pitch, 0.0, s)
@@ -262,11 +264,12 @@ def emit_tile(
 ) -> None:
     """One packed tile: sum1t += dS * y1 and, where there are, sum2t += P * y2 and sums for biases. bits: None for a
     full tile."""
-    guard1 = None if bits is None else emit_guard(bits, b.y1, s.n * s.d, s)
-    guard2 = None if bits is None or sum2t is None else emit_guard(bits, b.y2, s.n * s.dv, s)
+    held = b.kept or bits
+    guard1 = None if held is None else emit_guard(held, b.y1, s.n * s.d, s)
+    guard2 = None if held is None or sum2t is None else emit_guard(held, b.y2, s.n * s.dv, s)
     with I.serial(0, s.blocks) as block:
         emit_probabilities(b, s, block, stats, bits)
-        emit_score_gradients(b, s, block, stats, bits, sum2t is not None, biases)
+        emit_score_gradients(b, s, block, stats, held, sum2t is not None, biases)
         if biases is not None:
             biases.emit_add(block)
         emit_weighted_sum(b.sum1t, s.d_pitch, b.y1, s.d, b.ds, s, block, guard1)
@@ -275,23 +278,35 @@ def emit_tile(
 
 
 def emit_probabilities(b: Scratch, s: Shape, block: Expr, stats: Statistics, bits: Bits | None) -> None:
-    """p[j, i] = exp2(<y1_j, x1_i> - LSE), 0 where a bit is off; with a softcap also its slope at the score."""
+    """p[j, i] = exp2(<y1_j, x1_i> - LSE), 0 where a bit is off or what is pruned; with a softcap also its slope at the
+    score."""
 
     def one(j: Expr, v: int, score: Expr) -> None:
         at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
         score, slope = b.terms.apply(score, j, row)
         if slope is not None:
             store(b.slope, at, slope, s.lanes)
+        if b.kept is not None:
+            score = score if bits is None else T.Select(bits.on(s, j, row), score, s.constant(NEG_INF))
+            store(b.p, at, score, s.lanes)
+            return
         p = exp2(score - stats.lse(j, row), s.lanes, s.acc, flush=s.flush)
         store(b.p, at, p if bits is None else T.Select(bits.on(s, j, row), p, s.constant(0.0)), s.lanes)
 
     emit_dots(s, b.y1, b.x1t, s.d, s.d_pitch, block, one)
+    if b.kept is None:
+        return
+    b.kept.emit(b.p, block)
+    with I.serial(0, s.n) as j, I.serial(0, s.vecs) as v:
+        at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
+        p = exp2(load(b.p, at, s.lanes) - stats.lse(j, row), s.lanes, s.acc, flush=s.flush)
+        store(b.p, at, T.Select(b.kept.on(s, j, row), p, s.constant(0.0)), s.lanes)
 
 
 def emit_score_gradients(
-    b: Scratch, s: Shape, block: Expr, stats: Statistics, bits: Bits | None, drop: bool, biases: BiasSums | None
+    b: Scratch, s: Shape, block: Expr, stats: Statistics, held: Bits | Kept | None, drop: bool, biases: BiasSums | None
 ) -> None:
-    """ds[j, i] = p[j, i] * (<y2_j, x2_i> - delta) * slope, 0 where a bit is off: delta may not be a number there.
+    """ds[j, i] = p[j, i] * (<y2_j, x2_i> - delta) * slope, 0 where it is off: delta may not be a number there.
 
     drop: then drop from p what dropout drops. biases: are told ds without the slope.
     """
@@ -299,7 +314,7 @@ def emit_score_gradients(
     def one(j: Expr, v: int, dp: Expr) -> None:
         at, row = j * s.width + v * s.lanes, block * s.width + v * s.lanes
         def masked(x: Expr) -> Expr:
-            return x if bits is None else T.Select(bits.on(s, j, row), x, s.constant(0.0))
+            return x if held is None else T.Select(held.on(s, j, row), x, s.constant(0.0))
 
         ds = load(b.p, at, s.lanes) * (b.terms.emit_dropped(dp, j, row) - stats.delta(j, row))
         if biases is not None:

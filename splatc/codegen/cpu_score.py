@@ -89,9 +89,10 @@ class Side:
 class TermEmitter:
     """What is done to the scores and probabilities of a worker, tile by tile."""
 
-    def __init__(self, s: Shape, a: TermArguments, cap: Expr, row_pos: Expr, col_pos: Expr,
+    def __init__(self, s: Shape, a: TermArguments, factor: Expr, cap: Expr, row_pos: Expr, col_pos: Expr,
                  queries_are_rows: bool = True) -> None:  # fmt: skip
-        """cap: a vector."""
+        """factor: of products, where it is not that of the rows already. cap: a vector."""
+        self.factor = I.Bind(T.Broadcast(factor, s.lanes)) if s.scales_scores else None
         self.s, self.a, self.cap = s, a, cap
         self.rows = Side(s, row_pos, s.m, rows=True, queries=queries_are_rows)
         self.cols = Side(s, col_pos, s.n, rows=False, queries=not queries_are_rows)
@@ -111,8 +112,11 @@ class TermEmitter:
     # -- scores --------------------------------------------------------------------------------------------------------
 
     def apply(self, score: Expr, j: Expr, row: Expr) -> tuple[Expr, Expr | None]:
-        """(every step in turn on a vector of scores of column j, the slope of the softcap there, if there is one)."""
+        """(the factor and every step in turn on a vector of products of column j, the slope of the softcap there, if
+        there is one)."""
         slope = None
+        if self.factor is not None:
+            score = score * self.factor
         for step in self.s.score.steps:
             if isinstance(step, Softcap):
                 score, slope = cap_score(score, self.cap, self.s)

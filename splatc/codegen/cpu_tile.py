@@ -18,6 +18,7 @@ from splatc.codegen.cpu_vector import Expr, Register, constant, exp2, load, scra
 from splatc.ir.score import Score
 
 if TYPE_CHECKING:
+    from splatc.codegen.cpu_prune import Kept
     from splatc.codegen.cpu_score import TermEmitter
 
 
@@ -65,6 +66,16 @@ class Shape:
     def dv_pitch(self) -> int:
         return -(-self.dv // self.lanes) * self.lanes
 
+    @property
+    def scales_scores(self) -> bool:
+        """Whether the scale is applied to scores, not to the rows of a tile: what is compared must be the same whatever
+        the rows are, and equal where products are."""
+        return self.score.pruning is not None
+
+    def of_rows(self, factor: Expr) -> Expr:
+        """What the rows of a tile are multiplied by when they are packed, the factor of scores being this."""
+        return self.scalar(1.0) if self.scales_scores else factor
+
     def scalar(self, value: float | Expr) -> Expr:
         """A number in the type of computations."""
         return getattr(T, self.acc)(value)
@@ -93,7 +104,7 @@ class Scratch:
     """
 
     def __init__(self, s: Shape) -> None:
-        self.qt = s.scratch(s.m * s.d_pitch)  # times scale * log2(e)
+        self.qt = s.scratch(s.m * s.d_pitch)  # times s.of_rows(scale * log2(e))
         self.k = s.scratch(s.n * s.d)
         self.v = s.scratch(s.n * s.dv)
         self.st = s.scratch(s.n * s.width)  # of one block: scores, then probabilities
@@ -121,13 +132,16 @@ class Bits:
         return T.NE(T.bitwise_and(T.Broadcast(word, s.lanes), test), constant(0, s.lanes, "uint32"))
 
 
-def emit_tile(b: Scratch, s: Shape, terms: TermEmitter, bits: Bits | None) -> None:
-    """Online softmax over one packed tile; bits: None for a full tile."""
-    guard = None if bits is None else emit_guard(bits, b.v, s.n * s.dv, s)
+def emit_tile(b: Scratch, s: Shape, terms: TermEmitter, bits: Bits | None, kept: Kept | None) -> None:
+    """Online softmax over one packed tile; bits: None for a full tile; kept: what prunes scores, if anything does."""
+    held = kept or bits
+    guard = None if held is None else emit_guard(held, b.v, s.n * s.dv, s)
     with I.serial(0, s.blocks) as block:
         top = [s.register(s.constant(NEG_INF)) for _ in range(s.vecs)]
         alpha = [s.register() for _ in range(s.vecs)]
         emit_scores(b, s, terms, block, top, bits)
+        if kept is not None:
+            kept.emit(b.st, block)  # the largest of a row stays: top holds
         emit_softmax(b, s, terms, block, top, alpha)
         emit_weighted_sum(b.ot, s.dv_pitch, b.v, s.dv, b.st, s, block, guard, alpha)
 
@@ -228,15 +242,15 @@ def emit_softmax(
 
 @dataclass(frozen=True)
 class Guard:
-    """0 times infinity is not 0: in a tile with bits where some factor is not finite, summands whose bit is off must be
-    left out. doubt: 0 where all are finite, else NaN.
+    """0 times infinity is not 0: in a tile that is not full and where some factor is not finite, summands that are off
+    must be left out. doubt: 0 where all are finite, else NaN.
     """
 
-    bits: Bits
+    held: Bits | Kept
     doubt: Expr
 
 
-def emit_guard(bits: Bits, values: Expr, count: int, s: Shape) -> Guard:
+def emit_guard(held: Bits | Kept, values: Expr, count: int, s: Shape) -> Guard:
     """The guard of sums over a tile with these factors."""
     zero = s.register(s.constant(0.0))  # hidden: TVM takes x * 0 for 0
     chains, doubt = [s.register(s.constant(0.0)) for _ in range(s.rows)], s.scratch(1)
@@ -250,7 +264,7 @@ def emit_guard(bits: Bits, values: Expr, count: int, s: Shape) -> Guard:
         I.buffer_store(doubt, doubt[0] + chain.slot[i], [0])
     for i in range(whole, count):
         I.buffer_store(doubt, doubt[0] + values[i] * zero.slot[0], [0])
-    return Guard(bits, doubt)
+    return Guard(held, doubt)
 
 
 def emit_weighted_sum(
@@ -282,9 +296,8 @@ def emit_weighted_sum(
     if guard is None:
         sums(None)
         return
-    bits = guard.bits
     with I.If(T.EQ(guard.doubt[0], s.scalar(0.0))):
         with I.Then():
             sums(None)
         with I.Else():
-            sums(lambda j, v: bits.on(s, j, block * s.width + v * s.lanes))
+            sums(lambda j, v: guard.held.on(s, j, block * s.width + v * s.lanes))

@@ -8,6 +8,7 @@ from typing import Any
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput, Unsupported
 from splatc.ir.score import NO_SCORE, Score
+from splatc.patterns.pruned import Pruning
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
@@ -81,6 +82,16 @@ def kernel_spec(head_dim: int, v_head_dim: int | None, dtype: Any, target: Targe
     spec = KernelSpec(kernel, head_dim, v_head_dim, name, *TILE, target, score)
     tile_m, tile_n = tile or tile_shapes(spec)[0]
     return replace(spec, tile_m=tile_m, tile_n=tile_n)
+
+
+def with_pruning(spec: KernelSpec, pruning: Pruning | None) -> KernelSpec:
+    """The spec of a kernel that prunes scores, too (None: the same); Unsupported where there is no such kernel."""
+    if pruning is None:
+        return spec
+    if spec.kernel != "cpu":
+        raise Unsupported(f"{pruning} has no kernel for {spec.target} yet: compile for the CPU, or let "
+                          "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
+    return replace(spec, score=replace(spec.score, pruning=pruning))
 
 
 def dtypes_of(target: Target) -> tuple[str, ...]:

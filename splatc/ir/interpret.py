@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import VerifyError
+from splatc.formats.nm import prune
 from splatc.formats.strips import Ints
 from splatc.ir.cover import paint
 from splatc.ir.numbers import Numbers
-from splatc.ir.program import GATHERED, Attend, Cover, Domain, Mask, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import GATHERED, Attend, Cover, Domain, Mask, Program, Prune, Regions, Sddmm, Softmax, Spmm
 from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score
 from splatc.ir.see import see
 from splatc.ir.views import View
@@ -30,6 +31,8 @@ def interpret(program: Program, q: Float, k: Float, v: Float, scale: float,
             case Sddmm(out, a, b, over, steps):
                 s, _ = numbers.scores(steps, env[a] @ env[b].T * scale, rows, cols)
                 env[out] = np.where(elements(program.domain(over)), s, -np.inf)
+            case Prune(out, x, pruning):
+                env[out] = prune(env[x], pruning)
             case Softmax(out, lse, x, sinks, dropout):
                 env[lse] = np.logaddexp(_logsumexp(env[x]), numbers.sink if sinks else -np.inf)
                 env[out] = _weights(env[x], env[lse])
@@ -60,7 +63,7 @@ def interpret_gradients(program: Program, transposed: Program, q: Float, k: Floa
     def of_tile(i: Ints, j: Ints, held: NDArray[np.bool_]) -> tuple[Float, Float, Float]:
         """(probabilities after dropout, gradients of scores, those of products)."""
         s, slope = numbers.scores(score.steps, q[i] @ k[j].T * scale, i, j)
-        p = _weights(np.where(held, s, -np.inf), lse[i])
+        p = _weights(_pruned(np.where(held, s, -np.inf), score), lse[i])
         factor = numbers.dropped(i, j) if score.dropout else np.ones_like(p)
         ds = p * (factor * (do[i] @ v[j].T) - delta[i, None])
         return p * factor, ds, ds * slope * scale
@@ -166,7 +169,7 @@ def _attend(domain: Domain, q: Float, k: Float, v: Float, scale: float, score: S
 
     def part(i: Ints, j: Ints, held: NDArray[np.bool_]) -> tuple[Float, Float]:
         s, _ = numbers.scores(score.steps, q[i] @ k[j].T * scale, i, j)
-        s = np.where(held, s, -np.inf)
+        s = _pruned(np.where(held, s, -np.inf), score)
         lse = _logsumexp(s)
         p = _weights(s, lse)
         return (p * numbers.dropped(i, j) if score.dropout else p) @ v[j], lse
@@ -179,6 +182,11 @@ def _attend(domain: Domain, q: Float, k: Float, v: Float, scale: float, score: S
         i, j = rows[rows_ok], cols[cols_ok]
         o[i], lse[i] = _merge((o[i], lse[i]), part(i, j, held[np.ix_(rows_ok, cols_ok)]))
     return o, lse
+
+
+def _pruned(s: Float, score: Score) -> Float:
+    """Scores (queries, keys) of a tile of whole groups of keys, -inf where the mask or the pruning is off."""
+    return s if score.pruning is None else prune(s, score.pruning)
 
 
 def _weights(s: Float, lse: Float) -> Float:

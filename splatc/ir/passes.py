@@ -13,7 +13,7 @@ from splatc.formats.acsr import ACSR
 from splatc.ir.choose import choose_regions
 from splatc.ir.cover import cover
 from splatc.ir.gather import gather_tiles
-from splatc.ir.program import Attend, Cover, Mask, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import Attend, Cover, Mask, Program, Prune, Regions, Sddmm, Softmax, Spmm
 from splatc.ir.score import NO_SCORE, Score
 
 
@@ -41,7 +41,8 @@ Pass = Callable[[Program, Schedule], Program]
 
 def lower(acsr: ACSR, score: Score = NO_SCORE) -> Program:
     """Masked attention as three operations over the mask, with what a Score adds to them."""
-    body = (Sddmm("s", "q", "k", "m", score.steps), Softmax("p", "lse", "s", score.sinks, score.dropout),
+    prune = (Prune("s", "s", score.pruning),) if score.pruning else ()
+    body = (Sddmm("s", "q", "k", "m", score.steps), *prune, Softmax("p", "lse", "s", score.sinks, score.dropout),
             Spmm("o", "p", "v"))  # fmt: skip
     return Program(acsr.q_len, acsr.kv_len, (("m", Mask(acsr)),), body)
 
@@ -50,12 +51,14 @@ def choose_views(program: Program, schedule: Schedule) -> Program:
     """
     mask m = acsr(...)  ->  regions m = [pieces seen through (row view, column view), ...]
 
-    The views are the cheapest set under the cost model of ir/choose.py. Requires a mask domain.
+    The views are the cheapest set under the cost model of ir/choose.py; where scores are pruned, the contiguous ones,
+    in which groups of keys are whole. Requires a mask domain.
     """
+    views = schedule.views and program.score.pruning is None
     domains = []
     for name, domain in program.domains:
         if isinstance(domain, Mask):
-            domain = choose_regions(domain.acsr, schedule.tile_m, schedule.tile_n, schedule.views,
+            domain = choose_regions(domain.acsr, schedule.tile_m, schedule.tile_n, views,
                                     schedule.max_row_views, schedule.max_col_views)  # fmt: skip
         domains.append((name, domain))
     return replace(program, domains=tuple(domains))
@@ -69,7 +72,7 @@ def fuse_attention(program: Program, schedule: Schedule) -> Program:
 
     One attend for each row view of m, sinks in the first. Requires regions.
     """
-    match program.body:
+    match tuple(op for op in program.body if not isinstance(op, Prune)):
         case (Sddmm(s, q, k, over), Softmax(p, lse, x), Spmm(o, probs, v)) if (s, p) == (x, probs):
             score = program.score
         case _:
@@ -107,9 +110,10 @@ def gather_columns(program: Program, schedule: Schedule) -> Program:
     """
     rows[0]: cols0[0] shape0, cols0[64] shape1, ...  ->  rows[0]: keys[0] shape0
 
-    Where a row tile has many sparse tiles, the keys that they touch, in lists. Needs schedule.gather.
+    Where a row tile has many sparse tiles, the keys that they touch, in lists. Needs schedule.gather, and
+    no pruning: lists of keys break its groups.
     """
-    return _each_cover(program, gather_tiles) if schedule.gather else program
+    return _each_cover(program, gather_tiles) if schedule.gather and program.score.pruning is None else program
 
 
 def order_longest_first(program: Program, schedule: Schedule) -> Program:

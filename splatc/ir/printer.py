@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from splatc.formats.acsr import Pieces
-from splatc.ir.program import GATHERED, Attend, Cover, Domain, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import (
+    GATHERED,
+    Attend,
+    Cover,
+    Domain,
+    Mask,
+    Operation,
+    Program,
+    Prune,
+    Regions,
+    Sddmm,
+    Softmax,
+    Spmm,
+)
 from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score, Softcap, Step
 
 SHOWN = 8  # pieces, items, ... printed before "..."
@@ -70,6 +83,8 @@ def _operation(op: Operation) -> str:
     match op:
         case Sddmm(out, q, k, over, steps):
             return f"{out} = sddmm({q}, {k}) over {over}" + _piped(Score(steps))
+        case Prune(out, x, pruning):
+            return f"{out} = prune({x}, {pruning.n}, {pruning.m})"
         case Softmax(out, lse, x, sinks, dropout):
             return f"{out}, {lse} = softmax({x}{', sinks' if sinks else ''})" + _piped(Score(dropout=dropout))
         case Spmm(out, p, v):
@@ -85,8 +100,9 @@ STEPS: dict[type[Step], str] = {
 
 
 def _piped(score: Score) -> str:
-    """What follows in turn: " | softcap(cap) | alibi(slopes) | softmax(sinks) | dropout(seed)"."""
+    """What follows in turn: " | softcap(cap) | alibi(slopes) | prune(2, 4) | softmax(sinks) | dropout(seed)"."""
     words = [STEPS[type(step)] for step in score.steps]
+    words += [f"prune({score.pruning.n}, {score.pruning.m})"] if score.pruning else []
     words += [word for word, there in (("softmax(sinks)", score.sinks), ("dropout(seed)", score.dropout)) if there]
     return "".join(f" | {word}" for word in words)
 

@@ -12,6 +12,8 @@ What else is done to scores and probabilities (ir/score.py) stands behind bars:
     p, lse = softmax(s, sinks) | dropout(seed)
     o = spmm(p, v)
 
+Where a dynamic pattern prunes scores, s = prune(s, 2, 4) stands before the softmax.
+
 What an operation runs over is a domain: a Mask (ACSR), Regions (its pieces, each with the view it is seen through) or a
 Cover (tiles). Every domain describes the same set of (query, key) pairs.
 """
@@ -28,6 +30,7 @@ from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import Ints
 from splatc.ir.score import NO_SCORE, Score, Step
 from splatc.ir.views import View
+from splatc.patterns.pruned import Pruning
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,15 @@ class Sddmm:
 
 
 @dataclass(frozen=True)
+class Prune:
+    """out = the pairs of x that ``pruning`` keeps, row by row."""
+
+    out: str
+    x: str
+    pruning: Pruning
+
+
+@dataclass(frozen=True)
 class Softmax:
     """out = softmax along k over the pairs that x has; lse = its log-sum-exp. An empty row gives nothing and -inf.
 
@@ -140,8 +152,8 @@ class Spmm:
 
 @dataclass(frozen=True)
 class Attend:
-    """The three above in one, over tiles; merging: combined with the (out, lse) already there, so that sinks are of the
-    first only."""
+    """All of the above in one, over tiles; merging: combined with the (out, lse) already there, so that sinks are
+    of the first only."""
 
     out: str
     lse: str
@@ -153,7 +165,7 @@ class Attend:
     score: Score = NO_SCORE
 
 
-Operation = Sddmm | Softmax | Spmm | Attend
+Operation = Sddmm | Prune | Softmax | Spmm | Attend
 
 
 @dataclass(frozen=True)
@@ -173,13 +185,16 @@ class Program:
         """All that is done to scores and probabilities."""
         parts = [_score(op) for op in self.body]
         steps = next((part.steps for part in parts if part.steps), ())
-        return Score(steps, any(part.sinks for part in parts), any(part.dropout for part in parts))
+        pruning = next((part.pruning for part in parts if part.pruning), None)
+        return Score(steps, any(part.sinks for part in parts), any(part.dropout for part in parts), pruning)
 
 
 def _score(op: Operation) -> Score:
     match op:
         case Sddmm():
             return Score(op.steps)
+        case Prune():
+            return Score(pruning=op.pruning)
         case Softmax():
             return Score((), op.sinks, op.dropout)
         case Attend():

@@ -1,6 +1,7 @@
 """What happens to a score between the product of q and k and the sum over values, as expressions in their order.
 
-    s = scale * <q, k>  ->  every step of the Score in turn  ->  mask  ->  softmax (sinks: one more logit)  ->  dropout
+    s = scale * <q, k>  ->  every step of the Score in turn  ->  mask  ->  pruning  ->  softmax (sinks: one more logit)
+    ->  dropout
 
 A Score says *which* expressions there are; it is part of what kernels are compiled for. Their numbers and tensors come
 with each call. h: query head, q and k: positions in the sequences, counted from 0.
@@ -9,6 +10,8 @@ with each call. h: query head, q and k: positions in the sequences, counted from
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from splatc.patterns.pruned import Pruning
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,16 @@ ORDER: tuple[type[Step], ...] = (Softcap, Alibi, RelativeBias, BlockBias)
 @dataclass(frozen=True)
 class Score:
     """steps: in the order of ORDER, each at most once. sinks: a logit of each head that takes its share of every row's
-    softmax and has no value. dropout: of probabilities (ir/dropout.py)."""
+    softmax and has no value. dropout: of probabilities (ir/dropout.py). pruning: N:M of a dynamic pattern."""
 
     steps: tuple[Step, ...] = ()
     sinks: bool = False
     dropout: bool = False
+    pruning: Pruning | None = None
 
     def __bool__(self) -> bool:
         """Whether there is anything but the scale."""
-        return bool(self.steps) or self.sinks or self.dropout
+        return bool(self.steps) or self.sinks or self.dropout or self.pruning is not None
 
     def has(self, step: type) -> bool:
         """Whether there is a step of this kind."""
@@ -69,9 +73,12 @@ class Score:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that there is, for names of kernels: ("softcap", "alibi", "relative", "block", "sinks", "dropout")."""
+        """All that there is, for names of kernels: ("softcap", "alibi", "relative", "block", "sinks", "dropout",
+        "nm24")."""
         short = {Softcap: "softcap", Alibi: "alibi", RelativeBias: "relative", BlockBias: "block"}
-        return (*(short[type(one)] for one in self.steps), *(n for n in ("sinks", "dropout") if getattr(self, n)))
+        others = [name for name in ("sinks", "dropout") if getattr(self, name)]
+        others += [f"nm{self.pruning.n}{self.pruning.m}"] if self.pruning else []
+        return (*(short[type(one)] for one in self.steps), *others)
 
 
 NO_SCORE = Score()

@@ -8,7 +8,7 @@ from splatc.errors import VerifyError
 from splatc.formats.fold import unnest
 from splatc.formats.strips import ROW, ROWS, element_counts
 from splatc.ir.printer import to_text
-from splatc.ir.program import GATHERED, Attend, Cover, Mask, Operation, Program, Regions, Sddmm, Softmax, Spmm
+from splatc.ir.program import GATHERED, Attend, Cover, Mask, Operation, Program, Prune, Regions, Sddmm, Softmax, Spmm
 from splatc.ir.score import ORDER
 from splatc.ir.see import see
 
@@ -59,8 +59,27 @@ def _scores(program: Program) -> list[str]:
             continue
         if (op.score.steps, op.score.dropout) != (score.steps, score.dropout):
             faults.append(f"operation {i} does something else to scores than others do")
+        if op.score.pruning != score.pruning:
+            faults.append(f"operation {i} prunes scores otherwise than others do")
         if op.merging and op.score.sinks:
             faults.append(f"operation {i} counts the sinks again")
+    return faults + _groups(program)
+
+
+def _groups(program: Program) -> list[str]:
+    """Where scores are pruned, every tile has whole groups of keys, and a row has each of its tiles in one pass."""
+    pruning = program.score.pruning
+    if pruning is None:
+        return []
+    merged = any(isinstance(op, Attend) and op.merging for op in program.body)
+    faults = ["scores are pruned in more than one pass"] if merged else []
+    for name, domain in program.domains:
+        if not isinstance(domain, Cover):
+            continue
+        if any(view.kind != "contiguous" or view.lanes % pruning.m for view in domain.cols):
+            faults.append(f"{name}: a column view cuts groups of {pruning.m} keys")
+        if (domain.entries[:, 3] == GATHERED).any() or (domain.entries[:, 0] % pruning.m).any():
+            faults.append(f"{name}: a tile begins inside a group of {pruning.m} keys, or is a list of keys")
     return faults
 
 
@@ -69,6 +88,8 @@ def _operands(op: Operation) -> tuple[list[str], list[str], str | None]:
     match op:
         case Sddmm(out, q, k, over, _):
             return [q, k], [out], over
+        case Prune(out, x, _):
+            return [x], [out], None
         case Softmax(out, lse, x, _, _):
             return [x], [out, lse], None
         case Spmm(out, p, v):

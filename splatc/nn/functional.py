@@ -1,4 +1,4 @@
-"""Sparse attention as a function, for models that have projections of their own."""
+"""Sparse attention as a function, for models that have projections of their own; and the dense one that checks it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from splatc.errors import InvalidInput
 from splatc.nn.any_length import AnyLength, any_length, by_operator
+from splatc.nn.dense import dense_attention as dense_attention
 from splatc.patterns import Pattern, as_pattern
 from splatc.runtime.tensors import check_call
 from splatc.runtime.terms import TermOptions

@@ -90,6 +90,12 @@ class SparseAttention(torch.nn.Module):
         """What queries attend to."""
         return self._attend.pattern
 
+    def set_pattern(self, pattern: Any) -> None:
+        """Attend by another pattern from now on; parameters and all other options stay."""
+        one = self._attend
+        self._attend = any_length(as_pattern(pattern, q_len=one.seq_len, heads=self.num_heads), one.layout, one.softcap,
+                                  one.allow_tf32, one.seq_len)  # fmt: skip
+
     def forward(self, query: torch.Tensor, key: torch.Tensor | None = None, value: torch.Tensor | None = None, *,
                 return_lse: bool = False) -> Any:  # fmt: skip
         """See the class. key: default query; value: default key. With return_lse also lse (batch, num_heads, q_len):

@@ -22,6 +22,7 @@ from splatc.patterns.library import Window as window
 from splatc.patterns.library import documents
 from splatc.patterns.matrix import Matrix, Sparse, mask
 from splatc.patterns.neighborhood import neighborhood
+from splatc.patterns.pruned import Pruned, nm
 from splatc.patterns.text import parse
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Or",
     "Pattern",
     "PerHead",
+    "Pruned",
     "Sparse",
     "Transposed",
     "as_pattern",
@@ -52,6 +54,7 @@ __all__ = [
     "longformer",
     "mask",
     "neighborhood",
+    "nm",
     "parse",
     "parse_or_load",
     "per_head",

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import and_, or_
 
 import numpy as np
 
@@ -41,21 +42,21 @@ class PerHead(Pattern):
         return np.stack([p.dense(q_len, kv_len) for p in self.heads])
 
     def __and__(self, other: object) -> Pattern:
-        return self._zip(And, self, other) if isinstance(other, Pattern) else NotImplemented
+        return self._zip(and_, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __or__(self, other: object) -> Pattern:
-        return self._zip(Or, self, other) if isinstance(other, Pattern) else NotImplemented
+        return self._zip(or_, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __invert__(self) -> Pattern:
         return PerHead(tuple(~p for p in self.heads))
 
     def _under(self, op: type[And | Or], left: Pattern) -> Pattern:
-        return self._zip(op, left, self)
+        return self._zip(and_ if op is And else or_, left, self)
 
     @staticmethod
-    def _zip(op: type[And | Or], a: Pattern, b: Pattern) -> Pattern:
+    def _zip(op: Callable[[Pattern, Pattern], Pattern], a: Pattern, b: Pattern) -> Pattern:
         n = max(len(p.heads) for p in (a, b) if isinstance(p, PerHead))
-        return PerHead(tuple(op(pair) for pair in zip(heads_of(a, n), heads_of(b, n), strict=True)))
+        return PerHead(tuple(op(x, y) for x, y in zip(heads_of(a, n), heads_of(b, n), strict=True)))
 
     def __repr__(self) -> str:
         return f"per_head([{', '.join(map(repr, self.heads))}])"

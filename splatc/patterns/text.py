@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from splatc.errors import InvalidInput, PatternSyntaxError
-from splatc.patterns import blocks, heads, library, neighborhood
+from splatc.patterns import blocks, heads, library, neighborhood, pruned
 from splatc.patterns.base import Pattern, transpose
 from splatc.patterns.reader import Token, Tree, Unreadable, read_tree
 
@@ -40,6 +40,7 @@ NAMES: dict[str, Callable[..., Pattern]] = {
     "random_blocks": blocks.RandomBlocks,
     "bigbird": blocks.BigBird,
     "neighborhood": neighborhood.neighborhood,
+    "nm": pruned.nm,
     "per_head": heads.per_head,
     "transpose": transpose,
 }

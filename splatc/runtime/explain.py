@@ -49,6 +49,7 @@ class Explanation:
     tile: tuple[int, int]
     gathered_tiles: int
     seconds: float
+    pruning: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -67,6 +68,8 @@ class Explanation:
         ]
         lines += [f"pass {i}       {view}" for i, view in enumerate(self.views)]
         rounded = ", products in tf32" if self.kernel == "hopper" and self.dtype == "float32" else ""
+        if self.pruning:
+            lines.append(f"pruned       {self.pruning}: by scores, among the elements of the mask")
         lines.append(f"kernel       {KERNELS[self.kernel]}{rounded}, tiles of {self.tile[0]} x {self.tile[1]}")
         ms = f"{self.seconds * 1e3:.{3 if self.seconds >= 1e-4 else 5}f} ms"
         lines.append(f"predicted    {ms} a head (d={self.head_dim}, {self.dtype}, {self.target})")
@@ -99,5 +102,5 @@ def explain(
         views=tuple(f"{c.rows} / {'; '.join(map(str, c.cols))}" for c in covers),
         table_bytes=sum(t.nbytes for t in every), head_dim=spec.head_dim, dtype=spec.dtype, target=str(spec.target),
         kernel=spec.kernel, tile=(spec.tile_m, spec.tile_n), gathered_tiles=sum(len(t.gather) for t in every),
-        seconds=busy / costs.workers * 1e-6,
+        seconds=busy / costs.workers * 1e-6, pruning=str(spec.score.pruning) if spec.score.pruning else None,
     )  # fmt: skip
