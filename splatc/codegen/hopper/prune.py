@@ -1,10 +1,10 @@
 """2:4 pruning of score registers: of four keys two are kept, in place, and metadata says which.
 
 A tile of K lies in shared memory so that a thread has whole groups of keys: row h n/2 + 2c + e of it is key
-4c + 2h + e (``slot_keys``; the tensor map does it, runtime/tensor_map.py). Then score registers 4b + 2r + e and
-n/4 + 4b + 2r + e of lane q of a quad are keys 16b + 4q + e and 16b + 4q + 2 + e of row r: group 4b + q. The kept two go
-to the first of these pairs: compressed scores look like those of a tile of n/2 keys, to the softmax and as operand A of
-a sparse product.
+4c + 2h + e (``slot_keys`` of shape.py; the tensor map does it, runtime/tensor_map.py). Then score registers 4b + 2r + e
+and n/4 + 4b + 2r + e of lane q of a quad are keys 16b + 4q + e and 16b + 4q + 2 + e of row r: group 4b + q. The kept
+two go to the first of these pairs: compressed scores look like those of a tile of n/2 keys, to the softmax and as
+operand A of a sparse product.
 
 Selection: v0 = max(x0, x1, min(x2, x3)) and v1 = max(x2, x3, min(x0, x1)) are the largest two. Where they were travels
 in their own last bits: key i carries the tag 3 - i, at bits 0-1 in even blocks of 16 keys, at bits 4-5 in odd ones. So
@@ -82,11 +82,6 @@ FINISH = (
     "__forceinline__ __device__ void splatc_finish_word(uint32_t own, uint32_t other, uint32_t pick, uint32_t& word) "
     '{ asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(own), "r"(other), "r"(pick)); }\n',
 )
-
-
-def slot_keys(n: int) -> list[int]:
-    """Of each row of a tile of K in shared memory, which key of the tile it is."""
-    return [4 * c + 2 * h + e for h in range(2) for c in range(n // 4) for e in range(2)]
 
 
 class Pruner:

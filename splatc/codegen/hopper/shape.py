@@ -192,6 +192,11 @@ def chunk(dtype: str) -> int:
     return ROW_BYTES // ITEM_BYTES[dtype]
 
 
+def slot_keys(n: int) -> list[int]:
+    """Of each row of a pruned kernel's tile of K in shared memory, which of the tile's n keys it is (prune.py)."""
+    return [4 * c + 2 * h + e for h in range(2) for c in range(n // 4) for e in range(2)]
+
+
 def can_gather(spec: KernelSpec) -> bool:
     """Whether there is a kernel with lists of keys for these sizes: copying them takes registers, and threads that
     tf32 needs for turning V over."""
