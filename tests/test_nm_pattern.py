@@ -1,5 +1,6 @@
 """Dynamic N:M patterns: how they combine, what refuses them by name, and the programs that they lower to."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import splatc
 from splatc import patterns as P
+from splatc.cli.main import run as main
 from splatc.errors import InvalidInput, Unsupported, VerifyError
 from splatc.formats.acsr import ACSR
 from splatc.ir.interpret import interpret, interpret_gradients
@@ -76,6 +78,22 @@ def test_explain():
     assert e.pattern == "causal() & nm(1, 2)" and e.pruning == "nm(1, 2)" and e.nnz == 5050
     assert "pruned       nm(1, 2)" in str(e) and "nm(1, 2)" in repr(attend)
     assert attend.kernel.spec.name == "attention_cpu_d16_float32_m64n64_nm12"
+
+
+def test_command_line(capsys):
+    def run(*words):
+        code = main(list(words))
+        return code, *capsys.readouterr()
+
+    code, out, _ = run("analyze", "causal & nm(2, 4)", "-s", "100", "--json")
+    assert code == 0 and json.loads(out)["pruning"] == "nm(2, 4)"
+    for way in ((), ("--backward",)):
+        code, out, _ = run("dump", "causal & nm(2, 4)", "-s", "100", "--what", "ir", *way)
+        assert code == 0 and "attend(q, k, v) over m0 | prune(2, 4)" in out
+    code, _, err = run("show", "nm(2, 4)", "-s", "100")
+    assert code and "it is no mask" in err
+    code, _, err = run("compile", "nm(2, 4)", "-s", "100", "--arch", "sm_90a")
+    assert code and "has no kernel for cuda:sm_90a yet" in err
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------

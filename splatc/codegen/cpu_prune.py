@@ -1,7 +1,8 @@
 """N:M pruning in CPU kernels: which scores of a tile stay. Tiles hold whole groups of keys (ir/verify.py).
 
 A score stays if fewer than n of its group beat it: an earlier key by a score that is no less, a later one by a greater
-one. That needs no sort, and keys may be columns of the tile, a vector each, or its rows, the lanes of a vector.
+one. That needs no sort, and is the same where keys are columns of a tile (a vector each) and where they are its rows
+(the lanes of a vector).
 """
 
 from __future__ import annotations
