@@ -36,6 +36,10 @@ def draw(q_len: int, kv_len: int, dim: int, dtype: str, heads: int = 4, kv_heads
     return [q, k, v]
 
 
+def wide(x: Any) -> np.ndarray:
+    return np.asarray(x.double().cpu().numpy())
+
+
 def attend(pattern: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
     o, lse = splatc.attention(q, k, v, pattern & P.nm(2, 4), return_lse=True, enable_gqa=True)
     return o, lse
@@ -44,8 +48,7 @@ def attend(pattern: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
 def check(pattern: Any, q: Any, k: Any, v: Any, most: float = 1e-2) -> None:
     o, lse = attend(pattern, q, k, v)
     lengths = q.shape[2], k.shape[2]
-    wide = [x.double().cpu().numpy() for x in (q, k, v)]
-    want, want_lse = oracle.attention(*wide, pattern.dense(*lengths), pruning=NM)
+    want, want_lse = oracle.attention(wide(q), wide(k), wide(v), pattern.dense(*lengths), pruning=NM)
     got, got_lse = o.double().cpu().numpy(), lse.double().cpu().numpy()
     finite = np.isfinite(want_lse)
     assert np.array_equal(np.isneginf(got_lse), ~finite)
@@ -68,7 +71,7 @@ def test_tiles_and_head_dims(dim: int, tile: tuple[int, int]) -> None:
     q, k, v = draw(700, 700, dim, "bfloat16", 2, 2)
     pattern = P.causal() & P.nm(2, 4)
     compiled = splatc.compile(pattern, seq_len=700, head_dim=dim, dtype="bfloat16", target="sm_90a", tile=tile)
-    want, _ = oracle.attention(*(x.double().cpu().numpy() for x in (q, k, v)), P.causal().dense(700), pruning=NM)
+    want, _ = oracle.attention(wide(q), wide(k), wide(v), P.causal().dense(700), pruning=NM)
     assert oracle.relative_error(compiled(q, k, v).double().cpu().numpy(), want) < 1e-2
 
 
