@@ -19,6 +19,8 @@ from splatc.errors import CudaError
 from splatc.formats.acsr import ACSR
 from splatc.ir.passes import PASSES, Schedule, lower, run_passes
 from splatc.ir.program import Cover
+from splatc.ir.score import NO_SCORE, Score
+from splatc.patterns.pruned import Pruning
 from splatc.runtime.driver import MAP_TYPES, LaunchConfig
 from splatc.runtime.gpu import Gpu, Torch
 from splatc.runtime.plan import Launch, launches
@@ -173,10 +175,11 @@ def write_built(folder: Path, functions: list[dict[str, Any]]) -> None:
         (folder / name).write_bytes(name.encode())
 
 
-def plan(patterns: Sequence[Any], shape: Shape, schedule: Schedule, limits: Any) -> list[Launch]:
+def plan(patterns: Sequence[Any], shape: Shape, schedule: Schedule, limits: Any,
+         score: Score = NO_SCORE) -> list[Launch]:  # fmt: skip
     """The launches of a pattern for all heads, or of one for each."""
     programs = [
-        run_passes(lower(ACSR.from_pattern(pattern, shape.q_len, shape.kv_len)), schedule, PASSES)
+        run_passes(lower(ACSR.from_pattern(pattern, shape.q_len, shape.kv_len), score), schedule, PASSES)
         for pattern in patterns
     ]
     tables = [
@@ -197,10 +200,11 @@ def draw(q_len: int = 100, kv_len: int | None = None, heads: int = 2, kv_heads: 
     return [torch.randn(*shape, generator=generator) for shape in shapes]
 
 
-def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None, most: tuple[float, float]) -> None:
+def check(got: Any, qkv: Any, dense: np.ndarray, scale: float | None, most: tuple[float, float],
+          pruning: Pruning | None = None) -> None:  # fmt: skip
     """(o, lse) are those of the oracle: most: relative error of o, absolute error of lse."""
     q, k, v = (x.double().numpy() for x in qkv)
-    want, want_lse = oracle.attention(q, k, v, dense, scale)
+    want, want_lse = oracle.attention(q, k, v, dense, scale, pruning=pruning)
     o, lse = (x.double().numpy() for x in got)
     assert oracle.relative_error(o, want) < most[0]
     assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))

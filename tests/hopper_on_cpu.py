@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from splatc.codegen.hopper.shape import slot_keys
+from splatc.formats.nm import prune
 from splatc.ir.dropout import pair_words, query_words
 from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score
 from tests.fake_gpu import TensorMap, tf32
@@ -122,6 +124,9 @@ def attend_kernel(m: int, n: int, dim: int, score: Score = Score()) -> Callable[
         assert tiles > 0
 
         def place(name: str, x: tuple[int, int, int], h: int) -> tuple[int, ...]:
+            if name == "k" and score.pruning is not None:
+                assert x[0] % 4 == x[1] == x[2] == 0
+                return 0, x[0] // 4, 0, batch * a["k_step"] + h
             return x[0], x[1], x[2], batch * a[f"{name}_step"] + h
 
         q = load(a[f"q_map{view}"], place("q", (x1, x2, x3), head), dim) * a["scale"]
@@ -141,6 +146,9 @@ def attend_kernel(m: int, n: int, dim: int, score: Score = Score()) -> Callable[
                 if bits:
                     shape = bits, m // ROWS, 128, -(-n // 64)
                     s = np.where(unpack_bits(array(a["bits_ptr"], np.uint32, *shape)[bits - 1], m, n), s, -np.inf)
+                if score.pruning is not None:  # columns are rows of K in shared memory: to the order of keys
+                    s[:, slot_keys(n)] = s.copy()
+                    s = prune(s, score.pruning)
                 scores.append(s)
                 values.append(v)
         assert len(scores) == tiles and masked == (entries[:, 4] > 0).sum()

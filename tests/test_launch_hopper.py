@@ -41,7 +41,7 @@ class Machine:
     def __init__(self, folder: Path, *patterns: Any, m: int = 64, n: int = 64, layout: str = "bhsd",
                  dim: int = D, gather: bool = False, sms: int = 3, dtype: str = "float16",
                  score: Score = Score()) -> None:  # noqa: B008 (frozen)  # fmt: skip
-        self.patterns = patterns
+        self.patterns, self.score = patterns, score
         self.schedule = Schedule(m, n, max_row_views=MAX_VIEWS[0], max_col_views=MAX_VIEWS[1], gather=gather,
                                  fill_empty=True)  # fmt: skip
         self.torch = FakeTorch()
@@ -61,7 +61,7 @@ class Machine:
 
     def plan(self, shape: Any, limits: Any) -> Any:
         assert limits == MAX_VIEWS
-        return plan(self.patterns, shape, self.schedule, limits)
+        return plan(self.patterns, shape, self.schedule, limits, self.score)
 
     def __call__(self, q: Any, k: Any, v: Any, *, scale: Any = None, enable_gqa: bool = True, terms: Any = None) -> Any:
         return self.launcher(q, k, v, scale, enable_gqa, terms)

@@ -88,10 +88,21 @@ def with_pruning(spec: KernelSpec, pruning: Pruning | None) -> KernelSpec:
     """The spec of a kernel that prunes scores, too (None: the same); Unsupported where there is no such kernel."""
     if pruning is None:
         return spec
-    if spec.kernel != "cpu":
-        raise Unsupported(f"{pruning} has no kernel for {spec.target} yet: compile for the CPU, or let "
+    if (why := not_pruned(spec, pruning)) is not None:
+        raise Unsupported(f"{pruning} has no kernel for {spec.target} here: {why}; compile for the CPU, or let "
                           "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
     return replace(spec, score=replace(spec.score, pruning=pruning))
+
+
+def not_pruned(spec: KernelSpec, pruning: Pruning) -> str | None:
+    """Why no kernel of this kind prunes scores so, None if one does."""
+    if spec.kernel == "cpu":
+        return None
+    if spec.kernel != "hopper" or spec.dtype == "float32":
+        return "it needs the Hopper kernel (sm_90a, head dims that are multiples of 8, 16-bit types)"
+    if (pruning.n, pruning.m) != (2, 4):
+        return "sparse tensor cores take 2:4 in 16-bit types"
+    return "with pruning there are no biases and no dropout" if spec.score.positional else None
 
 
 def dtypes_of(target: Target) -> tuple[str, ...]:
@@ -114,6 +125,8 @@ def no_gradients(spec: KernelSpec) -> str | None:
     """Why there is no kernel for the gradients of a kernel, None if there is one."""
     if spec.kernel == "portable":
         return "on GPUs gradients need the Hopper kernel (sm_90a, head dims that are multiples of 8, 16-bit types)"
+    if spec.kernel == "hopper" and spec.score.pruning is not None:
+        return f"on a GPU there are none of {spec.score.pruning}"
     if spec.kernel == "hopper" and spec.dtype == "float32":
         return "on a GPU gradients are computed in float16 and bfloat16, not in float32"
     return None
@@ -178,7 +191,8 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
         return ((128, 128),) if widest <= 64 else ((128, 64),) if widest <= 192 else ((128, 32),)
     if widest > 128:
         return ((128, 64),)
-    tall = ((192, 128),) if widest <= 64 and not spec.score else ()  # with one, 192 rows take too many registers
+    others = replace(spec.score, pruning=None)  # with any, 192 rows take too many registers
+    tall = ((192, 128),) if widest <= 64 and not others else ()
     return (*tall, (128, 128), (128, 64))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.errors import Unsupported
 from splatc.ir.terms import Terms
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import GpuCall, Request
@@ -25,6 +26,7 @@ from splatc.runtime.tensors import Shape, check_call, check_gradients, check_sca
 from splatc.runtime.terms import check_terms
 from splatc.runtime.work import Work
 
+GROUP = 4  # keys that a pruned kernel reads together
 REMEMBERED = 64  # kinds of calls, and tables on a device, that a launcher keeps
 
 Ready = Callable[[Any, Any, Any, float | None, Terms | None], tuple[Any, Any]]
@@ -44,6 +46,7 @@ class Launcher:
         self._kernel, self._layout, self._check, self._launches = kernel, layout, check, launches
         self._cap, self._find_gpu = cap, find_gpu
         self._hopper = kernel.spec.kernel == "hopper"
+        self._pruned = self._hopper and kernel.spec.score.pruning is not None
         self._ready: dict[tuple[Any, ...], Ready] = {}
         self._planned: dict[tuple[int, ...], tuple[Launch, ...]] = {}  # by lengths and heads
         self._laid_out: dict[tuple[int, ...], _LaidOut] = {}  # these, batch and GPU
@@ -68,6 +71,8 @@ class Launcher:
     def _prepare(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> Ready:
         shape = check_call(q, k, v, self._layout, enable_gqa)
         self._check(shape)
+        if self._pruned:
+            refuse_unchecked()
         check_gradients(q, k, v)
 
         def again(q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None) -> tuple[Any, Any]:
@@ -75,7 +80,10 @@ class Launcher:
 
         tensors = [to_bhsd(x, self._layout) for x in (q, k, v)]
         layouts = [layout_of(x) for x in tensors]
-        if self._hopper and layouts[1].head_stride == layouts[2].head_stride == 0:
+        padded = self._pruned and shape.kv_len % GROUP > 0
+        if padded:
+            layouts[1] = padded_layout(layouts[1])
+        elif self._hopper and layouts[1].head_stride == layouts[2].head_stride == 0:
             layouts[1:] = [one.one_head() for one in layouts[1:]]
         copied = [self._must_copy(x, one) for x, one in zip(tensors, layouts, strict=True)]
         ready: Ready
@@ -87,6 +95,7 @@ class Launcher:
             call = self._call(q, shape, layouts)
             grad = any(x.requires_grad for x in (q, k, v))
             ready = _Launched(call, shape, grad, self._hopper, again)
+            ready = _Padded(ready, self._layout) if padded else ready
         remember(self._ready, call_key(q, k, v, enable_gqa), ready)
         return ready
 
@@ -217,6 +226,16 @@ class _Copied:
         return self._again(q, k, v, scale, terms)
 
 
+class _Padded:
+    """Keys whose length is no multiple of GROUP: the last group is read whole."""
+
+    def __init__(self, launched: Ready, layout: str) -> None:
+        self._launched, self._layout = launched, layout
+
+    def __call__(self, q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None = None) -> tuple[Any, Any]:
+        return self._launched(q, to_bhsd(padded_keys(to_bhsd(k, self._layout)), self._layout), v, scale, terms)
+
+
 class _Empty:
     """No queries or no keys: nothing attends to anything."""
 
@@ -231,6 +250,27 @@ class _Empty:
         if terms is not None and terms.sinks is not None:
             lse.copy_(terms.sinks[:, None].expand(lse.shape))
         return to_bhsd(o.zero_(), self._layout), lse
+
+
+def padded_keys(k: Any) -> Any:
+    """The same keys (batch, heads, seq, dim), in memory that has whole groups: of ``padded_layout``."""
+    batch, heads, length, dim = k.shape
+    padded = k.new_zeros(batch, heads, length + -length % GROUP, dim)
+    padded[:, :, :length] = k
+    return padded[:, :, :length]
+
+
+def padded_layout(one: Layout) -> Layout:
+    """Of ``padded_keys``."""
+    rows = one.length + -one.length % GROUP
+    head = rows * one.dim
+    return replace(one, length=rows, batch_stride=one.heads * head, head_stride=head, seq_stride=one.dim)
+
+
+def refuse_unchecked() -> None:
+    """Pruned kernels compile for GPUs and are tested without one: on a GPU none has run yet."""
+    raise Unsupported("nm(2, 4) on a GPU: its kernel has not been checked on a device yet; compile for the CPU, or let "
+                      "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
 
 
 def contiguous_copy(x: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.codegen.costs import costs_of
-from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, WARPGROUP_ROWS
+from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, WARPGROUP_ROWS, slot_keys
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import accumulator_bits
 from splatc.runtime.arguments import Arguments, Function, Map, encode
@@ -17,7 +17,7 @@ from splatc.runtime.driver import Driver
 from splatc.runtime.gpu import Gpu
 from splatc.runtime.gpu_call import Request, Step
 from splatc.runtime.plan import Launch
-from splatc.runtime.tensor_map import Geometry, Layout, geometry, sub_box
+from splatc.runtime.tensor_map import Geometry, Layout, geometry, grouped, sub_box
 from splatc.runtime.term_values import ABSENT
 from splatc.runtime.work import Work, work_of
 
@@ -33,7 +33,8 @@ def hopper_work(launch: Launch, spec: KernelSpec, batch: int, on: Gpu) -> Work:
 
 def hopper_tables(launch: Launch, work: Work, spec: KernelSpec) -> Mapping[str, NDArray[Any]]:
     """The arrays of a launch that the kernel reads."""
-    bits = accumulator_bits(launch.bits, spec.tile_m, spec.tile_n)
+    bits = launch.bits if spec.score.pruning is None else launch.bits[:, slot_keys(spec.tile_n)]
+    bits = accumulator_bits(bits, spec.tile_m, spec.tile_n)
     tables = {"work": work.rows, "entries": work.entries, "combine": work.combine, "positions": launch.positions,
               "gather": launch.gather, "bits": bits}  # fmt: skip
     return {**tables, "columns": columns_table(launch)} if spec.score.positional else tables
@@ -109,8 +110,9 @@ def _maps(request: Request, function: Function, launch: Launch, work: Work) -> d
     maps.add("q", map_type("q", dtype), views, boxes_of(views), layouts["q"], MAX_VIEWS[0])
     output = [_output_box(request, launch, n)[0] for n in range(len(views))]
     maps.add("o", map_type("o", dtype), views, output, layouts["o"], MAX_VIEWS[0])
-    for tensor in ("k", "v"):
-        maps.add(tensor, map_type(tensor, dtype), cols, boxes_of(cols), layouts[tensor], MAX_VIEWS[1])
+    of_keys = geometry if request.spec.score.pruning is None else grouped
+    maps.add("k", map_type("k", dtype), cols, boxes_of(cols), layouts["k"], MAX_VIEWS[1], of_keys)
+    maps.add("v", map_type("v", dtype), cols, boxes_of(cols), layouts["v"], MAX_VIEWS[1])
     rows = max(work.part_tiles, 1) * request.spec.tile_m
     maps.add_rows("part", "part_o", map_type("part_o", dtype), rows, request.shape.v_head_dim, layouts["o"].itemsize)
     return maps.found

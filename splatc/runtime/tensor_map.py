@@ -90,6 +90,19 @@ def geometry(view: Sequence[int], box: Sequence[int], layout: Layout) -> Geometr
     return Geometry((layout.dim, n1, n2, n3, last), (s1, s2, s3, s4), (ROW_BYTES // layout.itemsize, b1, b2, b3, 1))
 
 
+def grouped(view: Sequence[int], box: Sequence[int], layout: Layout) -> Geometry:
+    """The map of a pruned kernel's keys, of tiles of a contiguous view: (head_dim, 2, groups of 4, 2, last).
+
+    Key 4c + 2h + e of a box is row h n/2 + 2c + e of it in shared memory (codegen/hopper/prune.py). The length is a
+    multiple of 4: maps know no other end.
+    """
+    n, step, (last, last_stride) = int(box[0]), layout.seq_stride, layout.last
+    steps = step, 4 * step, 2 * step, last_stride if last > 1 else layout.dim
+    s1, s2, s3, s4 = (size * layout.itemsize for size in steps)
+    dims = layout.dim, 2, layout.length // 4, 2, last
+    return Geometry(dims, (s1, s2, s3, s4), (ROW_BYTES // layout.itemsize, 2, n // 4, 2, 1))
+
+
 def unswizzled(view: Sequence[int], box: Sequence[int], layout: Layout) -> Geometry:
     """The same for boxes of whole rows that lie one after the other in shared memory."""
     swizzled = geometry(view, box, layout)

@@ -9,7 +9,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.copies import Maps, Point, Rows, load_tile
+from splatc.codegen.hopper.copies import GroupedMaps, Maps, Point, Rows, load_tile
 from splatc.codegen.hopper.emit import (
     Expr,
     do,
@@ -36,7 +36,7 @@ class Arguments:
     def __init__(self, s: Shape) -> None:
         rows, cols = MAX_VIEWS
         self.q, self.out = Maps("q", rows), Maps("o", rows)
-        self.k, self.v = Maps("k", cols), Maps("v", cols)
+        self.k, self.v = (GroupedMaps if s.pruned else Maps)("k", cols), Maps("v", cols)
         self.part = Maps("part", 1)
         self.out_steps = [[int_arg(f"o_step{view}_{axis}") for axis in (1, 2, 3)] for view in range(rows)]
         names = ("total", "blocks", "heads", "group", "q_len", "merge")

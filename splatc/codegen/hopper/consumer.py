@@ -29,7 +29,7 @@ class Consumer(RowTiles):
         self.out = output_of(s)
         self.words = registers("mask", s.bit_words, "uint32")
         unit = a.cap if s.softcap else a.scale
-        self.softmax = Softmax(self.scores.count, T.float32(1.0) if s.score.biases else unit)
+        self.softmax = Softmax(s.kept // 2, T.float32(1.0) if s.score.biases else unit)
         if s.positional:
             self.unit = unit
         self.inverse, self.lse, self.old_lse, self.old_weight = (
@@ -99,9 +99,10 @@ class Consumer(RowTiles):
         self.cap()
         self.add_biases()
         emit_if(masked > 0, self.mask)
+        self.prune(masked > 0)
         self.softmax.first(self.scores.s)
         self.drop()
-        self.out.take(self.scores.s)
+        self.take()
 
     def next_tile(self, q: Expr, masked: Expr | bool) -> None:
         """S of a tile and O += P V of the one before, both in flight during the softmax."""
@@ -120,13 +121,14 @@ class Consumer(RowTiles):
         self.cap()
         self.add_biases()
         emit_if(masked, self.mask)
+        self.prune(masked)
         self.softmax.next(self.scores.s)
         self.drop()
         wait_products(0)
         self.out.fence()
         self.scores.fence()
         self.leave(b.v_ring, self.v_at)
-        self.out.take(self.scores.s)
+        self.take()
         self.out.scale(self.softmax.shrink)
 
     def last_values(self) -> None:
@@ -145,6 +147,13 @@ class Consumer(RowTiles):
 
     def mask(self) -> None:
         mask_values(self.scores.s, self.scores.count, self.words)
+
+    def prune(self, masked: Expr | bool) -> None:
+        """Of a pruned kernel: keep some of the scores. masked: whether some are not in the mask."""
+
+    def take(self) -> None:
+        """Probabilities to where the product with V reads them: none may be in flight."""
+        self.out.take(self.scores.s)
 
     # -- expressions that depend on positions --------------------------------------------------------------------------
 

@@ -64,6 +64,14 @@ class Maps:
             yield T.EQ(view, number), one
 
 
+class GroupedMaps(Maps):
+    """Those of keys in groups of four, (head_dim, 2, groups, 2, last): the halves of each group lie in different halves
+    of a box. x1 of a point is a multiple of four."""
+
+    def place(self, at: Point) -> tuple[Expr, ...]:
+        return T.int32(0), T.shift_right(at.x1, 2), T.int32(0), at.batch * self.step + at.head
+
+
 def tensor_map(name: str) -> Expr:
     """A parameter that is a CUtensorMap, passed by value."""
     pointer = I.Bind(T.tvm_stack_alloca("tensormap", 1), I.handle("tensormap").ty)

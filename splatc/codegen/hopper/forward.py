@@ -17,6 +17,7 @@ from splatc.codegen.hopper.block import Arguments, Block
 from splatc.codegen.hopper.consumer import Consumer
 from splatc.codegen.hopper.gathering import GatheringProducer
 from splatc.codegen.hopper.producer import Producer
+from splatc.codegen.hopper.pruning import PruningConsumer
 from splatc.codegen.hopper.shape import shape_of
 from splatc.codegen.hopper.turning import TurningProducer
 from splatc.codegen.hopper.walk import walking_kernel
@@ -32,11 +33,16 @@ def producer_of(block: Block) -> Producer:
     return (GatheringProducer if block.s.gather else Producer)(block)
 
 
+def consumer_of(block: Block) -> Consumer:
+    """The consumer for the block's sizes."""
+    return (PruningConsumer if block.s.pruned else Consumer)(block)
+
+
 def attention_hopper(spec: KernelSpec) -> Emitted:
     """The fused forward for a spec with kernel "hopper", not lowered. Raises Unsupported if it does not fit."""
     s = shape_of(spec)
     function, smem_bytes = walking_kernel(NAME, s, Arguments, Block, lambda block: producer_of(block).run(),
-                                          lambda block: Consumer(block).run())  # fmt: skip
+                                          lambda block: consumer_of(block).run())  # fmt: skip
     functions = (DeviceFunction(f"{NAME}_kernel", s.threads, smem_bytes),
                  DeviceFunction(f"{combine.NAME}_kernel", combine.THREADS, 0))  # fmt: skip
     return Emitted(tvm.IRModule({NAME: function, combine.NAME: combine.combine_parts(s)}), functions)

@@ -166,6 +166,27 @@ class TurnedOutput(Output):
             do(T.ptx["cvt.rn.tf32.f32"](self.p[j], s[score_of(j)]))
 
 
+class SparseOutput(Output):
+    """O += P V of a pruned tile (prune.py): P has the kept half of the keys, and ``words`` say which those are."""
+
+    def __init__(self, dtype: str, dv: int, n: int) -> None:
+        super().__init__(dtype, dv, n)
+        self._packed //= 2
+        self.p = registers("kept_probs", self._packed, "uint32")
+        self.words = registers("metadata", n // 64, "uint32")
+        steps = len(self._offsets) // 2
+        self._instruction = self._instruction.replace("k16", "k32")
+        self._offsets = [kk * 4 * ROW_GROUP for kk in range(steps)]
+
+    def issue(self, v: Expr) -> None:
+        o, p = [self.o[i] for i in range(self.count)], [self.p[i] for i in range(self._packed)]
+        steps = [v + T.uint64(at) for at in self._offsets]
+        words = [self.words[i] for i in range(ceil_div(len(steps), 2))]
+        issue_product(self._instruction, o, p, steps, fresh=False, b_transposed=True, metadata=words)
+
+
 def output_of(s: Shape) -> Output:
     """The output for a kernel's sizes."""
+    if s.pruned:
+        return SparseOutput(s.dtype, s.dv, s.n)
     return TurnedOutput(s.dv, s.n) if s.turned else Output(s.dtype, s.dv, s.n)

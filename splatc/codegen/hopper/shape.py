@@ -46,6 +46,16 @@ class Shape:
         return self.score.positional
 
     @property
+    def pruned(self) -> bool:
+        """Whether two of every four scores are kept."""
+        return self.score.pruning is not None
+
+    @property
+    def kept(self) -> int:
+        """Columns of a tile of P."""
+        return self.n // 2 if self.pruned else self.n
+
+    @property
     def item_bytes(self) -> int:
         """Of a value of q, k, v and o."""
         return ITEM_BYTES[self.dtype]
@@ -99,8 +109,9 @@ class Shape:
 
     @property
     def turns(self) -> bool:
-        """Whether warpgroups take turns at issuing products: 4 % faster with three of them, not with two."""
-        return self.warpgroups == 3
+        """Whether warpgroups take turns at issuing products: 4 % faster with three of them, not with two, unless what
+        they do in between is as long as the products, as in pruning."""
+        return self.warpgroups == 3 or (self.warpgroups == 2 and self.pruned)
 
     @property
     def bit_words(self) -> int:
@@ -173,12 +184,17 @@ class Shape:
     @property
     def live_registers(self) -> int:
         """Registers that a consumer thread holds through the loop: fp32 scores and O, and P in the type of V."""
-        return self.n // 2 + self.n * self.item_bytes // 8 + ceil_div(self.dv, 16) * 8
+        return self.n // 2 + self.kept * self.item_bytes // 8 + ceil_div(self.dv, 16) * 8
 
 
 def chunk(dtype: str) -> int:
     """Columns of a type in a 128-byte swizzled row."""
     return ROW_BYTES // ITEM_BYTES[dtype]
+
+
+def slot_keys(n: int) -> list[int]:
+    """Of each row of a pruned kernel's tile of K in shared memory, which of the tile's n keys it is (prune.py)."""
+    return [4 * c + 2 * h + e for h in range(2) for c in range(n // 4) for e in range(2)]
 
 
 def can_gather(spec: KernelSpec) -> bool:
@@ -187,6 +203,8 @@ def can_gather(spec: KernelSpec) -> bool:
     if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role not in (FORWARD, ROWS):
         return False
     crowded = spec.score.positional and len(spec.score.names) > (2 if spec.role == FORWARD else 1)
+    if spec.score.pruning is not None:
+        return False
     return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded
 
 
@@ -207,6 +225,8 @@ def shape_of(spec: KernelSpec) -> Shape:
         raise Unsupported(f"the Hopper kernel has no tile of {spec.tile_m} x {spec.tile_n}")
     if spec.gather and not can_gather(spec):
         raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
+    if spec.score.pruning is not None and spec.tile_n % 64:
+        raise Unsupported(f"{spec.name}: metadata words are of 64 keys, so tiles must be of a multiple of them")
     for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
         shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, spec.gather,
                       stages, q_stages, staged)  # fmt: skip

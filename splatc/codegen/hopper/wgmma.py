@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.emit import Expr, do
 
 A_WORDS = 4  # registers of A that a thread gives to an instruction
-STEPS = 8  # instructions in a statement at most: their descriptors are in registers at the same time
+STEPS = 8  # instructions in a statement at most, an even number: their descriptors are in registers together
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Statement:
 
     a_registers: A is in registers, A_WORDS uint32 a step, else in shared memory, a descriptor a step. b_transposed: B
     lies with its columns contiguous. first: it follows other accesses to registers; last: it commits; fresh: its first
-    step overwrites the accumulators, else all add to them.
+    step overwrites the accumulators, else all add to them. sparse: A is compressed 2:4, and there is a word of metadata
+    for every two steps (a lane's is of the first one in the lower half of each quad, of the second one in the upper).
     """
 
     shape: str
@@ -35,6 +37,7 @@ class Statement:
     first: bool
     last: bool
     fresh: bool
+    sparse: bool = False
 
     @property
     def accumulators(self) -> int:
@@ -47,18 +50,24 @@ class Statement:
         return self.steps * (A_WORDS if self.a_registers else 1)
 
     @property
+    def words(self) -> int:
+        """Operands that are metadata."""
+        return ceil_div(self.steps, 2) if self.sparse else 0
+
+    @property
     def name(self) -> str:
         """Of the device function: another one for other instructions."""
-        features = "".join(f"_{name}" for name in ("a_registers", "b_transposed", "first", "last", "fresh")
+        features = "".join(f"_{name}" for name in ("a_registers", "b_transposed", "first", "last", "fresh", "sparse")
                            if getattr(self, name))  # fmt: skip
         return f"splatc_wgmma_{self.shape.replace('.', '_')}_x{self.steps}{features}"
 
     @property
     def source(self) -> str:
-        """The device function: accumulators by reference, then A, then the descriptors of B."""
+        """The device function: accumulators by reference, then A, the descriptors of B, and metadata."""
         kind, letter = ("uint32_t", "r") if self.a_registers else ("uint64_t", "l")
         operands = [*((f"a{i}", kind, letter) for i in range(self.a_size)),
-                    *((f"b{i}", "uint64_t", "l") for i in range(self.steps))]  # fmt: skip
+                    *((f"b{i}", "uint64_t", "l") for i in range(self.steps)),
+                    *((f"e{i}", "uint32_t", "r") for i in range(self.words))]  # fmt: skip
         accumulators = [f"d{i}" for i in range(self.accumulators)]
         parameters = ", ".join([*(f"float& {d}" for d in accumulators), *(f"{kind} {x}" for x, kind, _ in operands)])
         outputs = ", ".join(f'"+f"({d})' for d in accumulators)
@@ -83,21 +92,26 @@ class Statement:
         keep = "fresh" if self.fresh and step == 0 else "add"
         majors = [0] * (not self.a_registers) + [int(self.b_transposed)]  # of A, if in memory, and B
         options = ", ".join(map(str, [1, 1] if "tf32" in self.shape else [1, 1, *majors]))  # tf32 has but one order
-        return f"wgmma.mma_async.sync.aligned.{self.shape} {{{result}}}, {a}, {b}, {keep}, {options};"
+        if self.sparse:
+            keep = f"%{n + self.a_size + self.steps + step // 2}, {step % 2}, {keep}"
+        kind = "sp.sync" if self.sparse else "sync"
+        return f"wgmma.mma_async.{kind}.aligned.{self.shape} {{{result}}}, {a}, {b}, {keep}, {options};"
 
 
 def issue_product(shape: str, accumulators: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr], *, fresh: bool,
-                  b_transposed: bool) -> None:  # fmt: skip
+                  b_transposed: bool, metadata: Sequence[Expr] = ()) -> None:  # fmt: skip
     """Start the product of A and B and commit it as one group; wait before touching any of these registers.
 
     shape: such as "m64n128k16.f32.bf16.bf16". a: a descriptor a step, or A_WORDS uint32 of registers a step; b: a
-    descriptor a step (uint64). fresh: the accumulators are overwritten, not added to.
+    descriptor a step (uint64). fresh: the accumulators are overwritten, not added to. metadata: of a compressed A, in
+    registers, a uint32 for every two steps.
     """
     steps = len(b)
     size = len(a) // steps
     for at in range(0, steps, STEPS):
         end = min(at + STEPS, steps)
-        one = Statement(shape, end - at, size == A_WORDS, b_transposed, at == 0, end == steps, fresh and at == 0)
+        one = Statement(shape, end - at, size == A_WORDS, b_transposed, at == 0, end == steps, fresh and at == 0,
+                        bool(metadata))  # fmt: skip
         assert (len(accumulators), size * one.steps) == (one.accumulators, one.a_size)
-        operands = *accumulators, *a[size * at : size * end], *b[at:end]
+        operands = *accumulators, *a[size * at : size * end], *b[at:end], *metadata[at // 2 : at // 2 + one.words]
         do(T.cuda.func_call(one.name, *operands, source_code=one.source))
