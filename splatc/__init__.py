@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from splatc import patterns
 from splatc.compile import analyze, attention, compile
+from splatc.runtime.scores import SparseScores
+from splatc.runtime.unfused import sddmm, softmax, spmm
 
 if TYPE_CHECKING:
     from splatc import nn as nn
 
-__all__ = ["analyze", "attention", "compile", "patterns"]
+__all__ = ["SparseScores", "analyze", "attention", "compile", "patterns", "sddmm", "softmax", "spmm"]
 
 
 def __getattr__(name: str) -> Any:

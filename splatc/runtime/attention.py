@@ -23,6 +23,7 @@ from splatc.runtime.handles import new_handle
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, remember
 from splatc.runtime.plan import Launch, launches
+from splatc.runtime.scores import SparseScores
 from splatc.runtime.tensors import (
     DETACH,
     NO_TRANSFORMS,
@@ -35,6 +36,7 @@ from splatc.runtime.tensors import (
     to_bhsd,
 )
 from splatc.runtime.terms import TermOptions, asked_in, check_terms, terms_of
+from splatc.runtime.unfused import sddmm, softmax
 from splatc.runtime.work import work_of
 
 if TYPE_CHECKING:
@@ -157,6 +159,16 @@ class CompiledAttention:
     def __repr__(self) -> str:
         p, spec = self._plan, self.kernel.spec
         return f"<splatc attention {p.pattern} {p.q_len}x{p.kv_len} d={spec.head_dim} {spec.dtype} on {spec.target}>"
+
+    def probabilities(self, q: Any, k: Any, *, scale: float | None = None, enable_gqa: bool = False) -> SparseScores:
+        """The probabilities that a call gives to the pairs of the mask, (batch, heads, nnz), by the kernels of
+        ``splatc.sddmm`` and ``splatc.softmax``: on CPUs, differentiable, for masks alone (no ``TermOptions``)."""
+        if self.kernel.spec.score:
+            raise Unsupported("probabilities are computed for masks alone, and this was compiled for "
+                              f"{', '.join(self.kernel.spec.score.names)}: compile the mask without")  # fmt: skip
+        q, k = to_bhsd(q, self.layout), to_bhsd(k, self.layout)
+        probs, _ = softmax(sddmm(q, k, self._plan.pattern, scale=scale, enable_gqa=enable_gqa), return_lse=True)
+        return probs
 
     # -- calling it ----------------------------------------------------------------------------------------------------
 
