@@ -23,7 +23,7 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import ROWS, KernelSpec, gradient_specs
+from splatc.codegen.kernel import ROWS, SDDMM, SOFTMAX, SPMM, KernelSpec, gradient_specs, product_spec
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -35,6 +35,7 @@ from splatc.ir.program import GATHERED, Program
 from splatc.patterns.base import Pattern
 from splatc.runtime.attention import Plan
 from splatc.runtime.kernel import find_kernel, kernel_cache
+from splatc.runtime.structure import structure_of, tile_values
 
 Sized = tuple[Pattern, int, int]
 
@@ -51,6 +52,7 @@ Examples:
   splatc dump causal -s 4096 --what ptx --arch sm_80
   splatc dump causal -s 4096 --arch cpu                      (LLVM IR)
   splatc dump causal -s 4096 --arch cpu --backward           (of the gradients)
+  splatc dump causal -s 4096 --arch cpu --unfused            (sddmm, softmax, spmm)
   splatc dump 'fixed(128, 16)' -s 1024 --after choose_views  (the IR after a pass)
   splatc dump 'fixed(128, 16)' -s 1024 --what tables -o tables.npz"""
 
@@ -145,6 +147,9 @@ def dump(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="A file.")] = None,
     backward: Backward = False,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="The kernels that the fused one replaces (CPU): sddmm, softmax, spmm.")
+    ] = False,
 ) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
     spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(quick_target(arch)))
@@ -153,6 +158,9 @@ def dump(
     if after is not None and what is not What.ir:
         raise InvalidInput(f"--after is for --what ir: there are no passes in {what.value}")
     sized = sized_mask(mask, seq_len, kv_len)
+    if unfused:
+        write_or_print(_unfused(sized, spec, what, after, backward), output)
+        return
     if backward:
         pattern, q_len, kv_len = sized
         sized = pattern.transposed(), kv_len, q_len
@@ -163,6 +171,20 @@ def dump(
         _write_tables(plan_mask(sized, spec), output)
     else:
         write_or_print(_source(plan_mask(sized, spec).spec, what), output)
+
+
+def _unfused(sized: Sized, spec: KernelSpec, what: What, after: str | None, backward: bool) -> str:
+    dims = {SDDMM: spec.head_dim, SOFTMAX: 1, SPMM: spec.v_head_dim}
+    specs = [product_spec(role, dim, spec.dtype, spec.target) for role, dim in dims.items()]
+    if what is What.tables or backward:
+        raise InvalidInput("--unfused has no tables, and its gradients are the same kernels: leave out --what tables "
+                           "and --backward")  # fmt: skip
+    if what is not What.ir:
+        return "\n".join(f"; {one.name}\n{_source(one, what)}" for one in specs)
+    if after is not None:
+        raise InvalidInput("--unfused shows the whole program: leave out --after")
+    orders = structure_of(*sized).orders
+    return "\n".join(to_text(tile_values(order.acsr, order, queries_are_rows=True)[0]) for order in orders)
 
 
 def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:

@@ -5,15 +5,15 @@
     spmm              queries           keys       read       out[q] = factor * sum over k of values[q, k] y[k]
     spmm_transposed   keys              queries    read       out[k] = factor * sum over q of values[q, k] y[q]
 
-The first and the last one walk over the tables of the transposed mask. sddmm's lanes are keys, so that a full tile's line
-of one query leaves in whole vectors; those of the others run along the head dim. A tile with bits goes element by
+The first and the last one walk over the tables of the transposed mask. sddmm's lanes are keys, so that a full tile's
+line of one query leaves in whole vectors; those of the others run along the head dim. A tile with bits goes element by
 element through its bits: in spmm that is no more work than its elements are, and what is not finite in y meets those
 that attend to it alone. Each value and each row of out has one writer.
 
 Arguments: sddmm q, k, values; spmm and spmm_transposed values, y, out; then for all the tables (codegen/values.py),
-first, bases, factor. values: (batch, all heads' elements), contiguous, those of head h from bases[h] (int64) on. q, k, y,
-out: (batch, heads, seq, dim), any strides with a contiguous last axis; k, and y of spmm, may have fewer heads. All in
-the spec's dtype.
+first, bases, factor. values: (batch, all heads' elements), contiguous, those of head h from bases[h] (int64) on. q, k,
+y, out: (batch, heads, seq, dim), any strides with a contiguous last axis; k, and y of spmm, may have fewer heads. All
+in the spec's dtype.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from splatc.codegen.cpu_walk import (
     match_strided,
     match_walk,
 )
-from splatc.codegen.kernel import SPMM_FUNCTION, SPMM_TRANSPOSED_FUNCTION, KernelSpec
-from splatc.codegen.kernel import SDDMM_FUNCTION as SDDMM
+from splatc.codegen.kernel import SDDMM_FUNCTION, SPMM_FUNCTION, SPMM_TRANSPOSED_FUNCTION, KernelSpec
 
 ALL = 0xFFFFFFFF
 
 
 def sddmm_cpu(spec: KernelSpec) -> tvm.IRModule:
     """The module with the function "splatc_sddmm", not lowered; any head_dim."""
-    return tvm.IRModule({SDDMM: _sddmm(shape_of(spec))})
+    return tvm.IRModule({SDDMM_FUNCTION: _sddmm(shape_of(spec))})
 
 
 def spmm_cpu(spec: KernelSpec) -> tvm.IRModule:
     """The module with the functions "splatc_spmm" and "splatc_spmm_transposed", not lowered; any v_head_dim."""
     s = shape_of(spec)
-    return tvm.IRModule({SPMM_FUNCTION: _spmm(s, SPMM_FUNCTION, queries_are_rows=True),
-                         SPMM_TRANSPOSED_FUNCTION: _spmm(s, SPMM_TRANSPOSED_FUNCTION, queries_are_rows=False)})  # fmt: skip
+    plain = _spmm(s, SPMM_FUNCTION, queries_are_rows=True)
+    transposed = _spmm(s, SPMM_TRANSPOSED_FUNCTION, queries_are_rows=False)
+    return tvm.IRModule({SPMM_FUNCTION: plain, SPMM_TRANSPOSED_FUNCTION: transposed})
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,14 @@ def match_values(s: Shape, array: Expr, queries_are_rows: bool) -> Values:
 
 
 def match_value_array(s: Shape) -> Expr:
+    """Declare the values."""
     return match_array("values", (I.int64(), I.int64()), s.dtype)
 
 
 def _sddmm(s: Shape) -> Expr:
     with IRBuilder() as builder:
         with I.prim_func(s_tir=True):
-            I.func_name(SDDMM)
+            I.func_name(SDDMM_FUNCTION)
             batch, heads, kv_heads, q_len, kv_len = (I.int64() for _ in range(5))
             q = match_strided("q", (batch, heads, q_len, T.int64(s.d)), s.dtype)
             k = match_strided("k", (batch, kv_heads, kv_len, T.int64(s.d)), s.dtype)
@@ -115,7 +116,7 @@ def _sddmm(s: Shape) -> Expr:
             factor = I.arg("factor", s.scalar(None))
             with I.parallel(0, t.walk.chunks.shape[0] - 1) as worker:
                 _sddmm_worker(q, k, t, s, worker, factor)
-    return builder.get().with_attr("global_symbol", SDDMM)
+    return builder.get().with_attr("global_symbol", SDDMM_FUNCTION)
 
 
 def _sddmm_worker(q: Expr, k: Expr, t: Values, s: Shape, worker: Expr, factor: Expr) -> None:

@@ -3,10 +3,10 @@
     softmax            values, p, lse               p = exp(values - lse) of each row
     softmax_backward   p, dp, dlse, ds              ds = p * (dp - sum of p * dp over the row + dlse)
 
-Then for both: indptr, pattern, bases, chunks. values, p, dp, ds: (batch, all heads' elements), contiguous, of the spec's
-dtype; lse, dlse: (batch, heads, q_len), contiguous, in the type of computations. int64: indptr (patterns, q_len + 1) as
-in formats/order.py, pattern (heads,) which of them, bases (heads,) where each head's values begin, chunks: bounds of
-the shares of all rows. An empty row has no values and lse -inf.
+Then for both: indptr, pattern, bases, chunks. values, p, dp, ds: (batch, all heads' elements), contiguous, of the
+spec's dtype; lse, dlse: (batch, heads, q_len), contiguous, in the type of computations. int64: indptr (patterns,
+q_len + 1) as in formats/order.py, pattern (heads,) which of them, bases (heads,) where each head's values begin,
+chunks: bounds of the shares of all rows. An empty row has no values and lse -inf.
 """
 
 from __future__ import annotations
@@ -98,9 +98,11 @@ def _match_values(name: str, s: Shape) -> Expr:
 def _match_rows(lse: Expr) -> Rows:
     heads, q_len = lse.shape[1:]
     return Rows(
-        indptr=match_array("indptr", (I.int64(), q_len + 1), "int64"), pattern=match_array("pattern", (heads,), "int64"),
-        bases=match_array("bases", (heads,), "int64"), chunks=match_array("chunks", (I.int64(),), "int64"),
-    )  # fmt: skip
+        indptr=match_array("indptr", (I.int64(), q_len + 1), "int64"),
+        pattern=match_array("pattern", (heads,), "int64"),
+        bases=match_array("bases", (heads,), "int64"),
+        chunks=match_array("chunks", (I.int64(),), "int64"),
+    )
 
 
 def emit_rows(rows: Rows, lse: Expr, worker: Expr, body: Callable[[Row], None]) -> None:

@@ -15,19 +15,19 @@ class Order:
 
     def __init__(self, acsr: ACSR) -> None:
         self.q_len, self.kv_len, self.nnz = acsr.q_len, acsr.kv_len, acsr.nnz
-        self._acsr = acsr
+        self.acsr = acsr
 
     @cached_property
     def indptr(self) -> Ints:
         """int64 (q_len + 1): row q has the elements from indptr[q] on, to below indptr[q + 1]."""
-        runs = self._acsr.runs()
+        runs = self.acsr.runs()
         steps = np.zeros(self.q_len + 1, np.int64)
         np.add.at(steps, runs.row + 1, runs.stop - runs.start)
         return np.cumsum(steps)
 
     def elements(self) -> tuple[Ints, Ints]:
         """(q, k) of every element, in order: made at each call, O(nnz)."""
-        return self._acsr.elements()
+        return self.acsr.elements()
 
     def ranks(self, q: Ints, k: Ints) -> Ints:
         """How many elements come before the pair (q, k): its own number if it is one. int64, shaped like q and k."""
@@ -43,7 +43,7 @@ class Order:
     @cached_property
     def _runs(self) -> tuple[Ints, Ints, Ints]:
         """(where runs begin as q * pitch + k, elements before each and in all, their widths)."""
-        runs = self._acsr.runs()
+        runs = self.acsr.runs()
         width = runs.stop - runs.start
         ends = np.concatenate([[0], np.cumsum(width)])
         if not len(width):  # one run of nothing, so that there is something to look at

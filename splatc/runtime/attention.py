@@ -23,6 +23,7 @@ from splatc.runtime.handles import new_handle
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, remember
 from splatc.runtime.plan import Launch, launches
+from splatc.runtime.products import check_device
 from splatc.runtime.scores import SparseScores
 from splatc.runtime.tensors import (
     DETACH,
@@ -166,8 +167,10 @@ class CompiledAttention:
         if self.kernel.spec.score:
             raise Unsupported("probabilities are computed for masks alone, and this was compiled for "
                               f"{', '.join(self.kernel.spec.score.names)}: compile the mask without")  # fmt: skip
+        check_device(self.kernel.spec.target.kind)
+        check_call(q, k, k, self.layout, enable_gqa)
         q, k = to_bhsd(q, self.layout), to_bhsd(k, self.layout)
-        probs, _ = softmax(sddmm(q, k, self._plan.pattern, scale=scale, enable_gqa=enable_gqa), return_lse=True)
+        probs: SparseScores = softmax(sddmm(q, k, self._plan.pattern, scale=scale, enable_gqa=enable_gqa))
         return probs
 
     # -- calling it ----------------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ def product_kernel(role: str, dim: int, dtype: str) -> Kernel:
 def check_device(device: str) -> None:
     """Raise Unsupported for what does not lie in the memory of a CPU."""
     if device.partition(":")[0] != "cpu":
-        raise Unsupported(f"sddmm, softmax and spmm run on CPUs only, and the tensors are on {device}: use "
-                          "splatc.attention, which is fused, or move them with .cpu()")  # fmt: skip
+        raise Unsupported(f"sddmm, softmax and spmm run on CPUs only, not on {device}: use splatc.attention, which is "
+                          "fused, or move the tensors to the CPU")  # fmt: skip
 
 
 def sddmm(structure: Structure, q: Any, k: Any, factor: float) -> Any:
@@ -86,7 +86,8 @@ def softmax_gradient(structure: Structure, p: Any, dp: Any, dlse: Any) -> Any:
     if _size(p):
         batch, heads = (int(n) for n in dlse.shape[:2])
         run = product_kernel(SOFTMAX, 1, dtype_name(p)).load(SOFTMAX_BACKWARD_FUNCTION)
-        run(_flat(p), _flat(dp), exchange(dlse), exchange(ds.reshape(batch, -1)), *structure.row_arguments(batch, heads))
+        rows = structure.row_arguments(batch, heads)
+        run(_flat(p), _flat(dp), exchange(dlse), exchange(ds.reshape(batch, -1)), *rows)
     return ds
 
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class SparseScores:
     """Scores or probabilities of the pairs that a mask holds, in ACSR order: by query, then by key.
 
-    values: (batch, heads, nnz), a torch tensor or a NumPy array; with a pattern for each head, whose numbers of elements
-    differ, (batch, total), the heads one after the other (``head`` gives one of them). Nothing is padded, and no index
-    is stored for an element: ``structure`` has the pattern and the lengths.
+    values: (batch, heads, nnz), a torch tensor or a NumPy array; with a pattern for each head, whose numbers of
+    elements differ, (batch, total), the heads one after the other (``head`` gives one of them). Nothing is padded, and
+    no index is stored for an element: ``structure`` has the pattern and the lengths.
     """
 
     values: Any

@@ -101,13 +101,12 @@ class Structure:
 
     @cached_property
     def _rows(self) -> tuple[ValueTables, ...]:
-        return tuple(tile_values(ACSR.from_pattern(one, self.q_len, self.kv_len), order, queries_are_rows=True)
-                     for one, order in zip(self.patterns, self.orders, strict=True))  # fmt: skip
+        return tuple(tile_values(order.acsr, order, queries_are_rows=True)[1] for order in self.orders)
 
     @cached_property
     def _columns(self) -> tuple[ValueTables, ...]:
         turned = (ACSR.from_pattern(one.transposed(), self.kv_len, self.q_len) for one in self.patterns)
-        return tuple(tile_values(acsr, order, queries_are_rows=False)
+        return tuple(tile_values(acsr, order, queries_are_rows=False)[1]
                      for acsr, order in zip(turned, self.orders, strict=True))  # fmt: skip
 
 
@@ -121,24 +120,20 @@ def structure_of(pattern: Pattern, q_len: int, kv_len: int) -> Structure:
     return Structure(pattern, q_len, kv_len, distinct, orders, of_head)
 
 
-def unfused_program(acsr: ACSR, schedule: Schedule) -> Program:
-    """The program of the three operations over tiles, as far as the schedule's views allow one walk."""
-    return run_passes(lower(acsr), schedule, UNFUSED)
+def tile_values(acsr: ACSR, order: Order, queries_are_rows: bool) -> tuple[Program, ValueTables]:
+    """The unfused program of a mask (of a transposed one where queries are columns) and its tables for ``order``.
 
-
-def tile_values(acsr: ACSR, order: Order, queries_are_rows: bool) -> ValueTables:
-    """The tables of a mask (of a transposed one where queries are columns) whose elements have ``order``.
-
-    Through the views that the cost model likes best, if one walk through them meets all of a row in its order.
+    It looks through the views that the cost model likes best, if one walk does and what a tile has of a query is in
+    order.
     """
     for schedule in SCHEDULES:
-        program = unfused_program(acsr, schedule)
-        covers = [domain for _, domain in program.domains if isinstance(domain, Cover)]
-        if len(covers) != len(program.domains):
+        program = run_passes(lower(acsr), schedule, UNFUSED)
+        ((_, domain),) = program.domains
+        if not isinstance(domain, Cover):  # more than one row view
             continue
-        tables = build_tables(covers[0])
+        tables = build_tables(domain)
         check_nnz((tables,), order.nnz)
         found = value_tables(tables, order, queries_are_rows)
         if found is not None:
-            return found
+            return program, found
     raise VerifyError("the tiles of a mask lost the order of its elements; please report this mask")

@@ -57,13 +57,15 @@ def spmm(probs: SparseScores, v: Any, *, enable_gqa: bool = False) -> Any:
     """
     _check_scores(probs)
     if is_torch(v) != is_torch(probs.values) or not hasattr(v, "dtype"):
-        raise InvalidInput(f"v is a {type(v).__name__} but the values are a {type(probs.values).__name__}: give one kind")
+        kinds = type(v).__name__, type(probs.values).__name__
+        raise InvalidInput(f"v is a {kinds[0]} but the values are a {kinds[1]}: give both of one kind")
     if is_torch(v):
         products.check_device(str(v.device))
     if dtype_name(v) != probs.dtype:
         raise InvalidInput(f"v is {dtype_name(v)} but the values are {probs.dtype}: convert them to one")
     if v.ndim != 4 or (v.shape[0], v.shape[2]) != (probs.batch, probs.kv_len) or 0 in (v.shape[1], v.shape[3]):
-        raise InvalidInput(f"v has shape {tuple(v.shape)}: it must be ({probs.batch}, heads, {probs.kv_len}, v_head_dim)")
+        wanted = f"({probs.batch}, heads, {probs.kv_len}, v_head_dim)"
+        raise InvalidInput(f"v has shape {tuple(v.shape)}: it must be {wanted}")
     if probs.heads != v.shape[1] and (not enable_gqa or probs.heads % v.shape[1]):
         raise InvalidInput(f"v has {v.shape[1]} heads but the values {probs.heads}: give as many or, with "
                            "enable_gqa=True, a divisor")  # fmt: skip
