@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from splatc import patterns
 from splatc.compile import analyze, attention, compile
-from splatc.runtime.scores import SparseScores
-from splatc.runtime.unfused import sddmm, softmax, spmm
 
 if TYPE_CHECKING:
     from splatc import nn as nn
+    from splatc.runtime.scores import SparseScores
+    from splatc.runtime.unfused import sddmm, softmax, spmm
 
 __all__ = ["SparseScores", "analyze", "attention", "compile", "patterns", "sddmm", "softmax", "spmm"]
 
@@ -25,6 +25,10 @@ def __getattr__(name: str) -> Any:
         import splatc.nn
 
         return splatc.nn
+    if name in ("SparseScores", "sddmm", "softmax", "spmm"):
+        from splatc.runtime import unfused
+
+        return getattr(unfused, name)
     if name == "__version__":
         from importlib.metadata import version
 

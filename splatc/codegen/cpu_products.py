@@ -30,7 +30,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.cpu import shape_of
 from splatc.codegen.cpu_pack import emit_fill, emit_pack_rows, emit_pack_transposed, emit_unpack_rows
 from splatc.codegen.cpu_tile import Shape, emit_dots, emit_product, row_groups
-from splatc.codegen.cpu_vector import Expr, lane_range, load, pieces, scratch, store, vector_type
+from splatc.codegen.cpu_vector import Expr, converted, lane_range, load, pieces, scratch, store, vector_type
 from splatc.codegen.cpu_walk import (
     Walk,
     emit_items,
@@ -196,7 +196,7 @@ def _spmm_worker(y: Expr, out: Expr, t: Values, s: Shape, worker: Expr, factor: 
                 emit_weighted_rows(sums, ys, weights, t, keys, s)
 
             def add(j: Expr, i: Expr, at: Expr) -> None:
-                weight = I.Bind(T.Broadcast(t.array[batch, at].astype(s.acc), s.lanes))
+                weight = I.Bind(T.Broadcast(converted(t.array[batch, at], 1, s.acc), s.lanes))
                 for d in range(0, s.dv_pitch, s.lanes):
                     total = load(sums, i * s.dv_pitch + d, s.lanes) + weight * load(ys, j * s.dv_pitch + d, s.lanes)
                     store(sums, i * s.dv_pitch + d, total, s.lanes)

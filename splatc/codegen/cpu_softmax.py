@@ -22,7 +22,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import NEG_INF
 from splatc.codegen.cpu import shape_of
 from splatc.codegen.cpu_tile import Shape
-from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, Register, constant, exp2, lane_range, vector_type
+from splatc.codegen.cpu_vector import LN2, LOG2E, Expr, Register, constant, converted, exp2, lane_range, vector_type
 from splatc.codegen.cpu_walk import match_array
 from splatc.codegen.kernel import SOFTMAX_BACKWARD_FUNCTION as BACKWARD
 from splatc.codegen.kernel import SOFTMAX_FUNCTION as FORWARD
@@ -59,7 +59,7 @@ class Row:
 
     def get(self, array: Expr, at: Expr, lanes: int, s: Shape) -> Expr:
         """`lanes` values from number `at` of the row on, in the type of computations."""
-        return array[self.batch, lane_range(self.start + at, lanes)].astype(vector_type(lanes, s.acc))
+        return converted(array[self.batch, lane_range(self.start + at, lanes)], lanes, s.acc)
 
     def put(self, array: Expr, at: Expr, value: Expr, lanes: int, s: Shape) -> None:
         value = value.astype(vector_type(lanes, s.dtype))

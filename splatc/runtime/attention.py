@@ -23,8 +23,6 @@ from splatc.runtime.handles import new_handle
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, remember
 from splatc.runtime.plan import Launch, launches
-from splatc.runtime.products import check_device
-from splatc.runtime.scores import SparseScores
 from splatc.runtime.tensors import (
     DETACH,
     NO_TRANSFORMS,
@@ -37,11 +35,12 @@ from splatc.runtime.tensors import (
     to_bhsd,
 )
 from splatc.runtime.terms import TermOptions, asked_in, check_terms, terms_of
-from splatc.runtime.unfused import sddmm, softmax
 from splatc.runtime.work import work_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from splatc.runtime.scores import SparseScores
 
 ALL = slice(None)
 
@@ -167,6 +166,9 @@ class CompiledAttention:
         if self.kernel.spec.score:
             raise Unsupported("probabilities are computed for masks alone, and this was compiled for "
                               f"{', '.join(self.kernel.spec.score.names)}: compile the mask without")  # fmt: skip
+        from splatc.runtime.products import check_device
+        from splatc.runtime.unfused import sddmm, softmax
+
         check_device(self.kernel.spec.target.kind)
         check_call(q, k, k, self.layout, enable_gqa)
         q, k = to_bhsd(q, self.layout), to_bhsd(k, self.layout)
