@@ -15,8 +15,10 @@ from splatc.compile import analyze, attention, compile
 if TYPE_CHECKING:
     from splatc import nn as nn
     from splatc import sparsify as sparsify
+    from splatc.runtime.scores import SparseScores
+    from splatc.runtime.unfused import sddmm, softmax, spmm
 
-__all__ = ["analyze", "attention", "compile", "patterns"]
+__all__ = ["SparseScores", "analyze", "attention", "compile", "patterns", "sddmm", "softmax", "spmm"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module(f"splatc.{name}")
+    if name in ("SparseScores", "sddmm", "softmax", "spmm"):
+        from splatc.runtime import unfused
+
+        return getattr(unfused, name)
     if name == "__version__":
         from importlib.metadata import version
 

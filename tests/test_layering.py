@@ -35,6 +35,7 @@ LAZY = {
     "splatc.codegen.cuda*": {"tvm", "tvm_ffi"},
     "splatc.codegen.hopper.*": {"tvm", "tvm_ffi"},
     "splatc.runtime.torch_ops": {"torch"},
+    "splatc.runtime.torch_products": {"torch"},
     "splatc.nn*": {"torch"},
     "splatc.sparsify.nm": {"torch"},
     "splatc.sparsify.layer": {"torch"},

@@ -23,7 +23,7 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import ROWS, KernelSpec, gradient_specs, with_pruning
+from splatc.codegen.kernel import ROWS, SDDMM, SOFTMAX, SPMM, KernelSpec, gradient_specs, product_spec, with_pruning
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -36,6 +36,7 @@ from splatc.patterns.base import Pattern
 from splatc.patterns.pruned import split
 from splatc.runtime.attention import Plan
 from splatc.runtime.kernel import find_kernel, kernel_cache
+from splatc.runtime.structure import structure_of, tile_values
 
 Sized = tuple[Pattern, int, int]
 
@@ -53,6 +54,7 @@ Examples:
   splatc dump causal -s 4096 --arch cpu                      (LLVM IR)
   splatc dump causal -s 4096 --arch cpu --backward           (of the gradients)
   splatc dump causal -s 4096 --arch sm_90a --role backward_rows
+  splatc dump causal -s 4096 --arch cpu --unfused            (sddmm, softmax, spmm)
   splatc dump 'fixed(128, 16)' -s 1024 --after choose_views  (the IR after a pass)
   splatc dump 'fixed(128, 16)' -s 1024 --what tables -o tables.npz"""
 
@@ -156,6 +158,9 @@ def dump(
             "and for wide heads backward_values and backward_keys.",
         ),
     ] = None,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="The kernels that the fused one replaces (CPU): sddmm, softmax, spmm.")
+    ] = False,
 ) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
     spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(quick_target(arch)))
@@ -164,6 +169,9 @@ def dump(
     if after is not None and what is not What.ir:
         raise InvalidInput(f"--after is for --what ir: there are no passes in {what.value}")
     sized = sized_mask(mask, seq_len, kv_len)
+    if unfused:
+        write_or_print(_unfused(sized, spec, what, after, backward or role is not None), output)
+        return
     if backward or role is not None:
         pattern, q_len, kv_len = sized
         static, pruning = split(pattern)
@@ -188,6 +196,20 @@ def _gradient_kernel(spec: KernelSpec, role: str | None) -> KernelSpec:
     if role is None and others:
         note(f"this is {wanted}; with --role there are also {others}")
     return specs[wanted]
+
+
+def _unfused(sized: Sized, spec: KernelSpec, what: What, after: str | None, backward: bool) -> str:
+    dims = {SDDMM: spec.head_dim, SOFTMAX: 1, SPMM: spec.v_head_dim}
+    specs = [product_spec(role, dim, spec.dtype, spec.target) for role, dim in dims.items()]
+    if what is What.tables or backward:
+        raise InvalidInput("--unfused has no tables, and its gradients are the same kernels: leave out --what tables "
+                           "and --backward")  # fmt: skip
+    if what is not What.ir:
+        return "\n".join(f"; {one.name}\n{_source(one, what)}" for one in specs)
+    if after is not None:
+        raise InvalidInput("--unfused shows the whole program: leave out --after")
+    orders = structure_of(*sized).orders
+    return "\n".join(to_text(tile_values(order.acsr, order, queries_are_rows=True)[0]) for order in orders)
 
 
 def _ir(sized: Sized, spec: KernelSpec, wanted: str | None) -> str:

@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
-from splatc.codegen.kernel import BACKWARD, FORWARD, KernelSpec
+from splatc.codegen.kernel import BACKWARD, FORWARD, SDDMM, SOFTMAX, SPMM, KernelSpec
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
@@ -74,12 +74,16 @@ def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
 
     from splatc.codegen.cpu import attention_cpu, llvm_target
     from splatc.codegen.cpu_backward import attention_backward_cpu
+    from splatc.codegen.cpu_products import sddmm_cpu, spmm_cpu
+    from splatc.codegen.cpu_softmax import softmax_cpu
 
     if shutil.which("cc") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
         raise Unsupported("no C compiler found to link the kernel: install one (cc, gcc or clang)")
     if spec.target.arch == NATIVE:
         spec = replace(spec, target=Target("cpu", str(llvm_get_system_cpu())))
-    module = attention_backward_cpu(spec) if spec.role == BACKWARD else attention_cpu(spec)
+    emitters = {FORWARD: attention_cpu, BACKWARD: attention_backward_cpu, SDDMM: sddmm_cpu, SOFTMAX: softmax_cpu,
+                SPMM: spmm_cpu}  # fmt: skip
+    module = emitters[spec.role](spec)
     (folder / "kernel.tir.py").write_text(module.script())
     built = tvm.compile(module, target=llvm_target(spec.target.arch))
     (folder / source_name(spec)).write_text(built.mod.inspect_source("ll"))

@@ -79,6 +79,12 @@ class Register:
         store(self.slot, 0, value, self.lanes)
 
 
+def converted(value: Expr, lanes: int, dtype: str) -> Expr:
+    """A loaded vector in another float type. TVM converts a bfloat16 rightly only where the result is stored at once;
+    elsewhere it takes the bits for a whole number."""
+    return Register(lanes, value.astype(vector_type(lanes, dtype)), dtype).get()
+
+
 def transpose(vectors: list[Expr]) -> list[Expr]:
     """Transpose n vectors of n lanes, n a power of two.
 

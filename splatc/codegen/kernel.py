@@ -16,6 +16,10 @@ FORWARD, BACKWARD = "forward", "backward"
 ROWS, COLUMNS = "backward_rows", "backward_columns"  # a kernel each for dq, and for dk and dv
 DV_ALONE, DK_ALONE = "backward_values", "backward_keys"  # a kernel each for dv and for dk
 GRADIENTS = {BACKWARD: ("dq", "dk", "dv"), ROWS: ("dq",), COLUMNS: ("dk", "dv"), DV_ALONE: ("dv",), DK_ALONE: ("dk",)}
+SDDMM, SOFTMAX, SPMM = "sddmm", "softmax", "spmm"  # unfused: a kernel each, over values in ACSR order
+PRODUCTS = SDDMM, SOFTMAX, SPMM
+SDDMM_FUNCTION, SOFTMAX_FUNCTION, SPMM_FUNCTION = (f"splatc_{role}" for role in PRODUCTS)
+SOFTMAX_BACKWARD_FUNCTION, SPMM_TRANSPOSED_FUNCTION = "splatc_softmax_backward", "splatc_spmm_transposed"
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
 WIDEST_IN_ONE_WALK = 128  # head dim: dK, dV and dQ stay in registers
@@ -33,7 +37,8 @@ class KernelSpec:
     "float64" (all in float64). The hopper kernel rounds the factors of float32 products to tf32.
     tile_m, tile_n: query rows and key columns of a tile. score: what is done to scores (ir/score.py).
     gather: some column tiles are lists of keys (hopper only). role: "forward", "backward" for the functions that
-    compute gradients; on Hopper, where GRADIENTS has them, also those of some of the gradients only.
+    compute gradients; on Hopper, where GRADIENTS has them, also those of some of the gradients only. PRODUCTS: one of
+    the three kernels that a fused one replaces (of a softmax, head dims are 1).
     """
 
     kernel: str
@@ -55,6 +60,8 @@ class KernelSpec:
     @property
     def name(self) -> str:
         """A readable name: attention_hopper_d64_bfloat16_m192n128, attention_backward_cpu_d64_float32_m64n64."""
+        if self.role in PRODUCTS:
+            return f"{self.role}_{self.kernel}_d{self.v_head_dim}_{self.dtype}_m{self.tile_m}n{self.tile_n}"
         what = "attention" if self.role == FORWARD else f"attention_{self.role}"
         dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
         features = "".join(f"_{name}" for name in (*self.score.names, *(("gather",) if self.gather else ())))
@@ -103,6 +110,14 @@ def not_pruned(spec: KernelSpec, pruning: Pruning) -> str | None:
     if (pruning.n, pruning.m) != (2, 4):
         return "sparse tensor cores take 2:4 in 16-bit types"
     return "with pruning there are no biases and no dropout" if spec.score.positional else None
+
+
+def product_spec(role: str, dim: int, dtype: str, target: Target) -> KernelSpec:
+    """The spec of one of PRODUCTS for a head dim (a softmax has none: 1). Raises InvalidInput, Unsupported."""
+    if target.kind != "cpu":
+        raise Unsupported(f"there is no {role} kernel for {target}: use splatc.attention, which is fused, or move q, k "
+                          "and v to the CPU")  # fmt: skip
+    return replace(kernel_spec(dim, dim, dtype, target), role=role)
 
 
 def dtypes_of(target: Target) -> tuple[str, ...]:

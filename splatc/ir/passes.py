@@ -95,9 +95,9 @@ def cover_with_tiles(program: Program, schedule: Schedule) -> Program:
     """
     regions m0 = [...]  ->  cover m0 = tiles: items (row tiles) and entries (column tiles, full or partly filled)
 
-    The first attend covers every row, so that empty rows are written too. Requires one row view a domain.
+    The first operation covers every row, so that empty rows are written too. Requires one row view a domain.
     """
-    first = next((op.over for op in program.body if isinstance(op, Attend)), None)
+    first = next((op.over for op in program.body if isinstance(op, Attend | Sddmm)), None)
     domains = []
     for name, domain in program.domains:
         if isinstance(domain, Regions) and len({region.rows for region in domain.regions}) == 1:
@@ -133,7 +133,7 @@ def _each_cover(program: Program, change: Callable[[Cover], Cover]) -> Program:
 
 
 PASSES: tuple[Pass, ...] = (choose_views, fuse_attention, cover_with_tiles, gather_columns, order_longest_first)
-UNFUSED: tuple[Pass, ...] = (choose_views,)
+UNFUSED: tuple[Pass, ...] = (choose_views, cover_with_tiles, order_longest_first)
 
 
 def run_passes(program: Program, schedule: Schedule, passes: tuple[Pass, ...] = PASSES,
