@@ -13,6 +13,7 @@ from splatc import patterns
 from splatc.compile import analyze, attention, compile
 
 if TYPE_CHECKING:
+    from splatc import jax as jax
     from splatc import nn as nn
 
 __all__ = ["analyze", "attention", "compile", "patterns"]
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         import splatc.nn
 
         return splatc.nn
+    if name == "jax":  # it imports JAX
+        import splatc.jax
+
+        return splatc.jax
     if name == "__version__":
         from importlib.metadata import version
 
