@@ -10,7 +10,7 @@ import numpy as np
 
 from splatc.compile import compiled_for
 from splatc.errors import InvalidInput, Unsupported
-from splatc.runtime.jax_ops import ONLY_CPU, attend, call_of
+from splatc.runtime.jax_ops import ONLY_CPU, attend_at_once, call_of
 from splatc.runtime.tensors import LAYOUTS, check_scale, check_sizes, computed_in, to_bhsd
 from splatc.runtime.terms import Convert, TermOptions, asked_of, check_seed, check_terms, terms_by
 
@@ -50,7 +50,7 @@ def attention(q: Any, k: Any, v: Any, pattern: Any, *, scale: float | None = Non
     call, arrays = call_of(compiled, shape, check_scale(scale, shape.head_dim), terms)
     if shape.q_len and shape.kv_len:
         compiled.prepare(shape)
-        o, lse = attend(call, *(to_bhsd(x, layout) for x in (q, k, v)), arrays)
+        o, lse = attend_at_once(call, *(to_bhsd(x, layout) for x in (q, k, v)), arrays)
     else:
         rows = shape.batch, shape.heads, shape.q_len
         nothing = jnp.full((shape.heads,), -jnp.inf, acc) if terms.sinks is None else terms.sinks

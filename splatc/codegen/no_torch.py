@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
 from threading import get_ident
 from typing import Any
 
 
-class _Refuse(MetaPathFinder):
-    """Finds no torch for the thread that made it."""
+class _Refuse:
+    """A finder of modules: of no torch, for the thread that made it."""
 
     def __init__(self) -> None:
         self._thread = get_ident()

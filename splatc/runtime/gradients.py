@@ -67,8 +67,8 @@ class Gradients:
         """Compute into results, dq, dk and dv, of the type of lse; returns the gradients of what there is of
         ``terms.learnable``, float64. Where there are no queries or no keys, results are left as they are.
 
-        inputs: q, k, v, do; they and results (batch, heads, seq, dim) as tvm_ffi takes them. lse, delta = rowsum(dO * O)
-        - dLSE: (batch, heads, q_len). These and terms are NumPy arrays.
+        inputs: q, k, v, do; they and results (batch, heads, seq, dim) as tvm_ffi takes them. lse, delta (rowsum(dO * O)
+        - dLSE): (batch, heads, q_len). These and terms are NumPy arrays.
         """
         biases = BiasSums(terms, lse, self._shares)
         if shape.q_len and shape.kv_len:

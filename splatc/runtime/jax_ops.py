@@ -1,7 +1,7 @@
 """splatc's operators in JAX: what jit, grad and vmap see. XLA calls handlers on the host, which call the CPU kernels.
 
-An operator takes arrays and a handle; all else of a call is a ``Call``, which the handle finds. Handles are unlike those
-of any other process, so that nothing that XLA keeps on disk can mean another mask.
+An operator takes arrays and a handle; all else of a call is a ``Call``, which the handle finds. Handles are unlike
+those of any other process, so that nothing that XLA keeps on disk can mean another mask.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ with without_torch():
     import tvm_ffi
 
 FORWARD, BACKWARD = "splatc_attention", "splatc_attention_backward"
-ONLY_CPU = ("splatc.jax computes on CPUs only: put the arrays on one (jax.device_put(x, jax.devices('cpu')[0])), or use "
-            "splatc with PyTorch on a GPU")  # fmt: skip
+ONLY_CPU = ("splatc.jax computes on CPUs only: put the arrays on one (jax.device_put(x, jax.devices('cpu')[0])), or "
+            "use splatc with PyTorch on a GPU")  # fmt: skip
 
 Arrays = tuple[Any, ...]
 
@@ -94,6 +94,7 @@ def _attend_backward(call: Call, kept: Any, cotangents: tuple[Any, Any]) -> tupl
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+attend_at_once = jax.jit(attend, static_argnums=0, inline=True)  # eager calls are traced once, too
 
 
 def _operator(name: str, results: Any) -> Any:
@@ -104,11 +105,11 @@ _calls: dict[int, Call] = {}  # what operators refer to, by handle: kept as long
 
 
 @cache
-def _handle(call: Call) -> np.int64:
+def _handle(call: Call) -> Any:
     """A number, as text would do harm: jax-tvm-ffi 0.1.3 frees some lengths of it in a way that corrupts memory."""
-    handle = uuid4().int >> 65
-    _calls[handle] = call
-    return np.int64(handle)
+    handle = np.int64(uuid4().int >> 65)
+    _calls[int(handle)] = call
+    return handle
 
 
 def _forward(handle: int, *arrays: Any) -> None:

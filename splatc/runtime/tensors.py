@@ -60,7 +60,8 @@ def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
     says what to do."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not (is_torch(x) or isinstance(x, np.ndarray)):
-            raise InvalidInput(f"{name} is a {type(x).__name__}: give torch tensors or NumPy arrays")
+            raise InvalidInput(f"{name} is a {type(x).__name__}: give torch tensors or NumPy arrays "
+                               "(JAX arrays: to splatc.jax.attention)")  # fmt: skip
         if is_torch(x) != is_torch(q):
             raise InvalidInput(f"q is a {type(q).__name__} but {name} is a {type(x).__name__}: give three of one kind")
     return check_sizes(q, k, v, layout, enable_gqa)
