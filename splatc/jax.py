@@ -43,18 +43,13 @@ def attention(q: Any, k: Any, v: Any, pattern: Any, *, scale: float | None = Non
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     q, k, v = (_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     shape = check_sizes(q, k, v, layout, enable_gqa)
-    acc = computed_in(shape.dtype)
+    number, acc = check_scale(scale, shape.head_dim), computed_in(shape.dtype)
     terms = terms_by(Convert(lambda name, x: _term(name, x, acc), _seed), q, k, layout, **options)
     check_terms(terms, shape)
     compiled = compiled_for(shape, _constant(pattern), softcap, "bhsd", True, asked_of(terms))
-    call, arrays = call_of(compiled, shape, check_scale(scale, shape.head_dim), terms)
-    if shape.q_len and shape.kv_len:
-        compiled.prepare(shape)
-        o, lse = attend_at_once(call, *(to_bhsd(x, layout) for x in (q, k, v)), arrays)
-    else:
-        rows = shape.batch, shape.heads, shape.q_len
-        nothing = jnp.full((shape.heads,), -jnp.inf, acc) if terms.sinks is None else terms.sinks
-        o, lse = jnp.zeros((*rows, shape.v_head_dim), q.dtype), jnp.broadcast_to(nothing[:, None], rows)
+    compiled.prepare(shape)
+    call, arrays = call_of(compiled, shape, number, terms)
+    o, lse = attend_at_once(call, *(to_bhsd(x, layout) for x in (q, k, v)), arrays)
     o = to_bhsd(o, layout)
     return (o, lse) if return_lse else o
 

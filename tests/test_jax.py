@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -54,9 +55,9 @@ def error(got, wanted) -> float:
     return oracle.relative_error(got[finite], wanted[finite])
 
 
-def check(mask, q_len, kv_len, dtype="float32", terms=NO_TERMS, seed=0, **options):
+def check(mask, q_len, kv_len, dtype="float32", terms=NO_TERMS, **options):
     """Results and gradients of a jitted call against the reference. terms: NumPy's, given by options as well."""
-    q, k, v, do = tensors(q_len, kv_len, dtype, seed=seed)
+    q, k, v, do = tensors(q_len, kv_len, dtype)
     learned = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
     fixed = {name: x for name, x in options.items() if name not in learned}
     numbers = {name: fixed[name] for name in ("scale", "softcap") if name in fixed}
@@ -90,28 +91,23 @@ def test_is_the_reference(name):
     check(*MASKS[name])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bits(dtype):
-    check(*MASKS["passes"], dtype=dtype)
+def test_16_bits():
+    check(*MASKS["passes"], dtype="bfloat16")
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_with_x64(x64, dtype):
-    check(*MASKS["passes"], dtype=dtype)
+    check(*MASKS["passes"], dtype=dtype, scale=0.3)
 
 
-def test_scale_and_softcap():
-    check(*MASKS["causal"], scale=0.3, softcap=2.0)
-
-
-def test_biases_and_sinks():
+def test_softcap_biases_and_sinks():
     rng = np.random.default_rng(3)
     slopes, sinks = rng.random(4).astype("f"), rng.standard_normal(4).astype("f")
     relative = rng.standard_normal((4, 15)).astype("f")
     block = rng.standard_normal((4, 2, 9)).astype("f")
     terms = Terms(slopes, relative, block, sinks, block_size=15, shift=112)
     check(*MASKS["long_keys"], terms=terms, alibi_slopes=slopes, relative_bias=relative, block_bias=block,
-          sinks=sinks, block_size=15, bias_align="bottom_right")  # fmt: skip
+          sinks=sinks, block_size=15, bias_align="bottom_right", softcap=2.0)  # fmt: skip
 
 
 SEEDS = [7, -1, 2**40 + 3, np.int32(-5), np.uint32(2**32 - 1)]
@@ -153,21 +149,13 @@ def test_layout():
         assert error(one.swapaxes(1, 2), other) < 4e-6
 
 
-@pytest.mark.parametrize("q_len, kv_len", [(0, 5), (5, 0)])
-def test_no_queries_or_no_keys(q_len, kv_len):
-    q, k, v, do = tensors(q_len, kv_len)
-    (o, lse), back = jax.vjp(partial(attention, pattern="full", enable_gqa=True, return_lse=True), q, k, v)
-    assert not o.any() and np.isneginf(lse).all() and o.shape == do.shape
-    assert not any(x.any() for x in back((jnp.asarray(do), jnp.zeros_like(lse))))
-
-
 def test_a_pattern_for_each_head():
     q, k, v, _ = tensors(90, 90, heads=2)
     heads = [P.causal(), P.window(9, 9)]
     wanted, _ = oracle.attention(q, k, v, np.stack([one.dense(90) for one in heads]))
     assert error(attention(q, k, v, heads), wanted) < 2e-6
     with pytest.raises(InvalidInput, match="2 heads but q has 4"):
-        jax.jit(partial(attention, pattern=P.per_head(*heads), enable_gqa=True))(*tensors(90, 90)[:3])
+        jax.jit(partial(attention, pattern=P.per_head(heads), enable_gqa=True))(*tensors(90, 90)[:3])
 
 
 def test_is_the_torch_path_bit_by_bit():
@@ -211,19 +199,19 @@ def test_vmap_and_its_gradients():
 
 def test_within_other_transformations():
     """Recomputed, in a loop, and beside other work: many calls from XLA's threads, whose memory stays whole."""
-    q, k, v, _ = map(jnp.asarray, tensors(65, 65, kv_heads=4, dim=24))
-    step = jax.checkpoint(lambda x: x + attention(x, k, v, "causal & window(5, 0)"))
+    q, k, v, _ = map(jnp.asarray, tensors(65, 65, kv_heads=4))
+    step = jax.checkpoint(lambda x: x + attention(x, k, v, "causal & window(5, 0)")[..., :16])
 
     @jax.jit
     def run(x):
         return jax.lax.scan(lambda x, _: (step(x), x.sum()), x, None, length=20)[0].sum()
 
-    plain = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x + _dense(x, k, v), None), x, None, length=20)[0].sum())
+    plain = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x + _dense(x), None), x, None, length=20)[0].sum())
     allowed = (P.causal() & P.window(5, 0)).dense(65)
 
-    def _dense(q, k, v):
-        scores = jnp.where(allowed, q @ k.swapaxes(-1, -2) / 24**0.5, -jnp.inf)
-        return jax.nn.softmax(scores) @ v
+    def _dense(q):
+        scores = jnp.where(allowed, q @ k.swapaxes(-1, -2) / 4, -jnp.inf)
+        return jax.nn.softmax(scores) @ v[..., :16]
 
     wanted = jax.grad(plain)(q)
     for _ in range(10):
@@ -241,8 +229,6 @@ assert dq.shape == q.shape and bool(jnp.isfinite(dq).all())
 assert "tvm" in sys.modules  # it was built now
 print([name for name in sys.modules if name.partition(".")[0] == "torch"])
 """
-    import os
-
     env = {**os.environ, "SPLATC_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
@@ -276,7 +262,8 @@ def test_bad_input(call, words):
 
 def test_a_constant_mask_may_be_a_jax_array():
     mask = jnp.asarray(P.causal().dense(8))
-    assert error(attention(ONES, ONES, ONES, mask), ONES) < 1e-6
+    q, k, v, _ = tensors(8, 8, kv_heads=4)
+    assert np.array_equal(attention(q, k, v, mask), attention(q, k, v, "causal"))
 
 
 def test_other_devices_are_refused(monkeypatch):
@@ -290,7 +277,12 @@ def test_other_devices_are_refused(monkeypatch):
     assert "jax.devices('cpu')" in ONLY_CPU
 
 
-@pytest.mark.parametrize("transform, words", [(jax.hessian, "cannot be differentiated"), (jax.jacfwd, "custom_vjp")])
+def twice(function):
+    return jax.grad(lambda x: jax.grad(function)(x).sum())
+
+
+@pytest.mark.parametrize("transform, words", [(twice, "cannot be differentiated"), (jax.jacfwd, "custom_vjp")])
 def test_only_reverse_mode_of_the_first_order(transform, words):
+    q, k, v, _ = tensors(8, 8, kv_heads=4)
     with pytest.raises((TypeError, ValueError), match=words):
-        transform(lambda q: attention(q, q, q, "causal").sum())(jnp.asarray(ONES))
+        transform(lambda q: attention(q, k, v, "causal").sum())(q)

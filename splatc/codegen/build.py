@@ -14,7 +14,7 @@ from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
 from splatc.codegen.kernel import BACKWARD, FORWARD, KernelSpec
-from splatc.codegen.no_torch import without_torch
+from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
@@ -48,11 +48,8 @@ def build(spec: KernelSpec, folder: Path) -> None:
 @lru_cache(maxsize=1024)
 def load(folder: Path, name: str = FUNCTION) -> Callable[..., None]:
     """A function of a CPU kernel's built folder as a callable, in the argument order of the kernel ABI."""
-    with without_torch():
-        import tvm_ffi
-
     _load_thread_pool()
-    function: Callable[..., None] = tvm_ffi.load_module(str(folder / LIBRARY))[name]
+    function: Callable[..., None] = import_tvm_ffi().load_module(str(folder / LIBRARY))[name]
     return function
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import get_ident
 from typing import Any
 
@@ -30,3 +31,12 @@ def without_torch() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(refuse)
+
+
+@cache
+def import_tvm_ffi() -> Any:
+    """The module tvm_ffi."""
+    with without_torch():
+        import tvm_ffi
+
+    return tvm_ffi
