@@ -154,8 +154,9 @@ def test_a_pattern_for_each_head():
     heads = [P.causal(), P.window(9, 9)]
     wanted, _ = oracle.attention(q, k, v, np.stack([one.dense(90) for one in heads]))
     assert error(attention(q, k, v, heads), wanted) < 2e-6
+    q, k, v, _ = tensors(90, 90)
     with pytest.raises(InvalidInput, match="2 heads but q has 4"):
-        jax.jit(partial(attention, pattern=P.per_head(heads), enable_gqa=True))(*tensors(90, 90)[:3])
+        jax.jit(partial(attention, pattern=P.per_head(heads), enable_gqa=True))(q, k, v)
 
 
 def test_is_the_torch_path_bit_by_bit():
@@ -164,7 +165,7 @@ def test_is_the_torch_path_bit_by_bit():
     run = partial(attention, pattern=MASKS["passes"][0], enable_gqa=True)
     o, back = jax.vjp(run, *map(jnp.asarray, (q, k, v)))
     leaves = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
-    other = splatc.attention(*leaves, MASKS["passes"][0], enable_gqa=True)
+    other = splatc.attention(leaves[0], leaves[1], leaves[2], MASKS["passes"][0], enable_gqa=True)
     assert np.array_equal(o, other.detach().numpy())
     other.backward(torch.from_numpy(do))
     for got, leaf in zip(back(jnp.asarray(do)), leaves, strict=True):
@@ -235,13 +236,14 @@ print([name for name in sys.modules if name.partition(".")[0] == "torch"])
 
 
 ONES = np.ones((1, 2, 8, 4), np.float32)
+INTS, JAX_ONES = ONES.astype(np.int32), jnp.asarray(ONES)
 BAD = [
     (lambda: attention(ONES, ONES[:, :1], ONES[:, :1], "causal"), "pass enable_gqa=True"),
     (lambda: attention(ONES, ONES[..., :3], ONES, "causal"), "head_dim 4 but k has 3"),
     (lambda: attention(ONES[0], ONES, ONES, "causal"), "4 dimensions"),
     (lambda: attention([1.0], ONES, ONES, "causal"), "q is a list: give JAX or NumPy arrays"),
     (lambda: attention(ONES, ONES.astype(np.float16), ONES, "causal"), "different dtypes"),
-    (lambda: attention(*[ONES.astype(np.int32)] * 3, "causal"), "dtype is int32"),
+    (lambda: attention(INTS, INTS, INTS, "causal"), "dtype is int32"),
     (lambda: attention(ONES, ONES, ONES, "causal", layout="hbsd"), "layout is 'hbsd'"),
     (lambda: attention(ONES, ONES, ONES, "causal", dropout_p=0.1), "seed is missing"),
     (lambda: attention(ONES, ONES, ONES, "causal", dropout_p=0.1, seed=1.5), "whole number"),
@@ -250,7 +252,7 @@ BAD = [
     (lambda: attention(ONES, ONES, ONES, "causal", sinks=np.ones(2, int)), "give floating-point numbers"),
     (lambda: jax.jit(lambda m: attention(ONES, ONES, ONES, m))(np.ones((8, 8), bool)), "a mask is compiled"),
     (lambda: jax.jit(lambda s: attention(ONES, ONES, ONES, "causal", scale=s))(0.1), "scale is"),
-    (lambda: splatc.attention(*[jnp.asarray(ONES)] * 3, "causal"), "to splatc.jax.attention"),
+    (lambda: splatc.attention(JAX_ONES, JAX_ONES, JAX_ONES, "causal"), "to splatc.jax.attention"),
 ]
 
 
