@@ -13,6 +13,7 @@ from splatc import patterns
 from splatc.compile import analyze, attention, compile
 
 if TYPE_CHECKING:
+    from splatc import jax as jax
     from splatc import nn as nn
     from splatc import sparsify as sparsify
     from splatc.runtime.scores import SparseScores
@@ -22,7 +23,7 @@ __all__ = ["SparseScores", "analyze", "attention", "compile", "patterns", "sddmm
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("nn", "sparsify"):  # nn imports torch
+    if name in ("jax", "nn", "sparsify"):  # jax imports JAX, nn imports torch
         from importlib import import_module
 
         return import_module(f"splatc.{name}")

@@ -40,7 +40,7 @@ from splatc.runtime.gradient_walks import Sources
 from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.kernel import Kernel, find_kernel
-from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, is_torch
+from splatc.runtime.tensors import LAYOUTS, Shape, check_call, check_softcap, for_autocast, is_torch
 from splatc.runtime.terms import Asked, TermOptions, asked_by, check_asked
 from splatc.runtime.tuned import tuned_tiles
 
@@ -188,13 +188,18 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     if is_torch(q) and is_torch(k) and is_torch(v):
         q, k, v = for_autocast(q, k, v)
-    s = check_call(q, k, v, layout, enable_gqa)
+    shape = check_call(q, k, v, layout, enable_gqa)
+    compiled = compiled_for(shape, mask, softcap, layout, allow_tf32, asked_by(options))
+    return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa, **options)
+
+
+def compiled_for(s: Shape, mask: Any, softcap: float | None, layout: str, allow_tf32: bool,
+                 asked: Asked) -> CompiledAttention:  # fmt: skip
+    """``compile`` for a call of these sizes, memoised."""
     if not isinstance(mask, Pattern):
         mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
     kind = "cpu" if s.device == "cpu" else "cuda"
-    compiled = _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, kind, layout, allow_tf32,
-                     asked_by(options))  # fmt: skip
-    return compiled(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa, **options)
+    return _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, kind, layout, allow_tf32, asked)
 
 
 @lru_cache(maxsize=256)

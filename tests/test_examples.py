@@ -28,6 +28,13 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def need_libraries(text: str) -> None:
+    """Skip the test where what the code imports is not installed."""
+    for library in ("torch", "jax"):
+        if f"import {library}" in text:
+            pytest.importorskip(library)
+
+
 def keep_dots(got: str, wanted: str) -> str:
     """``got``, with the lines of ``wanted`` that leave something open kept so."""
     open_lines = [line for line in wanted.splitlines() if "..." in line]
@@ -38,8 +45,7 @@ def keep_dots(got: str, wanted: str) -> str:
 @pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_example(path, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    if "import torch" in path.read_text():
-        pytest.importorskip("torch")
+    need_libraries(path.read_text())
     monkeypatch.setattr(sys, "argv", [str(path), "--out", str(tmp_path)])
     monkeypatch.syspath_prepend(str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
@@ -53,6 +59,7 @@ def test_page(page, tmp_path, monkeypatch, pytestconfig):
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
+    need_libraries(text)
     names: dict[str, object] = {"__name__": "page"}
     new, end = [], 0
     for block in BLOCK.finditer(text):

@@ -25,8 +25,9 @@ STAGES = ("patterns", "formats", "ir", "codegen", "runtime")
 FRONT = len(STAGES)  # modules directly in splatc/: they see all stages
 SHELLS = ("cli", "bench", "__main__")  # and these see everything
 
-HEAVY = {"torch", "tvm", "tvm_ffi", "scipy", "networkx", "matplotlib"}
-ONLY_IN = {"tvm": ("splatc.codegen",), "tvm_ffi": ("splatc.codegen", "splatc.runtime")}
+HEAVY = {"torch", "jax", "jax_tvm_ffi", "tvm", "tvm_ffi", "scipy", "networkx", "matplotlib"}
+BOTH = ("splatc.codegen", "splatc.runtime")
+ONLY_IN = {"tvm": ("splatc.codegen",), "tvm_ffi": BOTH, "jax_tvm_ffi": ("splatc.runtime",)}
 
 # Modules written in a heavy library's own terms, and the library: they may import it at the top, and only
 # modules with the same licence may import them at the top.
@@ -43,6 +44,8 @@ LAZY = {
     "splatc.sparsify.schedule": {"torch"},
     "splatc.sparsify.scores": {"torch"},
     "splatc.sparsify.zero": {"torch"},
+    "splatc.runtime.jax_ops": {"jax", "jax_tvm_ffi", "tvm_ffi"},
+    "splatc.jax": {"jax", "jax_tvm_ffi", "tvm_ffi"},
 }
 LIGHT = {"splatc.codegen.hopper.shape", "splatc.codegen.hopper.backward.shape"}  # all the same
 

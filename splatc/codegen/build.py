@@ -14,6 +14,7 @@ from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
 from splatc.codegen.kernel import BACKWARD, FORWARD, SDDMM, SOFTMAX, SPMM, KernelSpec
+from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
@@ -47,10 +48,8 @@ def build(spec: KernelSpec, folder: Path) -> None:
 @lru_cache(maxsize=1024)
 def load(folder: Path, name: str = FUNCTION) -> Callable[..., None]:
     """A function of a CPU kernel's built folder as a callable, in the argument order of the kernel ABI."""
-    import tvm_ffi
-
     _load_thread_pool()
-    function: Callable[..., None] = tvm_ffi.load_module(str(folder / LIBRARY))[name]
+    function: Callable[..., None] = import_tvm_ffi().load_module(str(folder / LIBRARY))[name]
     return function
 
 
@@ -69,7 +68,8 @@ def _load_thread_pool() -> None:
 
 
 def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
-    import tvm
+    with without_torch():
+        import tvm
     from tvm.target.codegen import llvm_get_system_cpu
 
     from splatc.codegen.cpu import attention_cpu, llvm_target

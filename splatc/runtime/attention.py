@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -218,11 +218,12 @@ class CompiledAttention:
         for zeros); torch tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
         number = check_scale(scale, shape.head_dim)
-        dq, dk, dv, *of_terms = self._gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
+        dq, dk, dv, *of_terms = self.gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
         return dq, dk, dv, of_terms
 
     @cached_property
-    def _gradients(self) -> Gradients | GpuGradients:
+    def gradients(self) -> Gradients | GpuGradients:
+        """What computes gradients; Unsupported where nothing does."""
         if self._make_gradients is None:
             raise Unsupported(f"{self._refused}: {DETACH}")
         return self._make_gradients(self._planned)
@@ -257,14 +258,26 @@ class CompiledAttention:
         tensors = [last_axis_contiguous(to_bhsd(x, self.layout)) for x in (q, k, v)]
         o, lse = outputs(q, shape, self.layout)
         if shape.q_len and shape.kv_len:
-            run, rest = self.kernel.load(), term_arguments(self.kernel.spec.score, terms)
-            for merge, tables in enumerate(self._tables(shape)):
-                run(*(exchange(x) for x in (*tensors, o, lse)), *tables, number, self._cap, int(merge > 0), *rest)
+            self.write(shape, [exchange(x) for x in (*tensors, o, lse)], number, terms)
         else:
             o[...], lse[...] = 0, -float("inf")
             if terms is not None and terms.sinks is not None:
                 lse[...] = terms.sinks[:, None]
         return to_bhsd(o, self.layout), lse
+
+    def prepare(self, shape: Shape) -> None:
+        """Plan and lay out CPU calls with these sizes, and load the kernel; raises InvalidInput if they are not for
+        this mask."""
+        self._check(shape)
+        self._tables(shape)
+        self.kernel.load()
+
+    def write(self, shape: Shape, tensors: Sequence[Any], scale: float, terms: Terms | None) -> None:
+        """Compute into the last of (q, k, v, o, lse) on a CPU: (batch, heads, seq, dim), as tvm_ffi takes them; there
+        are queries and keys. terms: of NumPy arrays or torch tensors."""
+        run, rest = self.kernel.load(), term_arguments(self.kernel.spec.score, terms)
+        for merge, tables in enumerate(self._tables(shape)):
+            run(*tensors, *tables, scale, self._cap, int(merge > 0), *rest)
 
     def _check(self, shape: Shape) -> None:
         spec = self.kernel.spec

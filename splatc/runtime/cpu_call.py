@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from splatc.codegen.no_torch import import_tvm_ffi
 from splatc.ir.dropout import threshold_of
 from splatc.ir.score import Score
 from splatc.ir.terms import Terms
@@ -37,15 +38,13 @@ def exchange(x: Any) -> Any:
     """A NumPy array or torch tensor as tvm_ffi takes it, without a copy."""
     if is_torch(x):
         return x.detach()
-    import tvm_ffi
-
     if not x.flags.writeable:  # DLPack refuses to export read-only memory; the kernel only reads it
         x = x.view()
         try:
             x.flags.writeable = True
         except ValueError:
             x = x.copy()
-    return tvm_ffi.from_dlpack(x)
+    return import_tvm_ffi().from_dlpack(x)
 
 
 def workers() -> int:

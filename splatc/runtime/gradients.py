@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from splatc.runtime.cpu_call import exchange, table_arguments, term_arguments
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import remember
 from splatc.runtime.plan import Launch
-from splatc.runtime.tensors import Shape, last_axis_contiguous, to_bhsd
+from splatc.runtime.tensors import Shape, is_torch, last_axis_contiguous, to_bhsd
 
 if TYPE_CHECKING:
     from splatc.runtime.attention import Plan
@@ -55,21 +56,37 @@ class Gradients:
         if dlse is not None:
             delta = delta - dlse.detach()
         lse, delta = lse.detach().contiguous(), delta.contiguous()
-        results = [torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v)]
-        biases = BiasSums(terms or NO_TERMS, lse, self._shares)
+        results = [torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
+        writes = [exchange(to_bhsd(x, self._layout)) for x in results]
+        of_terms = self.write(shape, [exchange(x) for x in inputs], lse.numpy(), delta.numpy(), writes, scale,
+                              _in_numpy(terms or NO_TERMS))  # fmt: skip
+        return *(x.to(q.dtype) for x in results), *(torch.from_numpy(x).to(lse.dtype) for x in of_terms)
+
+    def write(self, shape: Shape, inputs: Sequence[Any], lse: Any, delta: Any, results: Sequence[Any], scale: float,
+              terms: Terms) -> list[Any]:  # fmt: skip
+        """Compute into results, dq, dk and dv, of the type of lse; returns the gradients of what there is of
+        ``terms.learnable``, float64. Where there are no queries or no keys, results are left as they are.
+
+        inputs: q, k, v, do; they and results (batch, heads, seq, dim) as tvm_ffi takes them. lse, delta (rowsum(dO * O)
+        - dLSE): (batch, heads, q_len). These and terms are NumPy arrays.
+        """
+        biases = BiasSums(terms, lse, self._shares)
         if shape.q_len and shape.kv_len:
-            reads = [exchange(x) for x in (*inputs, lse, delta)]
-            dq, dk, dv = (exchange(to_bhsd(x, self._layout)) for x in results)
+            reads = *inputs, exchange(lse), exchange(delta)
+            dq, dk, dv = results
             rest = term_arguments(self.kernel.spec.score, terms)
             of_rows, of_columns = self._calls(shape)
             for name, writes, calls, sums in ((DQ, (dq,), of_rows, biases.arguments), (DKV, (dk, dv), of_columns, ())):
                 run = self.kernel.load(name)
                 for tables, merge, *member in calls:
                     run(*reads, *writes, *tables, scale, self._cap, merge, *member, *rest, *sums)
-        else:
-            for x in results:
-                x.zero_()
-        return *(x.to(q.dtype) for x in results), *biases.results(lse, delta)
+        return biases.results(lse, delta)
+
+    def prepare(self, shape: Shape) -> None:
+        """Plan and lay out calls with these sizes, and load the kernel."""
+        self._calls(shape)
+        for name in GRADIENTS:
+            self.kernel.load(name)
 
     def _calls(self, shape: Shape) -> tuple[list[_Call], list[_Call]]:
         """(of dq, of dkv): made once for each size."""
@@ -95,14 +112,20 @@ def _call(launch: Launch, batch: int, *member: int, shares: int | None = None) -
     return table_arguments(launch, batch, shares), int(launch.merge or any(member)), *member
 
 
+def _in_numpy(terms: Terms) -> Terms:
+    """Terms with NumPy arrays instead of torch tensors, of the same memory."""
+    tensors = {f.name: x.detach().numpy() for f in fields(terms) if is_torch(x := getattr(terms, f.name))}
+    return replace(terms, **tensors)
+
+
 class BiasSums:
     """What the kernel sums for biases, and what becomes of it: sums in float64, in an order of their own."""
 
     def __init__(self, terms: Terms, lse: Any, shares: int | None) -> None:
-        """lse: (batch, heads, q_len). shares: of the work."""
+        """terms of NumPy arrays. lse: (batch, heads, q_len). shares: of the work."""
         self._terms = terms
-        self._slopes = None if terms.alibi_slopes is None else np.zeros(lse.shape, lse.numpy().dtype)
-        self._tables = [None if x is None else np.zeros((shares or 1, len(x), x[0].numel()))
+        self._slopes = None if terms.alibi_slopes is None else np.zeros(lse.shape, lse.dtype)
+        self._tables = [None if x is None else np.zeros((shares or 1, len(x), x[0].size))
                         for x in (terms.relative_bias, terms.block_bias)]  # fmt: skip
 
     @property
@@ -112,14 +135,11 @@ class BiasSums:
 
     def results(self, lse: Any, delta: Any) -> list[Any]:
         """The gradients, once the kernel ran; all that sinks need is lse and delta."""
-        import torch
-
         slopes, tables, sinks = self._slopes, self._tables, self._terms.sinks
         sums = [None if slopes is None else slopes.sum((0, 2), dtype=np.float64),
                 *(None if x is None else x.sum(0) for x in tables),
-                None if sinks is None else _of_sinks(*(x.detach().numpy() for x in (sinks, lse, delta)))]  # fmt: skip
-        return [torch.from_numpy(x).to(like.dtype).reshape(like.shape)
-                for x, like in zip(sums, self._terms.learnable, strict=True) if x is not None]  # fmt: skip
+                None if sinks is None else _of_sinks(sinks, lse, delta)]  # fmt: skip
+        return [x.reshape(like.shape) for x, like in zip(sums, self._terms.learnable, strict=True) if x is not None]
 
 
 def _of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:

@@ -56,13 +56,21 @@ def to_bhsd(x: Any, layout: str) -> Any:
 
 
 def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
-    """The sizes of q, k, v given in ``layout``; raises InvalidInput with one line that says what to do."""
-    named = (("q", q), ("k", k), ("v", v))
-    for name, x in named:
+    """The sizes of torch tensors or NumPy arrays q, k, v given in ``layout``; raises InvalidInput with one line that
+    says what to do."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if not (is_torch(x) or isinstance(x, np.ndarray)):
-            raise InvalidInput(f"{name} is a {type(x).__name__}: give torch tensors or NumPy arrays")
+            raise InvalidInput(f"{name} is a {type(x).__name__}: give torch tensors or NumPy arrays "
+                               "(JAX arrays: to splatc.jax.attention)")  # fmt: skip
         if is_torch(x) != is_torch(q):
             raise InvalidInput(f"q is a {type(q).__name__} but {name} is a {type(x).__name__}: give three of one kind")
+    return check_sizes(q, k, v, layout, enable_gqa)
+
+
+def check_sizes(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
+    """As ``check_call``, for three arrays of any one kind; what is neither torch nor NumPy counts as on the CPU."""
+    named = (("q", q), ("k", k), ("v", v))
+    for name, x in named:
         if x.ndim != 4:
             raise InvalidInput(f"{name} has shape {tuple(x.shape)}: it must have 4 dimensions, {_words(layout)}")
     devices = {name: str(x.device) if is_torch(x) else "cpu" for name, x in named}

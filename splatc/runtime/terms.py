@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -14,8 +14,11 @@ from splatc.ir.terms import LEARNABLE, Terms
 from splatc.patterns.library import ALIGN
 from splatc.runtime.tensors import Shape, computed_in
 
-__all__ = ["Asked", "TermOptions", "Terms", "asked_by", "asked_in", "asked_of", "check_align", "check_asked",
-           "check_probability", "check_terms", "terms_of"]  # fmt: skip
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Asked", "Convert", "TermOptions", "Terms", "asked_by", "asked_in", "asked_of", "check_align", "check_asked",
+           "check_probability", "check_seed", "check_terms", "terms_by", "terms_of"]  # fmt: skip
 
 
 class TermOptions(TypedDict, total=False):
@@ -74,16 +77,32 @@ def asked_in(score: Score) -> Asked:
     return Asked(score.has(Alibi), score.has(RelativeBias), score.has(BlockBias), score.sinks, score.dropout)
 
 
-def terms_of(q: Any, k: Any, layout: str, dtype: str, score: Score | None = None, *, alibi_slopes: Any = None,
+class Convert(NamedTuple):
+    """How arrays of one kind become terms: tensor(name, x), contiguous and of the type of computations; seed(given or
+    None, probability of dropping) as a kernel takes it."""
+
+    tensor: Callable[[str, Any], Any]
+    seed: Callable[[Any, float], Any]
+
+
+def terms_of(q: Any, k: Any, layout: str, dtype: str, score: Score | None = None,
+             **options: Unpack[TermOptions]) -> Terms:  # fmt: skip
+    """The terms of a call with torch tensors or NumPy arrays q and k of ``dtype``; conversions are differentiable, and
+    compilers can trace it. See ``terms_by``."""
+    if not (hasattr(q, "requires_grad") or isinstance(q, np.ndarray)):
+        raise InvalidInput(f"q is a {type(q).__name__}: give torch tensors or NumPy arrays")
+    convert = Convert(lambda name, x: _tensor(name, x, q, dtype), lambda seed, p: _seed(seed, q, p))
+    return terms_by(convert, q, k, layout, score, **options)
+
+
+def terms_by(convert: Convert, q: Any, k: Any, layout: str, score: Score | None = None, *, alibi_slopes: Any = None,
              relative_bias: Any = None, block_bias: Any = None, block_size: Any = None, sinks: Any = None,
              bias_align: str = "top_left", dropout_p: float = 0.0, seed: Any = None) -> Terms:  # fmt: skip
-    """The terms of a call with q and k of ``dtype``; conversions are differentiable, and compilers can trace it.
+    """The terms of a call with q and k, made by ``convert``.
 
     score: what was compiled for, None for whatever is asked. Raises InvalidInput for what is missing, too much or no
     such thing; shapes are for ``check_terms``.
     """
-    if not (hasattr(q, "requires_grad") or isinstance(q, np.ndarray)):
-        raise InvalidInput(f"q is a {type(q).__name__}: give torch tensors or NumPy arrays")
     p = check_probability(dropout_p)
     check_align(bias_align)
     given = alibi_slopes, relative_bias, block_bias, sinks
@@ -91,12 +110,12 @@ def terms_of(q: Any, k: Any, layout: str, dtype: str, score: Score | None = None
     if score is not None:
         asked = _check_asked(asked, asked_in(score))
     slopes, relative, blocks, logits = (
-        None if x is None else _tensor(name, x, q, dtype) for name, x in zip(LEARNABLE, given, strict=True)
+        None if x is None else convert.tensor(name, x) for name, x in zip(LEARNABLE, given, strict=True)
     )
     at = 2 if layout == "bhsd" else 1
     ends = bias_align == "bottom_right" and (asked.alibi or asked.relative_bias) and q.ndim == k.ndim == 4
     return Terms(
-        slopes, relative, blocks, logits, seed=_seed(seed, q, p) if asked.dropout else None,
+        slopes, relative, blocks, logits, seed=convert.seed(seed, p) if asked.dropout else None,
         block_size=_check_block_size(block_size) if asked.block_bias else 0,
         shift=k.shape[at] - q.shape[at] if ends else 0, dropout_p=p,
     )  # fmt: skip
@@ -190,19 +209,20 @@ def _seed(seed: Any, q: Any, p: float) -> Any:
     if isinstance(q, np.ndarray):
         if seed is None:
             raise InvalidInput("seed is missing: dropout of NumPy arrays needs a whole number as its seed")
-        return np.array([_check_seed(seed)], np.int64)
+        return np.array([check_seed(seed)], np.int64)
     import torch
 
     if seed is None:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if not isinstance(seed, torch.Tensor):
-        return torch.tensor([_check_seed(seed)], dtype=torch.int64, device=q.device)
+        return torch.tensor([check_seed(seed)], dtype=torch.int64, device=q.device)
     if seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
         raise InvalidInput(f"seed is a tensor of shape {tuple(seed.shape)} and {seed.dtype}: give one whole number")
     return seed.reshape(1).to(q.device, torch.int64)
 
 
-def _check_seed(seed: Any) -> int:
+def check_seed(seed: Any) -> int:
+    """A whole number of 64 bits with a sign."""
     try:
         value = operator.index(seed)
     except TypeError:
