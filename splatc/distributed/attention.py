@@ -117,12 +117,13 @@ def context_parallel(mask: Any, group: dist.ProcessGroup | DeviceMesh | None = N
         group = dist.group.WORLD
     assert group is not None
     if isinstance(mask, CompiledAttention):
-        if mask.layout != "bhsd" or any(mask.kernel.spec.score.asked):
+        score = mask.kernel.spec.score
+        if mask.layout != "bhsd" or score.positional or score.sinks:
             raise Unsupported(
                 "context parallel attention has layout='bhsd' and no biases, sinks or dropout: compile it without them"
             )
         plan = mask.plan()
         if plan.q_len != plan.kv_len:
             raise Unsupported(f"context parallel needs as many queries as keys, not {plan.q_len} and {plan.kv_len}")
-        return ContextParallel(plan.pattern, group, seq_len or plan.q_len, layout, mask.softcap)
+        return ContextParallel(plan.pattern, group, seq_len or plan.q_len, layout, softcap or mask.softcap)
     return ContextParallel(mask, group, seq_len, layout, softcap)

@@ -70,14 +70,14 @@ class Taken(Pattern):
         whole = self.part.lines(*self.lengths)
         if whole is None:
             return None
-        borders = self.cols.table[1]
+        borders, diags = self.cols.table[1], self._diags(whole.diags)
         col_mod, diff_mod = self._mods(whole)
         return Lines.of(
             q_len,
             kv_len,
-            rows=np.concatenate([self.rows.table[1], self.rows.cuts(whole.rows).ravel()]),
+            rows=np.concatenate([self.rows.table[1], self.rows.cuts(whole.rows).ravel(), diags[:, 0]]),
             cols=np.concatenate([_everywhere(borders, q_len), self._cols(whole.cols)]),
-            diags=self._diags(whole.diags),
+            diags=diags,
             col_mod=col_mod,
             diff_mod=diff_mod,
         )
@@ -92,14 +92,14 @@ class Taken(Pattern):
         return np.stack([lo, hi, at], -1).reshape(-1, 3)
 
     def _diags(self, diags: Int) -> Int:
-        """Diagonals between each run of rows and each run of columns, in the rows where they cross both."""
+        """Diagonals between each run of rows and each run of columns, in the rows where they cross both. One that passes a
+        single column between two rows has no row of its own; where it begins, rows change all the same."""
         q, q_place, q_count = self.rows.table[:, None, :, None]
         k, k_place, k_count = self.cols.table[:, None, None, :]
         d = -((k - q - diags[:, 2, None, None]) // self.rows.step)  # between columns i + d - 1 and i + d, inside the runs
-        lo = np.maximum(self.rows.cuts(diags[:, 0])[:, :, None], q_place + np.maximum(1 - d, 0))
-        hi = np.minimum(self.rows.cuts(diags[:, 1])[:, :, None], q_place + np.minimum(k_count - d, q_count))
-        out = np.stack(np.broadcast_arrays(lo, hi, d + k_place - q_place), -1).reshape(-1, 3)
-        return out[out[:, 0] < out[:, 1]]
+        lo = np.maximum(self.rows.cuts(diags[:, 0])[:, :, None], q_place + np.clip(1 - d, 0, q_count))
+        hi = np.minimum(self.rows.cuts(diags[:, 1])[:, :, None], q_place + np.clip(k_count - d, 0, q_count))
+        return np.stack(np.broadcast_arrays(lo, hi, d + k_place - q_place), -1).reshape(-1, 3)
 
     def _mods(self, whole: Lines) -> tuple[list[Mod], list[Mod]]:
         """Residues of places. Inside a run of a step that is a multiple of the modulus, all have the same one."""
