@@ -47,34 +47,34 @@ class ContextParallel:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
                  return_lse: bool = False, enable_gqa: bool = False) -> Any:  # fmt: skip
-        """Attention of the local queries q (batch, heads, local_len, head_dim) to the keys and values of all ranks; k and v
-        (batch, kv_heads, local_len, dim) are the local ones. All ranks must call it, forward and backward, in the same order.
+        """Attention of the local queries q (batch, heads, local_len, head_dim) to the keys and values of all ranks; k
+        and v (batch, kv_heads, local_len, dim) are the local ones. All ranks must call it, forward and backward, in the
+        same order.
 
-        Returns o (batch, heads, local_len, v_head_dim), and with return_lse also lse (batch, heads, local_len), for local
-        queries. Otherwise as ``splatc.attention``.
+        Returns o (batch, heads, local_len, v_head_dim), and with return_lse also lse (batch, heads, local_len), for
+        local queries. Otherwise as ``splatc.attention``.
         """
+        rows = len(self._share.rows)
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.ndim != 4 or x.shape[2] != len(self._share.rows):
+            if x.ndim != 4 or x.shape[2] != rows:
                 raise InvalidInput(
-                    f"{name} has shape {tuple(x.shape)}, but rank {self.rank} holds {len(self._share.rows)} of "
-                    f"{self.plan.seq_len} positions: give (batch, heads, {len(self._share.rows)}, dim), as shard() returns"
+                    f"{name} has shape {tuple(x.shape)}, but rank {self.rank} holds {rows} of {self.plan.seq_len} "
+                    f"positions: give (batch, heads, {rows}, dim), as shard() returns"
                 )
         k, v = self._exchange.keys(k, v)
         return attention(q, k, v, self._share.pattern, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa,
                          softcap=self._softcap)  # fmt: skip
 
     def shard(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
-        """This rank's rows of a whole tensor, whose axis `dim` is the sequence. Differentiable, without communication."""
-        if x.shape[dim] != self.plan.seq_len:
-            raise InvalidInput(f"axis {dim} of x has {x.shape[dim]} positions, but the sequence has {self.plan.seq_len}")
+        """The local rows of a whole tensor, whose axis `dim` is the sequence. Differentiable, no communication."""
+        self._check_length(x, dim, self.plan.seq_len, "the sequence has")
         return x.index_select(dim, self.positions.to(x.device))
 
     @torch.no_grad()
     def unshard(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
-        """The whole tensor, on every rank, from the local rows of each. Without gradients: for results, not for training."""
+        """The whole tensor, on every rank, from the local rows of each. Without gradients: to look at results."""
         lengths = [len(share.rows) for share in self.plan.shares]
-        if x.shape[dim] != lengths[self.rank]:
-            raise InvalidInput(f"axis {dim} of x has {x.shape[dim]} positions, but this rank holds {lengths[self.rank]}")
+        self._check_length(x, dim, lengths[self.rank], "this rank holds")
         rows = x.movedim(dim, 0)
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: len(rows)] = rows
@@ -86,9 +86,15 @@ class ContextParallel:
         return out.movedim(0, dim)
 
     def bytes_communicated(self, k: torch.Tensor, v: torch.Tensor) -> Traffic:
-        """Bytes that this rank will send and receive for tensors like the local k and v: exactly the rows that the pattern
-        needs and the rank does not hold."""
-        return self.plan.traffic(self.rank, sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for x in (k, v)))
+        """Bytes that this rank will send and receive for tensors like the local k and v: exactly the rows that the
+        pattern needs and the rank does not hold."""
+        row = sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for x in (k, v))
+        return self.plan.traffic(self.rank, row)
+
+    @staticmethod
+    def _check_length(x: torch.Tensor, dim: int, length: int, holder: str) -> None:
+        if x.shape[dim] != length:
+            raise InvalidInput(f"axis {dim} of x has {x.shape[dim]} positions, but {holder} {length}")
 
     def __repr__(self) -> str:
         share = self._share
@@ -103,8 +109,9 @@ def context_parallel(mask: Any, group: dist.ProcessGroup | DeviceMesh | None = N
     """Attention of a sequence sharded over the ranks of a group.
 
     mask: anything that ``splatc.compile`` takes, or what it returned (its pattern, length and softcap are used; layout
-    "bhsd", no biases, sinks or dropout). group: a process group or a device mesh of one dimension, default: all processes.
-    seq_len: of the whole sequence, where the mask has none of its own; it need not be divisible by the number of ranks.
+    "bhsd", no biases, sinks or dropout). group: a process group or a device mesh of one dimension, default: all
+    processes. seq_len: of the whole sequence, where the mask has none of its own; the number of ranks need not divide
+    it.
     layout: which rank holds which positions, default: the one of least cost for this pattern.
     """
     if not dist.is_initialized():

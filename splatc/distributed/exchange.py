@@ -25,8 +25,8 @@ class Exchange:
         self.on = lru_cache(maxsize=8)(self._on)
 
     def keys(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that this rank's queries attend to, from the local k (batch, kv_heads, rows, head_dim) and
-        v. Differentiable: gradients of fetched rows go back to their owners."""
+        """The keys and values that this rank's queries attend to, from the local k (batch, kv_heads, rows, head_dim)
+        and v. Differentiable: gradients of fetched rows go back to their owners."""
         return (k, v) if self.in_place else _Keys.apply(k, v, self)  # type: ignore[no-untyped-call,no-any-return]
 
     def _on(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -78,8 +78,8 @@ def _pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _unpack(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """The inverse of _pack, with the batch, heads and dims of k and v."""
     sizes = [x.shape[0] * x.shape[1] * x.shape[3] for x in (k, v)]
-    parts = zip(rows.split(sizes, 1), (k, v), strict=True)
-    return [part.unflatten(1, (x.shape[0], x.shape[1], x.shape[3])).permute(1, 2, 0, 3) for part, x in parts]
+    parts = zip(torch.split(rows, sizes, 1), (k, v), strict=True)
+    return [part.reshape(-1, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3) for part, x in parts]
 
 
 def _place(gradient: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
@@ -89,8 +89,8 @@ def _place(gradient: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tens
 
 
 def _add(own: torch.Tensor, others: torch.Tensor, send: list[torch.Tensor]) -> torch.Tensor:
-    """Own gradients and those of the ranks that the rows went to, added in the order of ranks, 16-bit ones in float32."""
+    """Own gradients and those of the ranks that the rows went to, added in the order of ranks, in float32 at least."""
     total = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-    for rows, part in zip(send, others.split([len(one) for one in send], 2), strict=True):
+    for rows, part in zip(send, torch.split(others, [len(one) for one in send], 2), strict=True):
         total.index_add_(2, rows, part.to(total.dtype))  # no row twice: one writer for each
     return total.to(own.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,8 +22,10 @@ class Layout:
     def positions(self, seq_len: int, ranks: int) -> list[Ints]:
         """The positions of each rank, int64, in the order in which it holds them."""
         if self.modulus > 1:
-            classes = [np.arange(r, seq_len, self.modulus) for r in range(min(self.modulus, seq_len))]
-            return [np.concatenate([np.zeros(0, np.int64), *part]) for part in _cut(classes, ranks)]
+            ends = [self.modulus * r // ranks for r in range(ranks + 1)]
+            everything = self.ordered(np.arange(seq_len))
+            first = np.searchsorted(everything % self.modulus, ends)
+            return [everything[lo:hi] for lo, hi in pairwise(first)]
         everything = np.arange(seq_len)
         if not self.zigzag:
             return _slices(everything, ranks)
@@ -48,11 +51,6 @@ def residues(modulus: int) -> Layout:
     return Layout(modulus)
 
 
-def _cut(classes: list[Ints], ranks: int) -> list[list[Ints]]:
-    ends = [len(classes) * r // ranks for r in range(ranks + 1)]
-    return [classes[lo:hi] for lo, hi in zip(ends, ends[1:], strict=False)]
-
-
 def _slices(positions: Ints, parts: int) -> list[Ints]:
     ends = [len(positions) * r // parts for r in range(parts + 1)]
-    return [positions[lo:hi] for lo, hi in zip(ends, ends[1:], strict=False)]
+    return [positions[lo:hi] for lo, hi in pairwise(ends)]

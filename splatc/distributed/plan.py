@@ -25,8 +25,8 @@ MAX_STRIDES = 4  # residue layouts that are tried: those of the strides with mos
 class Share:
     """What one rank does.
 
-    rows: the positions of its queries, keys and values. keys: those that its queries attend to, in the order of its local
-    pattern. send[r]: the places in `rows` of what rank r gets. receive[r]: how many rows come from rank r.
+    rows: the positions of its queries, keys and values. keys: those that its queries attend to, in the order of its
+    local pattern. send[r]: the places in `rows` of what rank r gets. receive[r]: how many rows come from rank r.
     index: of each key, its place in [rows, what rank 0 sent, what rank 1 sent, ...].
     """
 
@@ -123,7 +123,7 @@ def _make(pattern: Pattern, acsrs: list[ACSR], row_elements: Ints, seq_len: int,
 
 
 def _keys(acsrs: list[ACSR], rows: Ints, layout: Layout) -> Ints:
-    """The keys that rows attend to; the first row's own if there are none, because a pattern has at least one column."""
+    """The keys that rows attend to; the first row's own if there are none: a pattern has at least one column."""
     needed = np.any([needed_keys(acsr, np.sort(rows)) for acsr in acsrs], axis=0)
     keys = np.flatnonzero(needed)
     return layout.ordered(keys) if len(keys) else rows[:1]

@@ -1,8 +1,8 @@
 """Some rows and some columns of a pattern, in any order, as a pattern again: what one rank computes.
 
-Positions are runs of one step: 4096, 4097, ... (step 1), or 5, 133, 261, ... (step 128, a residue class). Between a run of
-rows and a run of columns a diagonal stays a diagonal and a column a column, so the lines of the whole pattern, moved, are
-those of the part, and no matrix is needed.
+Positions are runs of one step: 4096, 4097, ... (step 1), or 5, 133, 261, ... (step 128, a residue class). Between a run
+of rows and a run of columns a diagonal stays a diagonal and a column a column, so the lines of the whole pattern, if
+moved, are those of the part, and no matrix is needed.
 """
 
 # ruff: noqa: D102 (member, lines and check are documented once, on Pattern)
@@ -50,13 +50,14 @@ class Places:
     def cuts(self, position: Int) -> Int:
         """In each run the place before which `position` would be: int64 (positions, runs), clipped to the run."""
         first, place, count = self.table
-        return place + np.clip(-((first - position[:, None]) // self.step), 0, count)
+        out: Int = place + np.clip(-((first - position[:, None]) // self.step), 0, count)
+        return out
 
 
 @dataclass(frozen=True, repr=False)
 class Taken(Pattern):
-    """Row i, column j is element (rows[i], cols[j]) of `part`, a pattern at `lengths` (q_len, kv_len). Rows and columns have
-    the same step."""
+    """Row i, column j is element (rows[i], cols[j]) of `part`, a pattern at `lengths` (q_len, kv_len). Rows and columns
+    have the same step."""
 
     part: Pattern
     rows: Places
@@ -92,11 +93,11 @@ class Taken(Pattern):
         return np.stack([lo, hi, at], -1).reshape(-1, 3)
 
     def _diags(self, diags: Int) -> Int:
-        """Diagonals between each run of rows and each run of columns, in the rows where they cross both. One that passes a
-        single column between two rows has no row of its own; where it begins, rows change all the same."""
+        """Diagonals between each run of rows and each run of columns, in the rows where they cross both. One that
+        passes a single column between two rows has no row of its own; where it begins, rows change all the same."""
         q, q_place, q_count = self.rows.table[:, None, :, None]
         k, k_place, k_count = self.cols.table[:, None, None, :]
-        d = -((k - q - diags[:, 2, None, None]) // self.rows.step)  # between columns i + d - 1 and i + d, inside the runs
+        d = -((k - q - diags[:, 2, None, None]) // self.rows.step)  # between columns i + d - 1 and i + d, in runs
         lo = np.maximum(self.rows.cuts(diags[:, 0])[:, :, None], q_place + np.clip(1 - d, 0, q_count))
         hi = np.minimum(self.rows.cuts(diags[:, 1])[:, :, None], q_place + np.clip(k_count - d, 0, q_count))
         return np.stack(np.broadcast_arrays(lo, hi, d + k_place - q_place), -1).reshape(-1, 3)
@@ -118,12 +119,14 @@ class Taken(Pattern):
         super().check(q_len, kv_len)
         if (q_len, kv_len) != (len(self.rows), len(self.cols)):
             raise InvalidInput(
-                f"this part of {self.part} has {len(self.rows)} rows and {len(self.cols)} columns, not {q_len} and {kv_len}"
+                f"this part of {self.part} has {len(self.rows)} rows and {len(self.cols)} columns, "
+                f"not {q_len} and {kv_len}"
             )
         self.part.check(*self.lengths)
 
     def __repr__(self) -> str:
-        return f"taken({self.part!r}, {self.lengths}, step={self.rows.step}, rows={self.rows.runs}, cols={self.cols.runs})"
+        runs = f"step={self.rows.step}, rows={self.rows.runs}, cols={self.cols.runs}"
+        return f"taken({self.part!r}, {self.lengths}, {runs})"
 
 
 def take(pattern: Pattern, rows: Int, cols: Int, lengths: tuple[int, int], step: int = 1) -> Pattern:
