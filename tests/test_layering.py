@@ -46,6 +46,7 @@ LAZY = {
     "splatc.sparsify.zero": {"torch"},
     "splatc.runtime.jax_ops": {"jax", "jax_tvm_ffi", "tvm_ffi"},
     "splatc.jax": {"jax", "jax_tvm_ffi", "tvm_ffi"},
+    "splatc.distributed*": {"torch"},
 }
 LIGHT = {"splatc.codegen.hopper.shape", "splatc.codegen.hopper.backward.shape"}  # all the same
 

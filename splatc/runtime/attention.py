@@ -126,6 +126,11 @@ class CompiledAttention:
         """The generated source: CUDA for a GPU, LLVM IR for a CPU."""
         return self.kernel.source
 
+    @property
+    def softcap(self) -> float | None:
+        """The cap of scores."""
+        return self._cap or None
+
     def explain(self) -> Explanation:
         """Density, pieces, views, tiles, waste and predicted time; print it or read its fields."""
         return self._plan.explanation

@@ -1,0 +1,173 @@
+"""Who holds what, who needs what, and so who sends what to whom: from the ACSR of a pattern, in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splatc.distributed.layout import CONTIGUOUS, ZIGZAG, Layout
+from splatc.errors import InvalidInput
+from splatc.formats.acsr import ACSR
+from splatc.formats.strips import COUNT, STRIDE, Ints, row_runs
+from splatc.patterns.base import Pattern
+from splatc.patterns.heads import PerHead
+from splatc.patterns.taken import take
+
+ROW_COST = 2048  # elements of the mask that take as long as fetching a row of K and V: 400 TFLOP/s beside 200 GB/s
+MAX_STRIDES = 4  # residue layouts that are tried: those of the strides with most elements
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one rank does.
+
+    rows: the positions of its queries, keys and values. keys: those that its queries attend to, in the order of its
+    local pattern. send[r]: the places in `rows` of what rank r gets. receive[r]: how many rows come from rank r.
+    index: of each key, its place in [rows, what rank 0 sent, what rank 1 sent, ...].
+    """
+
+    rows: Ints
+    keys: Ints
+    send: tuple[Ints, ...]
+    receive: tuple[int, ...]
+    index: Ints
+    pattern: Pattern
+    elements: int
+
+    @property
+    def sent(self) -> int:
+        return sum(map(len, self.send))
+
+    @property
+    def received(self) -> int:
+        return sum(self.receive)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends and receives in a forward and in a backward pass."""
+
+    forward_sent: int
+    forward_received: int
+    backward_sent: int
+    backward_received: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A pattern of seq_len x seq_len over ranks, the same on each of them."""
+
+    pattern: Pattern
+    seq_len: int
+    layout: Layout
+    shares: tuple[Share, ...]
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether any rank needs rows of another one."""
+        return any(share.received for share in self.shares)
+
+    @property
+    def cost(self) -> int:
+        """Of the slowest rank, in elements of the mask."""
+        return max(share.elements + ROW_COST * share.received for share in self.shares)
+
+    def traffic(self, rank: int, row_bytes: int) -> Traffic:
+        """row_bytes: of one position of K and V together, all batches and heads. What comes forward goes back."""
+        sent, received = (n * row_bytes for n in (self.shares[rank].sent, self.shares[rank].received))
+        return Traffic(sent, received, received, sent)
+
+
+@lru_cache(maxsize=64)
+def plan_of(pattern: Pattern, seq_len: int, ranks: int, layout: Layout | None = None) -> Plan:
+    """The plan for a layout, by default that of the least cost among contiguous, zig-zag and residues of the pattern's
+    own strides. Remembered."""
+    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
+    acsrs = {one: ACSR.from_pattern(one, seq_len) for one in dict.fromkeys(heads)}
+    each = [acsrs[one] for one in heads]
+    layouts = [CONTIGUOUS, ZIGZAG, *map(Layout, _strides(each, ranks))] if layout is None else [layout]
+    held = {one: one.positions(seq_len, ranks) for one in layouts}
+    fitting = [one for one in layouts if all(map(len, held[one]))]
+    if not fitting:
+        raise InvalidInput(
+            f"{seq_len} positions leave one of {ranks} ranks without any ({layouts[-1]}): "
+            "use fewer ranks, a longer sequence or another layout"
+        )
+    distinct, row_elements = list(acsrs.values()), _row_elements(each, seq_len)
+    plans = [_make(pattern, distinct, row_elements, seq_len, one, held[one]) for one in fitting]
+    return min(plans, key=lambda plan: plan.cost)
+
+
+def _make(pattern: Pattern, acsrs: list[ACSR], row_elements: Ints, seq_len: int, layout: Layout,
+          held: list[Ints]) -> Plan:  # fmt: skip
+    owner, place = np.empty(seq_len, np.int64), np.empty(seq_len, np.int64)
+    for rank, rows in enumerate(held):
+        owner[rows], place[rows] = rank, np.arange(len(rows))
+    needs = [_keys(acsrs, rows, layout) for rows in held]
+    wanted = [[keys[owner[keys] == rank] for rank in range(len(held))] for keys in needs]
+    shares = []
+    for rank, (rows, keys) in enumerate(zip(held, needs, strict=True)):
+        fetched = [one for r, one in enumerate(wanted[rank]) if r != rank]
+        where = np.empty(seq_len, np.int64)
+        where[np.concatenate([rows, *fetched])] = np.arange(len(rows) + sum(map(len, fetched)))
+        nothing = np.zeros(0, np.int64)
+        send = tuple(nothing if r == rank else place[wanted[r][rank]] for r in range(len(held)))
+        receive = tuple(0 if r == rank else len(one) for r, one in enumerate(wanted[rank]))
+        local = take(pattern, rows, keys, (seq_len, seq_len), layout.modulus)
+        shares.append(Share(rows, keys, send, receive, where[keys], local, int(row_elements[rows].sum())))
+    return Plan(pattern, seq_len, layout, tuple(shares))
+
+
+def _keys(acsrs: list[ACSR], rows: Ints, layout: Layout) -> Ints:
+    """The keys that rows attend to; the first row's own if there are none: a pattern has at least one column."""
+    needed = np.any([needed_keys(acsr, np.sort(rows)) for acsr in acsrs], axis=0)
+    keys = np.flatnonzero(needed)
+    return layout.ordered(keys) if len(keys) else rows[:1]
+
+
+def needed_keys(acsr: ACSR, rows: Ints) -> NDArray[np.bool_]:
+    """bool (kv_len): which keys any of the rows (sorted) attends to. O(rows + kv_len) for each strip and each (width,
+    stride)."""
+    runs = row_runs(acsr.strips, rows)
+    once = runs.times == 1
+    rest = acsr.remainder.runs()
+    listed = np.isin(rest.row, rows)
+    starts, widths = [runs.start[once], rest.start[listed]], [runs.width[once], (rest.stop - rest.start)[listed]]
+    many = np.unique(np.stack([x[~once] for x in (runs.width, runs.stride, runs.start, runs.times)], 1), axis=0)
+    for width, stride in np.unique(many[:, :2], axis=0):
+        same = many[(many[:, 0] == width) & (many[:, 1] == stride)]
+        begins = _progressions(same[:, 2], same[:, 3], int(stride), acsr.kv_len)
+        starts.append(begins)
+        widths.append(np.full(len(begins), width))
+    start, width = np.concatenate(starts), np.concatenate(widths)
+    steps = np.bincount(start, minlength=acsr.kv_len + 1) - np.bincount(start + width, minlength=acsr.kv_len + 1)
+    return np.cumsum(steps)[: acsr.kv_len] > 0
+
+
+def _progressions(start: Ints, times: Ints, stride: int, kv_len: int) -> Ints:
+    """All of start, start + stride, ... (times of them), each once: marked in a matrix of a row for each stride."""
+    size = (kv_len // stride + 2) * stride
+    steps = np.bincount(start, minlength=size) - np.bincount(start + stride * times, minlength=size)
+    return np.flatnonzero(np.cumsum(steps.reshape(-1, stride), axis=0).ravel() > 0)
+
+
+def _row_elements(acsrs: Sequence[ACSR], seq_len: int) -> Ints:
+    """Elements of each row, of all heads: int64 (seq_len)."""
+    total = np.zeros(seq_len, np.int64)
+    for acsr in acsrs:
+        runs, rest = row_runs(acsr.strips), acsr.remainder.runs()
+        np.add.at(total, runs.row, runs.width * runs.times)
+        np.add.at(total, rest.row, rest.stop - rest.start)
+    return total
+
+
+def _strides(acsrs: Sequence[ACSR], ranks: int) -> list[int]:
+    """The strides of most strips, of those that give each rank a class."""
+    strips = np.concatenate([acsr.strips for acsr in acsrs])
+    stride, count = np.unique(strips[strips[:, COUNT] > 1, STRIDE], return_counts=True)
+    best = stride[np.argsort(-count, kind="stable")]
+    return [int(s) for s in best if s >= ranks and s > 1][:MAX_STRIDES]

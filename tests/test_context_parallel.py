@@ -1,0 +1,214 @@
+"""Attention over several ranks: parts of patterns, plans, and processes on the CPU against float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splatc import patterns as P
+from splatc.errors import InvalidInput, Unsupported
+from splatc.formats.acsr import ACSR
+from splatc.formats.strips import paint
+from splatc.formats.symbolic import strips_of
+from splatc.patterns.taken import Places, take
+from tests import library
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torch.distributed")
+
+import torch.distributed as dist  # noqa: E402
+
+from splatc import compile  # noqa: E402
+from splatc.distributed import CONTIGUOUS, ZIGZAG, context_parallel, plan_of, residues  # noqa: E402
+from splatc.distributed.plan import needed_keys  # noqa: E402
+from tests.ranks import check, on_ranks  # noqa: E402
+
+# -- parts of patterns -------------------------------------------------------------------------------------------------
+
+
+def check_part(pattern: P.Pattern, mask: np.ndarray) -> None:
+    """The symbolic part, and its transposed, are the matrix."""
+    for part, wanted in ((pattern, mask), (pattern.transposed(), mask.T)):
+        np.testing.assert_array_equal(ACSR.from_pattern(part, *wanted.shape).to_dense(), wanted)
+        q_len, kv_len = wanted.shape
+        lines = part.lines(q_len, kv_len)
+        if lines is not None:
+            np.testing.assert_array_equal(paint(strips_of(part, q_len, kv_len, lines), q_len, kv_len), wanted)
+
+
+@pytest.mark.parametrize("n", [1, 127])
+@pytest.mark.parametrize("name", library.NAMES)
+def test_shares_of_every_pattern(name: str, n: int) -> None:
+    """Each share is the part of the mask in its rows and keys; its keys are those that its rows attend to."""
+    pattern = library.ALL[name](n, n)
+    mask = pattern.dense(n)
+    for ranks, layout in [(1, None)] if n == 1 else [(2, None), (2, ZIGZAG), (3, CONTIGUOUS), (3, residues(8))]:
+        plan = plan_of(pattern, n, ranks, layout)
+        assert sorted(np.concatenate([s.rows for s in plan.shares]).tolist()) == list(range(n))
+        for share in plan.shares:
+            check_part(share.pattern, mask[np.ix_(share.rows, share.keys)])
+            needed = mask[share.rows].any(0)
+            assert (
+                np.flatnonzero(needed).tolist() == sorted(share.keys) if needed.any() else len(share.keys) == 1
+            )
+            assert share.elements == mask[share.rows].sum()
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_any_rows_and_columns(data: st.DataObject) -> None:
+    """Runs in any order, of any step, also where residues of the pattern are not those of the places."""
+    q_len, kv_len = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
+    pattern = data.draw(library.combinations(q_len, kv_len))
+    step = data.draw(st.integers(1, 6))
+    rows, cols = (
+        np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True))) for n in (q_len, kv_len)
+    )
+    part = take(pattern, rows, cols, (q_len, kv_len), step)
+    check_part(part, pattern.dense(q_len, kv_len)[np.ix_(rows, cols)])
+
+
+def test_places() -> None:
+    places = Places.of(np.array([4, 5, 6, 20, 21, 3]), 1)
+    assert places.runs == ((4, 3), (20, 2), (3, 1)) and len(places) == 6
+    assert places.positions.tolist() == [4, 5, 6, 20, 21, 3]
+    assert Places.of(np.array([1, 4, 7, 2, 5]), 3).runs == ((1, 3), (2, 2))
+    with pytest.raises(InvalidInput, match="3 rows and 2 columns, not 4 and 4"):
+        ACSR.from_pattern(take(P.causal(), np.arange(3), np.arange(2), (9, 9)), 4)
+
+
+@pytest.mark.parametrize("name", library.LIBRARY)
+def test_needed_keys(name: str) -> None:
+    pattern = library.LIBRARY[name](150, 131)
+    rows = np.arange(3, 150, 4)
+    acsr = ACSR.from_pattern(pattern, 150, 131)
+    np.testing.assert_array_equal(needed_keys(acsr, rows), pattern.dense(150, 131)[rows].any(0))
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def test_64k_positions() -> None:
+    """What each mask needs is what is fetched; no matrix; causal masks are balanced."""
+    n = 65536
+    window = plan_of(P.window(1024, 0), n, 2)
+    assert window.layout == CONTIGUOUS and [s.received for s in window.shares] == [0, 1024]
+    strided = plan_of(P.causal() & P.strided(128), n, 2)
+    assert strided.layout == residues(128) and not strided.exchanges
+    causal = plan_of(P.causal(), n, 4)
+    assert causal.layout == ZIGZAG and len({s.elements for s in causal.shares}) == 1
+    for plan in (window, strided, causal):
+        for share in plan.shares:
+            part = ACSR.from_pattern(share.pattern, len(share.rows), len(share.keys))
+            assert part.nnz == share.elements and len(part.pieces) < 10
+
+
+def test_global_tokens_are_broadcast() -> None:
+    plan = plan_of(P.window(8, 8) | P.global_cols(4), 400, 4, CONTIGUOUS)
+    assert [s.received for s in plan.shares] == [8, 20, 20, 12]
+    assert [s.sent for s in plan.shares] == [3 * 4 + 8, 16, 16, 8]
+
+
+def test_traffic_is_symmetric() -> None:
+    plan = plan_of(P.bigbird(block=8), 300, 3)
+    each = [plan.traffic(rank, 10) for rank in range(3)]
+    assert sum(t.forward_sent for t in each) == sum(t.forward_received for t in each) > 0
+    assert all((t.backward_sent, t.backward_received) == (t.forward_received, t.forward_sent) for t in each)
+
+
+def test_plans_are_remembered() -> None:
+    assert plan_of(P.window(3, 3), 50, 2) is plan_of(P.window(3, 3), 50, 2)
+
+
+def test_refused_plans() -> None:
+    with pytest.raises(InvalidInput, match="2 positions leave one of 3 ranks without any"):
+        plan_of(P.causal(), 2, 3)
+    with pytest.raises(InvalidInput, match="modulus is 1"):
+        residues(1)
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+MASKS = [
+    P.window(20, 7),
+    P.causal(),
+    P.strided(8),
+    P.causal() & (P.window(15, 0) | P.strided(16)),
+    P.longformer(9, 3),
+    P.bigbird(block=8),
+    P.documents([50, 1, 30, 56]),
+    P.window(-140, 150),  # rows without a key, keys without a query
+]
+
+
+def equal_to_float64() -> None:
+    n = 137
+    for pattern in MASKS:
+        check(context_parallel(pattern, seq_len=n), pattern.dense(n))
+
+
+def other_layouts_and_masks() -> None:
+    n = 137
+    for layout in (CONTIGUOUS, ZIGZAG, residues(8)):
+        check(context_parallel(MASKS[3], seq_len=n, layout=layout), MASKS[3].dense(n))
+    matrix = np.random.default_rng(0).random((61, 61)) < 0.1
+    check(context_parallel(matrix), matrix)
+    heads = P.per_head([P.window(5, 0), P.strided(7), P.causal(), P.window(5, 0)])
+    check(context_parallel(heads, seq_len=n), heads.dense(n), batch=1)
+
+
+def test_equal_to_float64(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, equal_to_float64)
+
+
+def test_three_ranks(tmp_path: Path) -> None:
+    on_ranks(3, tmp_path, other_layouts_and_masks)
+
+
+def of_groups_and_compiled_masks() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    pattern, n = P.causal() & P.window(30, 0), 97
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    compiled = compile(pattern, seq_len=n, head_dim=16, dtype="float32", softcap=2.0, target="cpu")
+    check(context_parallel(compiled, mesh), pattern.dense(n), softcap=2.0)
+    attend = context_parallel(pattern, seq_len=n, layout=CONTIGUOUS)
+    assert "97 positions" in repr(attend) and attend.layout == CONTIGUOUS
+    x = torch.arange(3.0 * n).reshape(1, n, 3)
+    assert torch.equal(attend.unshard(attend.shard(x, 1), 1), x)
+    with pytest.raises(InvalidInput, match=r"q has shape \(1, 1, 97, 16\), but rank"):
+        attend(*[torch.zeros(1, 1, n, 16)] * 3)
+    with pytest.raises(InvalidInput, match="axis 2 of x has 5 positions"):
+        attend.shard(torch.zeros(1, 1, 5))
+    with pytest.raises(InvalidInput, match="axis 2 of x has 5 positions"):
+        attend.unshard(torch.zeros(1, 1, 5))
+    with pytest.raises(Unsupported, match="as many queries as keys, not 4 and 6"):
+        context_parallel(np.ones((4, 6), bool))
+    with pytest.raises(Unsupported, match="no biases, sinks or dropout"):
+        context_parallel(compile(pattern, seq_len=n, head_dim=16, dtype="float32", sinks=True, target="cpu"))
+
+
+def test_groups_and_compiled_masks(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, of_groups_and_compiled_masks)
+
+
+def test_no_group() -> None:
+    with pytest.raises(InvalidInput, match="init_process_group"):
+        context_parallel(P.causal(), seq_len=10)
+
+
+def on_gpus() -> None:
+    n = 1037
+    for pattern in (P.window(200, 0), P.causal(), P.causal() & P.strided(64), P.longformer(64, 4)):
+        check(context_parallel(pattern, seq_len=n), pattern.dense(n), dim=64, dtype=torch.bfloat16, device="cuda",
+              bound=1e-2)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, on_gpus, backend="nccl")
