@@ -36,6 +36,7 @@ LAZY = {
     "splatc.codegen.hopper.*": {"tvm", "tvm_ffi"},
     "splatc.runtime.torch_ops": {"torch"},
     "splatc.nn*": {"torch"},
+    "splatc.integrations.transformers*": {"torch"},
 }
 LIGHT = {"splatc.codegen.hopper.shape", "splatc.codegen.hopper.backward.shape"}  # all the same
 
