@@ -1,4 +1,4 @@
-"""Models of transformers with our attention against their own eager attention: tiny configs, random weights, float32."""
+"""Models of transformers with our attention against their eager attention: tiny configs, random weights, float32."""
 
 from __future__ import annotations
 
@@ -183,8 +183,9 @@ def test_what_is_refused():
         model(tokens(), attention_mask=torch.zeros(2, 1, LENGTH, LENGTH))
 
 
-@pytest.mark.parametrize("pattern", [P.causal(), P.window(5, 2), P.causal() & P.strided(7), P.dilated(20, 20, 3),
-                                     P.global_cols([0, 3]) | P.window(2, 0), P.longformer(4, 2), P.fixed(8, 2)])  # fmt: skip
+@pytest.mark.parametrize("pattern", [P.causal(), P.window(5, 2), P.causal() & P.strided(7),
+                                     P.dilated(20, 20, 3), P.global_cols([0, 3]) | P.window(2, 0),
+                                     P.longformer(4, 2), P.fixed(8, 2)])  # fmt: skip
 @pytest.mark.parametrize("q_len, kv_len", [(1, 1), (1, 17), (5, 23), (17, 129), (127, 129)])
 def test_a_tail_is_the_last_rows(pattern, q_len, kv_len):
     from splatc import analyze

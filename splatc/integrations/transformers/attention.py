@@ -31,9 +31,9 @@ def set_patterns(model: torch.nn.Module, patterns: Mapping[int | str, Any]) -> N
 
     patterns: {layer: pattern}. A layer is its index (the first number in the names of its modules) or the name of a
     module, for all attention within. A pattern is one of ``splatc.patterns``, its text, or a list with one for each
-    head; it counts positions from the first real token of each sequence, says all that a query attends to (write ``causal &
-    ...`` for a decoder), and padding is cut off. None gives a layer its own mask back. Raises InvalidInput for a layer
-    that the model does not have.
+    head; it counts positions from the first real token of each sequence, says all that a query attends to (write
+    ``causal & ...`` for a decoder), and padding is cut off. None gives a layer its own mask back. Raises InvalidInput
+    for a layer that the model does not have.
     """
     modules = dict(model.named_modules())
     for layer, given in patterns.items():
