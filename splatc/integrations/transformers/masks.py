@@ -124,9 +124,9 @@ def _spans(real: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[tuple[int, int], 
 
 def _read(function: MaskFunction, entry: int) -> Pattern | None:
     """The pattern of a mask function for a batch entry; None if we do not know it."""
-    name = function.__qualname__.removesuffix(".<locals>.inner_mask")
-    if function.__module__ != "transformers.masking_utils":
+    if getattr(function, "__module__", None) != "transformers.masking_utils":
         return None
+    name = function.__qualname__.removesuffix(".<locals>.inner_mask")
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     values = dict(zip(function.__code__.co_freevars, cells, strict=True))
     match name:
@@ -161,7 +161,7 @@ def _all_of(patterns: list[Pattern | None]) -> Pattern | None:
 def _by_element(function: MaskFunction, real: Any, batch: int, q_len: int, kv_len: int, q_offset: int,
                 kv_offset: int) -> tuple[Part, ...]:  # fmt: skip
     """Parts of a mask that is only known by asking for each of its elements."""
-    _warn(f"{function.__module__}.{function.__qualname__}", real is not None)
+    _warn(getattr(function, "__qualname__", repr(function)), real is not None)
     entries: dict[Pattern, list[int]] = {}
     for i in range(batch):
 
