@@ -63,16 +63,13 @@ class Mask:
         return parts_of([pattern] * len(self.spans), self.spans, self.q_len, self.before)
 
 
-def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
-                mask_function: MaskFunction | None = None, attention_mask: torch.Tensor | None = None,
-                **kwargs: Any) -> Mask:  # fmt: skip
+def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, kv_offset: int,
+                mask_function: MaskFunction, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Mask:  # fmt: skip
     """The mask function that ``register`` gives to transformers; arguments as of its AttentionMaskInterface.
 
     attention_mask: bool (batch, at least kv_offset + kv_length), False for padding; what is missing at its end is
     padding. A mask function that we do not know is evaluated element by element, with a warning.
     """
-    if mask_function is None:
-        from transformers.masking_utils import causal_mask_function as mask_function
     before = int(q_offset) - kv_offset
     real = None if attention_mask is None else _real_keys(attention_mask, kv_offset, kv_length)
     spans = ((0, kv_length),) * batch_size if real is None else _spans(real)
