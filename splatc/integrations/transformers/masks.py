@@ -64,7 +64,8 @@ class Mask:
 
 
 def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, kv_offset: int,
-                mask_function: MaskFunction, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Mask:  # fmt: skip
+                mask_function: MaskFunction, attention_mask: torch.Tensor | None = None,
+                **kwargs: Any) -> Mask:  # fmt: skip
     """The mask function that ``register`` gives to transformers; arguments as of its AttentionMaskInterface.
 
     attention_mask: bool (batch, at least kv_offset + kv_length), False for padding; what is missing at its end is
