@@ -52,6 +52,12 @@ class Mask:
     spans: tuple[tuple[int, int], ...] | None
     parts: tuple[Part, ...]
 
+    @property
+    def ndim(self) -> int:
+        """What transformers asks of a mask that it made before the model's forward pass, and would pad."""
+        raise Unsupported("attn_implementation='splatc' cannot generate with a static cache, whose masks "
+                          "transformers makes ahead: use the default (dynamic) cache")  # fmt: skip
+
     def with_pattern(self, pattern: Pattern) -> tuple[Part, ...]:
         """The parts with a pattern of the user's in place of the model's."""
         if self.spans is None:
