@@ -1,0 +1,15 @@
+"""Hugging Face transformers with our kernels: ``attn_implementation="splatc"``. Importing this package imports torch.
+
+    from splatc.integrations.transformers import register, set_patterns
+    register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="splatc")
+    set_patterns(model, {0: "causal & window(256, 0)"})    # if a layer should attend otherwise than its model says
+
+tail         a pattern for the last queries of a sequence, whose keys are in a cache
+masks        transformers' mask functions, read as patterns
+attention    the attention function, and patterns for layers
+"""
+
+from splatc.integrations.transformers.attention import register, set_patterns
+
+__all__ = ["register", "set_patterns"]

@@ -1,0 +1,109 @@
+"""The attention function for transformers, and patterns for single layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from splatc.errors import InvalidInput, Unsupported
+from splatc.integrations.transformers.masks import Mask, Part, parts_of, splatc_mask
+from splatc.nn.any_length import any_length
+from splatc.patterns import Pattern, as_pattern, causal, full
+
+NAME = "splatc"
+_OWN = "_splatc_pattern"  # the attribute of modules that have a pattern of the user's
+_REFUSED = ("position_bias", "head_mask")
+
+
+def register() -> None:
+    """Make ``attn_implementation="splatc"`` known to transformers; more calls change nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, splatc_attention)
+    AttentionMaskInterface.register(NAME, splatc_mask)
+
+
+def set_patterns(model: torch.nn.Module, patterns: Mapping[int | str, Any]) -> None:
+    """Let layers of a model with attn_implementation="splatc" attend by patterns in place of their own masks.
+
+    patterns: {layer: pattern}. A layer is its index (the first number in the names of its modules) or the name of a
+    module, for all attention within. A pattern is one of ``splatc.patterns``, its text, or a list with one for each
+    head; it counts positions from the first real token of each sequence, says all that a query attends to (write
+    ``causal & ...`` for a decoder), and padding is cut off. None gives a layer its own mask back. Raises InvalidInput
+    for a layer that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    for layer, given in patterns.items():
+        within = [m for name, m in modules.items() if _belongs(name, layer)]
+        if not within:
+            raise InvalidInput(f"set_patterns: the model has no layer {layer!r}: give an index or the name of a module")
+        pattern = None if given is None else as_pattern(given)
+        for module in within:
+            setattr(module, _OWN, pattern)
+
+
+def _belongs(name: str, layer: int | str) -> bool:
+    if isinstance(layer, str):
+        return name == layer or name.startswith(layer + ".")
+    first = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return first is not None and int(first[1]) == layer
+
+
+def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                     attention_mask: Mask | torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+                     is_causal: bool | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+                     **kwargs: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """The attention function that ``register`` gives to transformers; arguments as of its AttentionInterface.
+
+    query (batch, heads, q_len, head_dim), key and value (batch, kv_heads, kv_len, dim); s_aux: sinks (heads,). Returns
+    (batch, q_len, heads, dim), contiguous, and None for the weights. Queries that are padding give 0. Raises
+    Unsupported for what cannot be done: masks that are tensors, position biases, weights as an output.
+    """
+    if kwargs.get("output_attentions"):
+        raise Unsupported("splatc computes no matrix of weights: output_attentions needs attn_implementation='eager'")
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise Unsupported(f"attn_implementation='splatc' takes no {name}: use 'eager' for this model")
+    if isinstance(attention_mask, torch.Tensor):
+        raise Unsupported(f"the attention mask is a tensor of shape {tuple(attention_mask.shape)}: give padding as "
+                          "(batch, positions), and other masks as patterns by set_patterns")  # fmt: skip
+    mask = attention_mask or _without_mask(module, query, key, is_causal)
+    own: Pattern | None = getattr(module, _OWN, None)
+    parts = mask.parts if own is None else mask.with_pattern(own)
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    if s_aux is not None:
+        options["sinks"] = s_aux
+    if dropout:
+        options["dropout_p"] = dropout
+    return _run(parts, query, key, value, softcap, options).transpose(1, 2).contiguous(), None
+
+
+def _without_mask(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, is_causal: bool | None) -> Mask:
+    """The mask of a call that brings none: all keys, or, for modules that say so, causal from the first key."""
+    causally = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    pattern = causal() if causally and q_len > 1 else full()
+    spans = ((0, kv_len),) * batch
+    return Mask(q_len, kv_len, 0, False, spans, parts_of([pattern] * batch, spans, q_len, 0))
+
+
+def _run(parts: tuple[Part, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None,
+         options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
+    """(batch, heads, q_len, dim), zeros for queries in no part."""
+    if len(parts) == 1 and len(parts[0].entries) == q.shape[0] and parts[0].q_to - parts[0].q_from == q.shape[2]:
+        return _run_part(parts[0], q, k, v, softcap, options)
+    out = v.new_zeros(*q.shape[:3], v.shape[3])
+    for part in parts:
+        at = torch.tensor(part.entries, device=q.device)
+        out[at, :, part.q_from : part.q_to] = _run_part(part, q[at], k[at], v[at], softcap, options)
+    return out
+
+
+def _run_part(part: Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None,
+              options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
+    queries, keys = slice(part.q_from, part.q_to), slice(part.k_from, part.k_to)
+    attend = any_length(part.pattern, "bhsd", softcap, True, None)
+    return attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], **options)  # type: ignore[no-any-return]

@@ -1,0 +1,186 @@
+"""What transformers says of a mask (a mask function, lengths, offsets, padding), read as patterns for batch entries.
+
+Nothing of size q_len x kv_len is made where the mask function is known. Padding at the ends of a sequence is cut off:
+entries with other padding are other ``Part``s, each a call of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from splatc.errors import Unsupported
+from splatc.integrations.transformers.tail import tail
+from splatc.patterns import Pattern, as_pattern, causal, documents, from_mask_mod, full, window
+from splatc.patterns.library import Full
+
+MaskFunction = Callable[..., Any]
+_FAR = 2**40  # further than any key
+
+
+@dataclass(frozen=True)
+class Part:
+    """Batch entries whose queries [q_from, q_to) attend to their keys [k_from, k_to) by ``pattern``."""
+
+    entries: tuple[int, ...]
+    pattern: Pattern
+    q_from: int
+    q_to: int
+    k_from: int
+    k_to: int
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What our mask function gives to the layers in place of a tensor.
+
+    before: keys before the first query. kept: whether keys before those have been dropped (by a cache of a window).
+    spans: [from, to) of each entry's keys that are no padding. patterns: of each entry, on the positions of its span.
+    parts: what to run.
+    """
+
+    q_len: int
+    kv_len: int
+    before: int
+    dropped: bool
+    spans: tuple[tuple[int, int], ...] | None
+    parts: tuple[Part, ...]
+
+    @property
+    def ndim(self) -> int:
+        """What transformers asks of a mask that it made before the model's forward pass, and would pad."""
+        raise Unsupported("attn_implementation='splatc' cannot generate with a static cache, whose masks "
+                          "transformers makes ahead: use the default (dynamic) cache")  # fmt: skip
+
+    def with_pattern(self, pattern: Pattern) -> tuple[Part, ...]:
+        """The parts with a pattern of the user's in place of the model's."""
+        if self.spans is None:
+            raise Unsupported("set_patterns: the padding mask has holes, so that patterns cannot count positions: "
+                              "move padding to the ends")  # fmt: skip
+        if self.dropped:
+            raise Unsupported("set_patterns: the cache of this layer has dropped keys, so that patterns cannot count "
+                              "from the first: use a DynamicCache made without the config")  # fmt: skip
+        return parts_of([pattern] * len(self.spans), self.spans, self.q_len, self.before)
+
+
+def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, kv_offset: int,
+                mask_function: MaskFunction, attention_mask: torch.Tensor | None = None,
+                **kwargs: Any) -> Mask:  # fmt: skip
+    """The mask function that ``register`` gives to transformers; arguments as of its AttentionMaskInterface.
+
+    attention_mask: bool (batch, at least kv_offset + kv_length), False for padding; what is missing at its end is
+    padding. A mask function that we do not know is evaluated element by element, with a warning.
+    """
+    before = int(q_offset) - kv_offset
+    real = None if attention_mask is None else _real_keys(attention_mask, kv_offset, kv_length)
+    spans = ((0, kv_length),) * batch_size if real is None else _spans(real)
+    patterns = None if spans is None else [_read(mask_function, i) for i in range(batch_size)]
+    known = patterns is not None and all(p is not None for p in patterns)
+    if known and _in_place(patterns, q_length, kv_length, before):
+        parts = parts_of(patterns, spans, q_length, before)  # type: ignore[arg-type]
+    else:
+        parts = _by_element(mask_function, real, batch_size, q_length, kv_length, int(q_offset), kv_offset)
+    return Mask(q_length, kv_length, before, kv_offset > 0, spans, parts)
+
+
+def parts_of(patterns: list[Pattern], spans: tuple[tuple[int, int], ...], q_len: int, before: int) -> tuple[Part, ...]:
+    """Parts of entries with these patterns, each on the positions of its span."""
+    entries: dict[tuple[Any, ...], list[int]] = {}
+    for i, (pattern, (start, end)) in enumerate(zip(patterns, spans, strict=True)):
+        q_from, q_to = 0, q_len
+        if not isinstance(pattern, Full):  # queries have positions among the keys; later ones are a static cache's
+            end = min(end, before + q_len)
+            q_from, q_to = max(0, start - before), end - before
+        if q_to > q_from and end > start:
+            square = q_to - q_from == end - start or isinstance(pattern, Full)
+            key = (pattern if square else tail(pattern)), q_from, q_to, start, end
+            entries.setdefault(key, []).append(i)
+    return tuple(Part(tuple(group), *key) for key, group in entries.items())
+
+
+def _in_place(patterns: list[Pattern | None] | None, q_len: int, kv_len: int, before: int) -> bool:
+    """Whether queries stand among the keys, as patterns that count positions need it."""
+    return 0 <= before <= kv_len - q_len or all(isinstance(p, Full) for p in patterns or ())
+
+
+def _real_keys(attention_mask: torch.Tensor, kv_offset: int, kv_len: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """bool (batch, kv_len)."""
+    if attention_mask.ndim != 2:
+        raise Unsupported(f"the padding mask has shape {tuple(attention_mask.shape)}: splatc takes (batch, positions)")
+    given = attention_mask[:, kv_offset : kv_offset + kv_len].to(torch.bool).cpu().numpy()
+    return np.pad(given, ((0, 0), (0, kv_len - given.shape[1])))
+
+
+def _spans(real: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[tuple[int, int], ...] | None:
+    """[from, to) of True in each row, None if one has a hole."""
+    counts, starts = real.sum(1), real.argmax(1)
+    ends = np.where(counts > 0, real.shape[1] - real[:, ::-1].argmax(1), starts)
+    if (ends - starts != counts).any():
+        return None
+    return tuple(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _read(function: MaskFunction, entry: int) -> Pattern | None:
+    """The pattern of a mask function for a batch entry; None if we do not know it."""
+    if getattr(function, "__module__", None) != "transformers.masking_utils":
+        return None
+    name = function.__qualname__.removesuffix(".<locals>.inner_mask")
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    match name:
+        case "causal_mask_function":
+            return causal()
+        case "bidirectional_mask_function":
+            return full()
+        case "sliding_window_overlay":
+            return window(values["sliding_window"] - 1, _FAR)
+        case "sliding_window_bidirectional_overlay":
+            return window(values["sliding_window"], values["sliding_window"])
+        case "packed_sequence_mask_function":
+            return documents(ids=values["packed_sequence_mask"][entry].cpu().numpy())
+        case "remap_positions_for_packed_sequence":  # transformers joins it with documents, in which positions run on
+            return _read(values["mask_function"], entry)
+        case "and_masks.<locals>.and_mask":
+            return _all_of([_read(f, entry) for f in values["mask_functions"]])
+    return None
+
+
+def _all_of(patterns: list[Pattern | None]) -> Pattern | None:
+    found = [p for p in patterns if p is not None]
+    if len(found) < len(patterns):
+        return None
+    narrow = [p for p in found if not isinstance(p, Full)]
+    out = narrow[0] if narrow else full()
+    for pattern in narrow[1:]:
+        out = out & pattern
+    return out
+
+
+def _by_element(function: MaskFunction, real: Any, batch: int, q_len: int, kv_len: int, q_offset: int,
+                kv_offset: int) -> tuple[Part, ...]:  # fmt: skip
+    """Parts of a mask that is only known by asking for each of its elements."""
+    _warn(getattr(function, "__qualname__", repr(function)), real is not None)
+    entries: dict[Pattern, list[int]] = {}
+    for i in range(batch):
+
+        def mod(b: Any, h: Any, q: Any, k: Any, i: int = i) -> Any:
+            return function(torch.tensor(i), h, q + q_offset, k + kv_offset)
+
+        pattern = from_mask_mod(mod, q_len, kv_len)
+        if real is not None:
+            pattern = as_pattern(pattern.dense(q_len, kv_len) & real[i])
+        entries.setdefault(pattern, []).append(i)
+    return tuple(Part(tuple(group), pattern, 0, q_len, 0, kv_len) for pattern, group in entries.items())
+
+
+@lru_cache
+def _warn(name: str, padded: bool) -> None:
+    warnings.warn(f"splatc: the mask {name}{' with its padding' if padded else ''} is not known as a formula: it is "
+                  "evaluated element by element at each forward pass, q_len x kv_len for each batch entry",
+                  stacklevel=4)  # fmt: skip
