@@ -48,8 +48,9 @@ def build(spec: KernelSpec, folder: Path) -> None:
 @lru_cache(maxsize=1024)
 def load(folder: Path, name: str = FUNCTION) -> Callable[..., None]:
     """A function of a CPU kernel's built folder as a callable, in the argument order of the kernel ABI."""
+    tvm_ffi = import_tvm_ffi()  # before the thread pool, which is linked with its library
     _load_thread_pool()
-    function: Callable[..., None] = import_tvm_ffi().load_module(str(folder / LIBRARY))[name]
+    function: Callable[..., None] = tvm_ffi.load_module(str(folder / LIBRARY))[name]
     return function
 
 
