@@ -193,3 +193,6 @@ def test_a_tail_is_the_last_rows(pattern, q_len, kv_len):
     expected = pattern.dense(kv_len, kv_len)[kv_len - q_len :]
     assert np.array_equal(tail(pattern).dense(q_len, kv_len), expected)
     assert np.array_equal(analyze(tail(pattern), q_len, kv_len).to_dense(), expected)
+    turned = tail(pattern).transposed()
+    assert turned.lines(kv_len, q_len) is not None  # gradients need no matrix either
+    assert np.array_equal(analyze(turned, kv_len, q_len).to_dense(), expected.T)

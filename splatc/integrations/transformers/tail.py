@@ -32,6 +32,15 @@ class Tail(Pattern):
         return Lines.of(q_len, kv_len, rows=whole.rows - before, cols=cols, diags=diags,
                         col_mod=whole.col_mod, diff_mod=diff_mod)  # fmt: skip
 
+    def transposed_lines(self, q_len: int, kv_len: int) -> Lines | None:
+        whole, before = self.part.transposed().lines(q_len, q_len), q_len - kv_len
+        if whole is None:
+            return None
+        shift = np.array([0, 0, -before])  # column c of the whole is column c - before here
+        mods = [[_turned(mod, -before) for mod in mods] for mods in (whole.col_mod, whole.diff_mod)]
+        return Lines.of(q_len, kv_len, rows=whole.rows, cols=whole.cols + shift, diags=whole.diags + shift,
+                        col_mod=mods[0], diff_mod=mods[1])  # fmt: skip
+
     def check(self, q_len: int, kv_len: int) -> None:
         super().check(q_len, kv_len)
         self.part.check(kv_len, kv_len)
