@@ -324,7 +324,7 @@ def test_the_backward_kernel_is_named_and_made_when_first_needed():
     attend = compiled(MIXED, 150)
     assert "_gradients" not in vars(attend)
     check(attend, tensors(150, 150), DENSE)
-    kernel = attend._gradients.kernel
+    kernel = attend.gradients.kernel
     assert kernel.spec.name == "attention_backward_cpu_d16_float32_m64n64" and kernel.folder != attend.kernel.folder
     assert "splatc_attention_dq" in kernel.source and "splatc_attention_dkv" in kernel.source
     other = kernel_spec(D, None, "float32", Target("cpu", "native"))
