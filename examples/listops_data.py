@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ def dataset(grammar: Grammar, count: int, length: int, seed: int, processes: int
         raise ValueError(f"expressions of up to {grammar.longest} tokens do not fit into {length}")
     tokens, values = np.zeros((count, length), np.uint8), np.zeros(count, np.uint8)
     one = partial(_example, grammar, seed)
-    with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
+    spawned = get_context("spawn")  # threads of other libraries do not survive a fork
+    with ProcessPoolExecutor(processes, spawned) if processes > 1 else nullcontext() as pool:
         examples = pool.map(one, range(count), chunksize=64) if pool else map(one, range(count))
         for i, (text, value) in enumerate(examples):
             tokens[i, : len(text)], values[i] = text, value
