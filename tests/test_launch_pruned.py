@@ -10,7 +10,6 @@ import pytest
 
 from splatc import patterns as P
 from splatc.codegen.hopper.shape import slot_keys
-from splatc.errors import Unsupported
 from splatc.ir.score import Score
 from splatc.patterns.pruned import Pruning
 from splatc.runtime.tensor_map import Layout, geometry, grouped
@@ -22,17 +21,10 @@ torch = pytest.importorskip("torch")
 NM = Score(pruning=Pruning(2, 4))
 
 
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a device had run such a kernel."""
-    monkeypatch.setattr("splatc.runtime.launch.refuse_unchecked", lambda: None)
-
-
 def check(got: Any, qkv: Any, dense: np.ndarray) -> None:
     check_within(got, qkv, dense, None, (2e-3, 1e-3), NM.pruning)
 
 
-@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize(
     ("pattern", "lengths", "m", "n"),
     [
@@ -48,7 +40,6 @@ def test_what_the_kernel_sees(pattern: Any, lengths: tuple[int, int], m: int, n:
     check(attend(*qkv), qkv, pattern.dense(*lengths))
 
 
-@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("length", [128, 130])
 def test_layouts_and_strides(length: int, tmp_path: Path) -> None:
     attend = Machine(tmp_path / "bhsd", P.causal(), score=NM)
@@ -63,11 +54,6 @@ def test_layouts_and_strides(length: int, tmp_path: Path) -> None:
     expanded = [q, k[:, :1].expand(2, 3, length, D), v[:, :1].expand(2, 3, length, D)]
     check(attend(*expanded), expanded, P.causal().dense(length))
     assert torch.equal(attend(q, k, v, scale=-0.25)[0], attend(-q, k, v, scale=0.25)[0])
-
-
-def test_no_device_has_run_it_yet(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="not been checked on a device"):
-        Machine(tmp_path, P.full(), score=NM)(*draw(64))
 
 
 @pytest.mark.parametrize("n", [64, 128])

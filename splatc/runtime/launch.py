@@ -71,8 +71,6 @@ class Launcher:
     def _prepare(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> Ready:
         shape = check_call(q, k, v, self._layout, enable_gqa)
         self._check(shape)
-        if self._pruned:
-            refuse_unchecked()
         check_gradients(q, k, v)
 
         def again(q: Any, k: Any, v: Any, scale: float | None, terms: Terms | None) -> tuple[Any, Any]:
@@ -265,12 +263,6 @@ def padded_layout(one: Layout) -> Layout:
     rows = one.length + -one.length % GROUP
     head = rows * one.dim
     return replace(one, length=rows, batch_stride=one.heads * head, head_stride=head, seq_stride=one.dim)
-
-
-def refuse_unchecked() -> None:
-    """Pruned kernels compile for GPUs and are tested without one: on a GPU none has run yet."""
-    raise Unsupported("nm(2, 4) on a GPU: its kernel has not been checked on a device yet; compile for the CPU, or let "
-                      "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
 
 
 def contiguous_copy(x: Any) -> Any:
