@@ -13,7 +13,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from splatc.codegen.hopper.shape import MAX_VIEWS
-from splatc.errors import Unsupported
 from splatc.ir.terms import Terms
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import GpuCall, Request
