@@ -7,6 +7,7 @@
 
 tail         a pattern for the last queries of a sequence, whose keys are in a cache
 masks        transformers' mask functions, read as patterns
+few          a few queries, such as a decode step's: the keys of their rows, and no plan
 attention    the attention function, and patterns for layers
 """
 

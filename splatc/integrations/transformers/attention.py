@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from splatc.errors import InvalidInput, Unsupported
+from splatc.integrations.transformers import few
 from splatc.integrations.transformers.masks import Mask, Part, parts_of, splatc_mask
 from splatc.nn.any_length import any_length
 from splatc.patterns import Pattern, as_pattern, causal, full
@@ -105,5 +106,8 @@ def _run(parts: tuple[Part, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 def _run_part(part: Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None,
               options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
     queries, keys = slice(part.q_from, part.q_to), slice(part.k_from, part.k_to)
+    q, k, v = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+    if q.shape[2] <= few.MOST and "dropout_p" not in options:
+        return few.attend(part.pattern, q, k, v, options["scale"], softcap, options.get("sinks"))
     attend = any_length(part.pattern, "bhsd", softcap, True, None)
-    return attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], **options)  # type: ignore[no-any-return]
+    return attend(q, k, v, **options)  # type: ignore[no-any-return]
