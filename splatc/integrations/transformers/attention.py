@@ -79,7 +79,7 @@ def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         options["sinks"] = s_aux
     if dropout:
         options["dropout_p"] = dropout
-    return _run(parts, query, key, value, softcap, options).transpose(1, 2).contiguous(), None
+    return _run(parts, query, key, value, softcap, options), None
 
 
 def _without_mask(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, is_causal: bool | None) -> Mask:
@@ -93,13 +93,13 @@ def _without_mask(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
 
 def _run(parts: tuple[Part, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None,
          options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
-    """(batch, heads, q_len, dim), zeros for queries in no part."""
+    """(batch, q_len, heads, dim), contiguous; zeros for queries in no part."""
     if len(parts) == 1 and len(parts[0].entries) == q.shape[0] and parts[0].q_to - parts[0].q_from == q.shape[2]:
         return _run_part(parts[0], q, k, v, softcap, options)
-    out = v.new_zeros(*q.shape[:3], v.shape[3])
+    out = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     for part in parts:
         at = torch.tensor(part.entries, device=q.device)
-        out[at, :, part.q_from : part.q_to] = _run_part(part, q[at], k[at], v[at], softcap, options)
+        out[at, part.q_from : part.q_to] = _run_part(part, q[at], k[at], v[at], softcap, options)
     return out
 
 
@@ -108,6 +108,7 @@ def _run_part(part: Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sof
     queries, keys = slice(part.q_from, part.q_to), slice(part.k_from, part.k_to)
     q, k, v = q[:, :, queries], k[:, :, keys], v[:, :, keys]
     if q.shape[2] <= few.MOST and "dropout_p" not in options:
-        return few.attend(part.pattern, q, k, v, options["scale"], softcap, options.get("sinks"))
-    attend = any_length(part.pattern, "bhsd", softcap, True, None)
-    return attend(q, k, v, **options)  # type: ignore[no-any-return]
+        o = few.attend(part.pattern, q, k, v, options["scale"], softcap, options.get("sinks"))
+        return o.transpose(1, 2).contiguous()
+    attend = any_length(part.pattern, "bshd", softcap, True, None)  # O is written as transformers wants it
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), **options)  # type: ignore[no-any-return]
