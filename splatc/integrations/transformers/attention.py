@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from splatc.errors import InvalidInput, Unsupported
+from splatc.errors import Unsupported
+from splatc.integrations.layers import layer_of
 from splatc.integrations.transformers import few
 from splatc.integrations.transformers.masks import Mask, Part, parts_of, splatc_mask
 from splatc.nn.any_length import any_length
@@ -38,19 +38,9 @@ def set_patterns(model: torch.nn.Module, patterns: Mapping[int | str, Any]) -> N
     """
     modules = dict(model.named_modules())
     for layer, given in patterns.items():
-        within = [m for name, m in modules.items() if _belongs(name, layer)]
-        if not within:
-            raise InvalidInput(f"set_patterns: the model has no layer {layer!r}: give an index or the name of a module")
         pattern = None if given is None else as_pattern(given)
-        for module in within:
+        for module in layer_of(modules, layer).values():
             setattr(module, _OWN, pattern)
-
-
-def _belongs(name: str, layer: int | str) -> bool:
-    if isinstance(layer, str):
-        return name == layer or name.startswith(layer + ".")
-    first = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return first is not None and int(first[1]) == layer
 
 
 def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

@@ -1,0 +1,63 @@
+"""A pattern in place of all keys, with the padding and flags that calls of PyTorch's attention bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from splatc.errors import Unsupported
+from splatc.nn.any_length import any_length
+from splatc.patterns import Pattern, causal
+from splatc.patterns.taken import take
+
+Real = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, real: Real | None = None,
+           is_causal: bool = False, layout: str = "bhsd", **options: Any) -> torch.Tensor:  # fmt: skip
+    """``sparse_attention`` of 4-D tensors in ``layout`` to the keys that are real: bool (batch or 1, kv_len), None for
+    all.
+
+    Keys keep their positions in the pattern, whatever is left out between them. is_causal: no later key either.
+    Entries with the same keys are one call, with a copy of their k and v. A query that is left with nothing gives 0.
+    options: as of ``sparse_attention``.
+    """
+    pattern = pattern & causal() if is_causal else pattern
+    if real is None or real.all():
+        return any_length(pattern, layout, None, True, None)(q, k, v, **options)  # type: ignore[no-any-return]
+    entries: dict[bytes, list[int]] = {}
+    for i in range(q.shape[0]):
+        entries.setdefault(real[i % len(real)].tobytes(), []).append(i)
+    axis = 2 if layout == "bhsd" else 1
+    q_len, kv_len = q.shape[axis], k.shape[axis]
+    out = v.new_zeros(*q.shape[:3], v.shape[3])
+    for group in entries.values():
+        keys = np.flatnonzero(real[group[0] % len(real)])
+        if not len(keys):
+            continue
+        part = any_length(take(pattern, np.arange(q_len), keys, (q_len, kv_len)), layout, None, True, None)
+        at, chosen = (torch.from_numpy(np.asarray(x)).to(q.device) for x in (group, keys))
+        out = out.index_copy(0, at, part(q[at], *(x[at].index_select(axis, chosen) for x in (k, v)), **options))
+    return out
+
+
+def real_keys(name: str, mask: torch.Tensor, kept: bool) -> Real:
+    """bool of the shape of a mask of keys: which are real. kept: what True says in a boolean mask; a mask of numbers is
+    added to scores, so that it is 0 there and -inf elsewhere."""
+    if mask.dtype == torch.bool:
+        return (mask if kept else ~mask).cpu().numpy()
+    real = (mask == 0).cpu().numpy()
+    if not mask.is_floating_point() or not bool((mask[mask != 0] == -float("inf")).all()):
+        raise Unsupported(f"{name} is added to the scores, and has numbers other than 0 and -inf: a pattern only says "
+                          "which keys count")  # fmt: skip
+    return real
+
+
+def refuse(where: str, given: Sequence[tuple[str, bool, str]]) -> None:
+    """Raise Unsupported for the first of (what, whether it is there, what to do) that is there."""
+    for what, there, advice in given:
+        if there:
+            raise Unsupported(f"{where}: {what}: {advice}")
