@@ -13,6 +13,7 @@ import splatc  # noqa: E402
 from splatc import patterns as P  # noqa: E402
 from splatc.errors import InvalidInput, Unsupported  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F = torch.nn.functional
 LENGTH, WIDTH, HEADS = 29, 64, 4
 PATTERN = P.window(4, 6) | P.global_cols(2)

@@ -34,15 +34,7 @@ DECODERS: dict[str, dict[str, object]] = {
                    "intermediate_size_mlp": 96},
 }
 LENGTH, PAD = 23, 7
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are no faster on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decoder(name: str):
