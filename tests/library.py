@@ -72,12 +72,19 @@ LIBRARY: dict[str, Make] = {
     "empty": lambda q, kv: P.window(-2000, 2005),
     "empty_rows": lambda q, kv: P.causal() & P.window(-10, 60) | P.causal("bottom_right") & P.global_cols(0),
 }
+
+
+def _clamped(grid: tuple[int, ...]) -> Pattern:
+    return P.neighborhood(grid, tuple(5 if n >= 5 else 1 for n in grid), border="clamp")
+
+
 # those that need q_len == kv_len
 SQUARE: dict[str, Make] = {
     "document_ids": lambda q, kv: P.documents(ids=np.arange(q) // 13 % 4),
     "neighborhood_1d": lambda q, kv: P.neighborhood((q,), 7, 2),
     "neighborhood_2d": lambda q, kv: P.neighborhood(grid_of(q, 2), 5),
     "neighborhood_2d_causal": lambda q, kv: P.neighborhood(grid_of(q, 2), (3, 4), (1, 2), (False, True)),
+    "neighborhood_2d_clamped": lambda q, kv: _clamped(grid_of(q, 2)),
     "neighborhood_3d": lambda q, kv: P.neighborhood(grid_of(q, 3), 3, (1, 1, 2)),
 }
 ALL = {**LIBRARY, **SQUARE}

@@ -55,6 +55,7 @@ def test_example(path, tmp_path, monkeypatch, capsys):
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 500
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("example", ["mistral", "video"])
 def test_models_side_by_side(example, tmp_path, monkeypatch):
     """Tiny ones; what we compute is what the others do, and the table says so."""

@@ -130,6 +130,50 @@ def test_neighborhood(grid, size, dilation, causal):
     assert P.parse(str(p)) == p
 
 
+@pytest.mark.parametrize(
+    "grid, size, dilation, causal",
+    [
+        ((12,), 5, 1, False),
+        ((13,), 3, 4, False),
+        ((11,), 11, 1, False),
+        ((5, 7), (3, 5), 1, False),
+        ((7, 11), (3, 5), (2, 2), False),
+        ((4, 9), (3, 4), (1, 2), (False, True)),
+        ((3, 5, 6), (1, 3, 3), (1, 1, 2), False),
+        ((4, 3, 5), 3, 1, (True, False, False)),
+    ],
+)
+def test_clamped_neighborhood(grid, size, dilation, causal):
+    """Against a direct count: the size nearest positions of a query's residue class, an equal number on both sides
+    where there are enough."""
+    p = P.neighborhood(grid, size, dilation, causal, border="clamp")
+    per = [x if isinstance(x, tuple) else (x,) * len(grid) for x in (size, dilation, causal)]
+
+    def window(x, n, s, d, c):
+        mine = list(range(x % d, n, d))
+        at = mine.index(x)
+        if c:
+            return mine[max(at - s + 1, 0) : at + 1]
+        while s // 2 > at:
+            at += 1
+        while at + s // 2 >= len(mine):
+            at -= 1
+        return mine[at - s // 2 : at + s // 2 + 1]
+
+    def near(q, k):
+        a, b = np.unravel_index(q, grid), np.unravel_index(k, grid)
+        return all(y in window(x, *rest) for x, y, *rest in zip(a, b, grid, *per))
+
+    n = int(np.prod(grid))
+    dense = by_definition(near, n, n)
+    np.testing.assert_array_equal(p.dense(n), dense)
+    assert any(per[2]) or (dense.sum(1) == np.prod(per[0])).all()
+    assert_law(p, n, n)
+    assert_law(p.transposed(), n, n)
+    np.testing.assert_array_equal(p.transposed().dense(n), dense.T)
+    assert P.parse(str(p)) == p != P.neighborhood(grid, size, dilation, causal)
+
+
 def test_documents():
     p = P.documents([3, 0, 4, 1])
     of = [0, 0, 0, 2, 2, 2, 2, 3]
@@ -296,6 +340,8 @@ BAD = [
     (lambda: P.neighborhood((4, 4), 3, causal=2), "causal is 2"),
     (lambda: P.neighborhood((4, 4), 3, dilation=0), "dilation is 0"),
     (lambda: P.neighborhood((4, 4), 3).check(15, 15), "16 positions"),
+    (lambda: P.neighborhood((9, 5), 3, 2, border="clamp"), "no room"),
+    (lambda: P.neighborhood(9, 3, border="shift"), "border"),
     (lambda: P.block_mask([1, 0], 4), "2-D"),
     (lambda: P.block_mask(["01", "1"], 4), "equal length"),
     (lambda: P.block_mask(["02"], 4), "rows of 0 and 1"),
