@@ -21,7 +21,7 @@ from side_by_side import attempt, difference, milliseconds, report
 
 from splatc.integrations.transformers import register
 
-IMPLEMENTATIONS = ("sdpa", "flex_attention", "splatc")
+IMPLEMENTATIONS = ("splatc", "sdpa", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def compare(model: Any, names: list[str], window: int | None, size: Size, device
         row["prefill, ms"] = attempt(lambda: milliseconds(prefill, device, size.repeats))  # noqa: B023 (called here)
         if logits:
             first = first or logits
-            row["to sdpa"] = difference(logits[0], first[0])
+            row["to splatc"] = difference(logits[0], first[0])
         row["decode, ms"] = attempt(lambda: decode(model, ids, size.steps, device))
         model.train()
         row["training, ms"] = attempt(lambda: milliseconds(train, device, size.repeats))  # noqa: B023

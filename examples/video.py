@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,8 +109,10 @@ class Flex(TorchFunctionMode):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    tiny = parser.parse_args().tiny or not torch.cuda.is_available()
-    size = TINY if tiny else FULL
+    parser.add_argument("--near", type=int, default=9, help="neighbours along each axis")
+    given = parser.parse_args()
+    tiny = given.tiny or not torch.cuda.is_available()
+    size = TINY if tiny else replace(FULL, near=(given.near,) * 3)
     device, dtype = (torch.device("cpu"), torch.float32) if tiny else (torch.device("cuda"), torch.bfloat16)
     pattern = P.neighborhood(size.grid, size.near)
     torch.manual_seed(0)
@@ -119,19 +122,20 @@ def main() -> None:
     q = torch.randn(1, size.heads, tokens, size.head_dim).to(device, dtype)
     print(f"{size.layers} blocks of {size.heads} heads of {size.head_dim}, {tokens} tokens, {pattern}, {device}")
 
-    masked: dict[str, Callable[[], AbstractContextManager[Any]]] = {"splatc": lambda: splatc.patch_sdpa(pattern)}
+    masked: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "splatc": lambda: splatc.patch_sdpa(pattern), "SDPA, all tokens": nullcontext
+    }  # fmt: skip
     if tiny:
         dense = torch.from_numpy(pattern.dense(tokens))
         masked["SDPA, dense mask"] = lambda: Masked(dense)
     else:
-        flex = Flex(size, device)
-        masked["FlexAttention"] = lambda: flex
+        masked["FlexAttention"] = cache(lambda: Flex(size, device))
     rows: list[dict[str, Any]] = []
     first: list[torch.Tensor] = []
-    for name, context in {**masked, "SDPA, all tokens": nullcontext}.items():
+    for name, context in masked.items():
         row = compare(name, context, model, x, step, q, size, device)
         out = row.pop("out")
-        if name in masked and out is not None:
+        if name != "SDPA, all tokens" and out is not None:
             first = first or [out]
             row["to splatc"] = difference(out, first[0])
         rows.append(row)
