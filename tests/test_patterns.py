@@ -174,6 +174,26 @@ def test_clamped_neighborhood(grid, size, dilation, causal):
     assert P.parse(str(p)) == p != P.neighborhood(grid, size, dilation, causal)
 
 
+@pytest.mark.parametrize(
+    "first, part", [(4, P.causal()), (3, P.fixed(4, 1)), (1, P.dilated(9, 9, 3)), (5, P.global_cols(2) | P.window(1, 0))]
+)
+def test_after(first, part):
+    p = P.after(first, part)
+    for q_len, kv_len in ((13, 13), (9, 14), (14, 7), (3, 1)):
+        expected = np.zeros((q_len, kv_len), bool)
+        if min(q_len, kv_len) > first:
+            expected[first:, first:] = part.dense(q_len - first, kv_len - first)
+        np.testing.assert_array_equal(p.dense(q_len, kv_len), expected)
+        assert_law(p, q_len, kv_len)
+        assert_law(p.transposed(), kv_len, q_len)
+        np.testing.assert_array_equal(p.transposed().dense(kv_len, q_len), expected.T)
+    assert P.parse(str(p)) == p and P.after(0, part) == part
+    grid = P.after(1, P.neighborhood((3, 4), 3))
+    assert grid.own_lengths() == (13, 13)
+    heads = P.after(2, P.per_head([P.causal(), P.full()]))
+    assert heads == P.per_head([P.after(2, P.causal()), P.after(2, P.full())])
+
+
 def test_documents():
     p = P.documents([3, 0, 4, 1])
     of = [0, 0, 0, 2, 2, 2, 2, 3]
@@ -340,6 +360,8 @@ BAD = [
     (lambda: P.neighborhood((4, 4), 3, causal=2), "causal is 2"),
     (lambda: P.neighborhood((4, 4), 3, dilation=0), "dilation is 0"),
     (lambda: P.neighborhood((4, 4), 3).check(15, 15), "16 positions"),
+    (lambda: P.after(1, P.neighborhood((3, 4), 3)).check(14, 14), "12 positions"),
+    (lambda: P.after(4, "causal"), "expected a pattern"),
     (lambda: P.neighborhood((9, 5), 3, 2, border="clamp"), "no room"),
     (lambda: P.neighborhood(9, 3, border="shift"), "border"),
     (lambda: P.block_mask([1, 0], 4), "2-D"),
