@@ -166,7 +166,7 @@ class Block(torch.nn.Module):  # type: ignore[name-defined]
         self.qkv, self.proj = torch.nn.Linear(WIDTH, 3 * WIDTH), torch.nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x, **options):
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2))
 
 
@@ -250,3 +250,39 @@ def test_what_the_context_refuses():
     for module in (multihead(batch_first=True), multihead(batch_first=True).eval()):
         with pytest.raises(Unsupported, match=r"splatc\.patch\(model"), splatc.patch_sdpa(PATTERN), torch.no_grad():
             module(x, x, x, need_weights=False)
+
+
+@pytest.mark.parametrize("causally", [False, True])
+def test_under_a_compiler(causally):
+    """In one graph, for both ways; outside of the context the same compiled module attends to all."""
+    torch._dynamo.reset()
+    block, attention, x = Block(), splatc.patch(multihead(batch_first=True), PATTERN), torch.randn(2, LENGTH, WIDTH)
+    triangle = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    given: dict[str, Any] = {"is_causal": True, "attn_mask": triangle} if causally else {}
+
+    def attend(x):
+        return attention(x, x, x, need_weights=False, **given)[0]
+
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    with splatc.patch_sdpa(PATTERN):
+        close(compiled(x, is_causal=causally), block(x, is_causal=causally))
+    close(compiled(x), block(x))
+    close(torch.compile(attend, backend="eager", fullgraph=True)(x), attend(x))
+
+
+def test_timm():
+    """A vision transformer of timm, class token and all, as if its attention had the mask."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2, img_size=96).eval()
+    pattern = P.after(1, P.neighborhood((6, 6), 3)) | P.global_rows(1) | P.global_cols(1)
+    ours = splatc.patch(copy.deepcopy(theirs), {0: pattern, 1: pattern})
+
+    def masked(m, x):
+        for block in m.blocks:
+            block.attn.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "attn_mask": dense(pattern, 37)}), with_kwargs=True
+            )
+        return m(x)
+
+    same(ours, theirs, torch.randn(2, 3, 96, 96), lambda m, x: m(x), masked)

@@ -175,7 +175,8 @@ def test_clamped_neighborhood(grid, size, dilation, causal):
 
 
 @pytest.mark.parametrize(
-    "first, part", [(4, P.causal()), (3, P.fixed(4, 1)), (1, P.dilated(9, 9, 3)), (5, P.global_cols(2) | P.window(1, 0))]
+    "first, part",
+    [(4, P.causal()), (3, P.fixed(4, 1)), (1, P.dilated(9, 9, 3)), (5, P.global_cols(2) | P.window(1, 0))],
 )
 def test_after(first, part):
     p = P.after(first, part)

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from splatc.errors import Unsupported
-from splatc.nn.any_length import any_length
+from splatc.nn.functional import sparse_attention
 from splatc.patterns import Pattern, causal
 from splatc.patterns.taken import take
 
 Real = np.ndarray[Any, np.dtype[np.bool_]]
 
 
+@dataclass(frozen=True)
+class Ways:
+    """A pattern as it is, and without later keys, for calls that are causal: made ahead, as compilers cannot."""
+
+    plain: Pattern
+    causal: Pattern
+
+    @staticmethod
+    def of(pattern: Pattern) -> Ways:
+        """The two ways of a pattern."""
+        return Ways(pattern, pattern & causal())
+
+
 def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, real: Real | None = None,
-           is_causal: bool = False, layout: str = "bhsd", **options: Any) -> torch.Tensor:  # fmt: skip
+           layout: str = "bhsd", **options: Any) -> torch.Tensor:  # fmt: skip
     """``sparse_attention`` of 4-D tensors in ``layout`` to the keys that are real: bool (batch or 1, kv_len), None for
     all.
 
-    Keys keep their positions in the pattern, whatever is left out between them. is_causal: no later key either.
-    Entries with the same keys are one call, with a copy of their k and v. A query that is left with nothing gives 0.
+    Keys keep their positions in the pattern, whatever is left out between them. Entries with the same keys are one
+    call, with a copy of their k and v. A query that is left with nothing gives 0.
     options: as of ``sparse_attention``.
     """
-    pattern = pattern & causal() if is_causal else pattern
     if real is None or real.all():
-        return any_length(pattern, layout, None, True, None)(q, k, v, **options)  # type: ignore[no-any-return]
+        return sparse_attention(q, k, v, pattern, layout=layout, **options)  # type: ignore[no-any-return]
     entries: dict[bytes, list[int]] = {}
     for i in range(q.shape[0]):
         entries.setdefault(real[i % len(real)].tobytes(), []).append(i)
@@ -38,9 +51,10 @@ def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         keys = np.flatnonzero(real[group[0] % len(real)])
         if not len(keys):
             continue
-        part = any_length(take(pattern, np.arange(q_len), keys, (q_len, kv_len)), layout, None, True, None)
+        part = take(pattern, np.arange(q_len), keys, (q_len, kv_len))
         at, chosen = (torch.from_numpy(np.asarray(x)).to(q.device) for x in (group, keys))
-        out = out.index_copy(0, at, part(q[at], *(x[at].index_select(axis, chosen) for x in (k, v)), **options))
+        k_part, v_part = (x[at].index_select(axis, chosen) for x in (k, v))
+        out = out.index_copy(0, at, sparse_attention(q[at], k_part, v_part, part, layout=layout, **options))
     return out
 
 

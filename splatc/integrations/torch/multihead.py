@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn import functional
 
 from splatc.errors import Unsupported
-from splatc.integrations.torch.call import attend, real_keys, refuse
+from splatc.integrations.torch.call import Ways, attend, real_keys, refuse
 from splatc.patterns import Pattern
 
-PATTERN, DROP_WEIGHTS = "_splatc_pattern", "_splatc_drop_weights"  # attributes of patched modules
+WAYS, DROP_WEIGHTS = "_splatc_ways", "_splatc_drop_weights"  # attributes of patched modules
 
 
 class PatternedMultiheadAttention(torch.nn.MultiheadAttention):
@@ -44,8 +42,8 @@ class PatternedMultiheadAttention(torch.nn.MultiheadAttention):
         real = None if key_padding_mask is None else real_keys("key_padding_mask", key_padding_mask, kept=False)
         heads = (x.view(*x.shape[:2], self.num_heads, -1) for x in self._project(query, key, value))
         options = {"dropout_p": self.dropout} if self.training and self.dropout else {}
-        pattern: Pattern = getattr(self, PATTERN)
-        o = attend(pattern, *heads, real=real, is_causal=is_causal, layout="bshd", **options)
+        ways: Ways = getattr(self, WAYS)
+        o = attend(ways.causal if is_causal else ways.plain, *heads, real=real, layout="bshd", **options)
         y = self.out_proj(o.flatten(-2))
         return (y.squeeze(0) if not batched else y if self.batch_first else y.transpose(0, 1)), None
 
@@ -66,7 +64,6 @@ def patch_multihead(module: torch.nn.MultiheadAttention, pattern: Pattern | None
         ("add_bias_kv", module.bias_k is not None, "its key has no position in a pattern"),
         ("add_zero_attn", module.add_zero_attn, "its key has no position in a pattern"),
     ])  # fmt: skip
-    state: dict[str, Any] = {PATTERN: pattern, DROP_WEIGHTS: drop_weights}
-    for name, value in state.items():
-        setattr(module, name, value)
+    setattr(module, WAYS, None if pattern is None else Ways.of(pattern))
+    setattr(module, DROP_WEIGHTS, drop_weights)
     module.__class__ = torch.nn.MultiheadAttention if pattern is None else PatternedMultiheadAttention

@@ -10,8 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from splatc.errors import InvalidInput, Unsupported
-from splatc.integrations.torch.call import attend, real_keys
-from splatc.patterns import Pattern, as_pattern
+from splatc.integrations.torch.call import Ways, attend, real_keys
+from splatc.patterns import as_pattern
 
 Where = Callable[[torch.Tensor, torch.Tensor], bool]
 _SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -37,7 +37,7 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801 (used as a function)
 
     def __init__(self, pattern: Any, where: Where | None = None) -> None:
         super().__init__()
-        self.pattern: Pattern = as_pattern(pattern)
+        self.ways = Ways.of(as_pattern(pattern))
         self.where = where
         self.seen = self.replaced = 0
 
@@ -52,7 +52,7 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801 (used as a function)
         if self.where is not None and not self.where(*_query_and_key(*args, **kwargs)):
             return func(*args, **kwargs)
         self.replaced += 1
-        return sparse_sdpa(self.pattern, *args, **kwargs)
+        return sparse_sdpa(self.ways, *args, **kwargs)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
@@ -62,7 +62,7 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801 (used as a function)
                                "model attends otherwise (timm can), or `where` leaves all out")  # fmt: skip
 
 
-def sparse_sdpa(pattern: Pattern, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+def sparse_sdpa(ways: Ways, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
                 scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
     """``F.scaled_dot_product_attention`` by a pattern; see ``patch_sdpa``. Tensors (..., heads, seq, dim) or (batch,
@@ -73,7 +73,8 @@ def sparse_sdpa(pattern: Pattern, query: torch.Tensor, key: torch.Tensor, value:
     q, k, v = (x.unsqueeze(1) if x.ndim == 3 else x.flatten(0, -4) for x in (query, key, value))
     options: dict[str, Any] = {"dropout_p": dropout_p} if dropout_p else {}
     real = None if attn_mask is None else _padding(attn_mask, query)
-    o = attend(pattern, q, k, v, real=real, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, **options)
+    pattern = ways.causal if is_causal else ways.plain
+    o = attend(pattern, q, k, v, real=real, scale=scale, enable_gqa=enable_gqa, **options)
     return o.view(*query.shape[:-1], value.shape[-1])
 
 
