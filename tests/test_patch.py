@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -57,6 +58,8 @@ def test_multihead_attention(pattern, batch_first):
     mask = mask.repeat(2, 1, 1) if mask.ndim == 3 else mask
     same(ours, theirs, x, lambda m, x: m(x, x, x, need_weights=False)[0],
          lambda m, x: m(x, x, x, attn_mask=mask, need_weights=False)[0])  # fmt: skip
+    again = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    assert torch.equal(again(x, x, x, need_weights=False)[0], ours(x, x, x, need_weights=False)[0])
     y = splatc.patch(ours, None)(x, x, x)[0]
     close(y, theirs(x, x, x)[0])
     assert type(ours) is torch.nn.MultiheadAttention
@@ -235,8 +238,10 @@ def test_modules_that_call_sdpa():
         return x
 
     same(ours, theirs, torch.randn(2, LENGTH, WIDTH), checkpointed, masked)
-    plain = splatc.patch(ours, {0: None, 1: None})
+    again = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
     x = torch.randn(2, LENGTH, WIDTH)
+    assert torch.equal(again(x), ours(x))
+    plain = splatc.patch(again, {0: None, 1: None})
     assert torch.equal(plain(x), theirs(x))
 
 

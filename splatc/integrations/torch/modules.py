@@ -14,7 +14,8 @@ from splatc.integrations.torch.sdpa import patch_sdpa
 from splatc.patterns import Pattern, as_pattern
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-_HOOKS, _ENTERED = "_splatc_hooks", "_splatc_entered"  # attributes of modules whose calls are replaced
+# attributes of modules whose calls are replaced
+_PATTERN, _HOOKS, _ENTERED = "_splatc_calls_by", "_splatc_hooks", "_splatc_entered"
 
 
 def patch(model: Model, patterns: Any, *, drop_weights: bool = False) -> Model:
@@ -64,19 +65,19 @@ def _outermost(modules: Mapping[str, torch.nn.Module]) -> list[torch.nn.Module]:
 
 
 def _replace_calls(module: torch.nn.Module, pattern: Pattern | None) -> None:
-    for hook in getattr(module, _HOOKS, ()):
+    for hook in module.__dict__.pop(_HOOKS, ()):
         hook.remove()
-    setattr(module, _HOOKS, ())
-    if pattern is None:
-        return
+    setattr(module, _PATTERN, pattern)
+    if pattern is not None:
+        hooks = module.register_forward_pre_hook(_enter), module.register_forward_hook(_leave, always_call=True)
+        setattr(module, _HOOKS, hooks)
 
-    def enter(module: torch.nn.Module, args: Any) -> None:
-        context = patch_sdpa(pattern)
-        context.__enter__()  # type: ignore[no-untyped-call]
-        module.__dict__.setdefault(_ENTERED, []).append(context)
 
-    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-        module.__dict__[_ENTERED].pop().__exit__(None, None, None)
+def _enter(module: torch.nn.Module, args: Any) -> None:
+    context = patch_sdpa(getattr(module, _PATTERN))
+    context.__enter__()  # type: ignore[no-untyped-call]
+    module.__dict__.setdefault(_ENTERED, []).append(context)
 
-    hooks = module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
-    setattr(module, _HOOKS, hooks)
+
+def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+    module.__dict__[_ENTERED].pop().__exit__(None, None, None)
