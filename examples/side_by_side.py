@@ -57,6 +57,4 @@ def report(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if value < 1 else f"{value:.1f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
