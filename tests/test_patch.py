@@ -148,7 +148,9 @@ def test_what_a_patched_module_refuses():
     with pytest.raises(Unsupported, match="attn_mask is given"):
         ours(x, x, x, attn_mask=torch.zeros(LENGTH, LENGTH))
     with pytest.raises(Unsupported, match="numbers other than 0 and -inf"):
-        ours(x, x, x, key_padding_mask=torch.ones(2, LENGTH))
+        ours(x, x, x, key_padding_mask=torch.ones(2, LENGTH), need_weights=False)
+    with pytest.raises(InvalidInput, match="key_padding_mask has shape"):
+        ours(x, x, x, key_padding_mask=padding(), need_weights=False)
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
         with pytest.raises(Unsupported, match=next(iter(options))):
             splatc.patch(multihead(**options), PATTERN)
@@ -249,6 +251,8 @@ def test_what_the_context_refuses():
     q = torch.randn(1, HEADS, LENGTH, 16)
     with pytest.raises(Unsupported, match="attn_mask has shape"), splatc.patch_sdpa(PATTERN):
         F.scaled_dot_product_attention(q, q, q, dense(PATTERN))
+    with pytest.raises(InvalidInput, match="scores have"), splatc.patch_sdpa(PATTERN):
+        F.scaled_dot_product_attention(q, q, q, ~padding()[:, None, None])
     with pytest.raises(InvalidInput, match=r"0 calls .* none replaced"), splatc.patch_sdpa(PATTERN):
         torch.softmax(q @ q.mT, -1) @ q
     x = torch.randn(2, LENGTH, WIDTH)

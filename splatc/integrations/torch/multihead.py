@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from splatc.errors import Unsupported
+from splatc.errors import InvalidInput, Unsupported
 from splatc.integrations.torch.call import Ways, attend, real_keys, refuse
 from splatc.patterns import Pattern
 
@@ -40,6 +40,8 @@ class PatternedMultiheadAttention(torch.nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         real = None if key_padding_mask is None else real_keys("key_padding_mask", key_padding_mask, kept=False)
+        if real is not None and real.shape != key.shape[:2]:
+            raise InvalidInput(f"key_padding_mask has shape {real.shape}: here it must be {tuple(key.shape[:2])}")
         heads = (x.view(*x.shape[:2], self.num_heads, -1) for x in self._project(query, key, value))
         options = {"dropout_p": self.dropout} if self.training and self.dropout else {}
         ways: Ways = getattr(self, WAYS)

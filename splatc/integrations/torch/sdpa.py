@@ -72,16 +72,19 @@ def sparse_sdpa(ways: Ways, query: torch.Tensor, key: torch.Tensor, value: torch
         raise Unsupported(f"query, key and value have shapes {shapes}: splatc takes (batch, heads, seq, dim)")
     q, k, v = (x.unsqueeze(1) if x.ndim == 3 else x.flatten(0, -4) for x in (query, key, value))
     options: dict[str, Any] = {"dropout_p": dropout_p} if dropout_p else {}
-    real = None if attn_mask is None else _padding(attn_mask, query)
+    real = None if attn_mask is None else _padding(attn_mask, query, key.shape[-2])
     pattern = ways.causal if is_causal else ways.plain
     o = attend(pattern, q, k, v, real=real, scale=scale, enable_gqa=enable_gqa, **options)
     return o.view(*query.shape[:-1], value.shape[-1])
 
 
-def _padding(mask: torch.Tensor, query: torch.Tensor) -> Any:
+def _padding(mask: torch.Tensor, query: torch.Tensor, kv_len: int) -> Any:
     """bool (batch or 1, kv_len) of a mask that is the same for all heads and queries."""
+    scores = torch.Size((*query.shape[:-1], kv_len))
+    if mask.ndim > len(scores) or any(n not in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False)):
+        raise InvalidInput(f"attn_mask has shape {tuple(mask.shape)}: scores have {tuple(scores)}")
     same = mask.shape[max(-mask.ndim, -3) : -1] if query.ndim > 3 else mask.shape[-2:-1]
-    if mask.ndim > query.ndim or mask.ndim > 4 or any(n != 1 for n in same):
+    if mask.shape[-1] != kv_len or mask.ndim > 4 or any(n != 1 for n in same):
         raise Unsupported(f"attn_mask has shape {tuple(mask.shape)}: splatc.patch_sdpa takes padding, (batch, 1, 1, "
                           "kv_len); say all else by the pattern (causal & ...)")  # fmt: skip
     return real_keys("attn_mask", mask, kept=True).reshape(-1, mask.shape[-1])
