@@ -94,6 +94,8 @@ def _strided_views(acsr: ACSR, plain: Region, max_rows: int | None, max_cols: in
             remainder = acsr.remainder if rows.kind == "contiguous" and c == 0 else BlockBits.none()
             if mine.any() or len(remainder.rows):
                 regions.append(Region(rows, cols, table[mine], remainder))
+    if regions[0].rows.kind == "blocks":  # the first pass writes every row
+        return (plain,)
     plain_tiles = costs[plain.rows][0].sum()
     limit = MANY_TILES if by_cost.min(0).sum() * CLEARLY > plain_tiles else FEW_TILES
     return _fewest_tiles(acsr, tuple(regions), (plain,)) if plain_tiles < limit else tuple(regions)
@@ -228,14 +230,15 @@ def estimate(seen: Seen, rows: View, cols: Grid, pieces: int) -> NDArray[np.floa
 
 
 def _cheapest_set(costs: dict[View, tuple[NDArray[np.float64], Ints]], acsr: ACSR) -> tuple[View, ...]:
-    """The cheapest set of row views; the smaller of equals (contiguous is in it if bits remain)."""
+    """The cheapest set of row views; the smaller of equals. Contiguous is in it if bits remain; the first one shows
+    every row."""
     views = list(costs)
     if len(views) == 1:
         return (views[0],)
     prices: dict[tuple[int, ...], float] = {}  # of the members of the poset, smaller sets first
     for size in range(1, MAX_PASSES + 1):
         for chosen in combinations(range(len(views)), size):
-            if len(acsr.remainder.rows) and 0 not in chosen:
+            if (len(acsr.remainder.rows) and 0 not in chosen) or views[chosen[0]].kind == "blocks":
                 continue
             cheapest = np.stack([costs[views[i]][0] for i in chosen])
             best = cheapest.argmin(0)
