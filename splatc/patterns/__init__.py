@@ -21,9 +21,8 @@ from splatc.patterns.library import Strided as strided
 from splatc.patterns.library import Window as window
 from splatc.patterns.library import documents
 from splatc.patterns.matrix import Matrix, Sparse, mask
-from splatc.patterns.neighborhood import neighborhood
+from splatc.patterns.neighborhood import after, neighborhood
 from splatc.patterns.pruned import Pruned, nm
-from splatc.patterns.shifted import after
 from splatc.patterns.text import parse
 
 __all__ = [
