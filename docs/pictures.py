@@ -53,6 +53,7 @@ PATTERNS: dict[str, tuple[Any, int]] = {
     "neighborhood_clamped": (P.neighborhood((8, 8), 5, border="clamp"), N),
     "neighborhood_dilated": (P.neighborhood((8, 8), 3, dilation=2), N),
     "neighborhood_3d": (P.neighborhood((4, 4, 4), 3, causal=(True, False, False)), N),
+    "after": (P.after(4, P.neighborhood((6, 10), 3)) | P.global_rows(4) | P.global_cols(4), N),
     "block_mask": (P.block_mask(["1000", "1100", "0010", "1011"], 16), N),
     "sparse_transformer": (P.causal() & (P.window(7, 0) | P.strided(8)), N),
 }
