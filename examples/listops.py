@@ -33,10 +33,10 @@ from listops_data import Grammar, dataset
 from listops_model import MODES, Classifier, Size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch.nn.functional import cross_entropy
 
-from splatc.sparsify import SpionSchedule
+from splatc.sparsify import SpionSchedule, layer_costs
 
 WARM = 3  # steps after a start or a change that are not timed
 
@@ -68,7 +68,8 @@ SMALL = Plan(Size(length=64, layers=2, block=8), Grammar(4, 60, 4, 4), examples=
 @dataclass
 class Run:
     """One training. seconds: of each step. accuracy: (steps done, share of tests that are right). changed: the step of
-    the change to patterns; densities: shares of blocks, of each layer, since then."""
+    the change to patterns; densities: shares of blocks, of each layer, since then. costs: of attention, at the end, by
+    layer (``splatc.sparsify.costs.Costs``)."""
 
     mode: str
     losses: list[float] = field(default_factory=list)
@@ -76,6 +77,7 @@ class Run:
     accuracy: list[tuple[int, float]] = field(default_factory=list)
     changed: int | None = None
     densities: list[float] = field(default_factory=list)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: str | None = None
 
     def step_ms(self, changed: bool) -> float:
@@ -207,6 +209,12 @@ class Trainer:
         self.model.train()
         self.run.accuracy.append((len(self.run.losses), right / len(tokens)))
 
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Of each layer's attention, as it is now, on one sequence."""
+        itemsize = 2 if self.device.startswith("cuda") else 4
+        found = layer_costs(self.model, self.plan.size.length, itemsize)
+        return {name: one.to_dict() for name, one in found.items()}
+
     def _autocast(self) -> Any:
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda"))
 
@@ -238,7 +246,8 @@ def train(trainer: Trainer, data: Any, deadline: float, shown: Callable[[Run], N
 
 def table(runs: list[Run]) -> Table:
     """What each run came to."""
-    out = Table("mode", "steps", "loss", "accuracy", "changed at", "density", "ms a step", "after the change")
+    out = Table(Column("mode", no_wrap=True), "steps", "loss", "accuracy", "changed at", "density", "fewer ops",
+                "ms a step", "then", caption="fewer ops: of attention; then: after the change")  # fmt: skip
     for run in runs:
         if run.failed:
             out.add_row(run.mode, str(len(run.losses)), f"failed: {run.failed}")
@@ -246,7 +255,8 @@ def table(runs: list[Run]) -> Table:
         tail = f"{statistics.fmean(run.losses[-20:]):.3f}" if run.losses else "-"
         right = f"{run.accuracy[-1][1]:.1%}" if run.accuracy else "-"
         density = f"{statistics.fmean(run.densities):.1%}" if run.densities else "-"
-        out.add_row(run.mode, str(len(run.losses)), tail, right, str(run.changed or "-"), density,
+        fewer = f"{statistics.fmean(one['fewer_operations'] for one in run.costs.values()):.1f}x" if run.costs else "-"
+        out.add_row(run.mode, str(len(run.losses)), tail, right, str(run.changed or "-"), density, fewer,
                     f"{run.step_ms(False):.1f}", f"{run.step_ms(True):.1f}")  # fmt: skip
     return out
 
@@ -302,7 +312,9 @@ def one_run(mode: str, plan: Plan, chosen: argparse.Namespace, data: Any, deadli
         trainer = Trainer(mode, plan, chosen.device, chosen.out)
         if not chosen.fresh and trainer.resume():
             progress.console.print(f"{mode}: continued after step {len(trainer.run.losses)}")
-        return trainer.run, train(trainer, data, deadline, shown)
+        complete = train(trainer, data, deadline, shown)
+        trainer.run.costs = trainer.costs()
+        return trainer.run, complete
     except Exception as error:
         run = trainer.run if trainer else Run(mode)
         run.failed = f"{type(error).__name__}: {error}"[:300]

@@ -67,6 +67,10 @@ def test_training(listops, monkeypatch, tmp_path, capsys):
     for mode, run in runs.items():
         assert len(run["losses"]) == 8 and np.isfinite(run["losses"]).all() and run["failed"] is None
         assert [step for step, _ in run["accuracy"]] == [2, 4, 6, 8] and 1.5 < run["losses"][0] < 4
+        for cost in run["costs"].values():  # seven products for six, of what the mode attends to at the end
+            share = cost["pairs"] / cost["dense_pairs"]
+            assert cost["fewer_operations"] == pytest.approx(6 / 7 / share) and cost["dense_pairs"] == 2 * 64**2
+            assert share == 1 if mode == "dense" else share < 0.7
         assert (run["changed"] == 6 and len(run["densities"]) == 2) if "spion" in mode else run["changed"] is None
         if "spion" in mode:  # the third evaluation; equal before it
             assert run["losses"][:6] == pytest.approx(runs["dense"]["losses"][:6], abs=1e-5)
