@@ -3,6 +3,7 @@
     python examples/listops.py                    # a GPU: the published sizes, 30,000 steps a mode; hours
     python examples/listops.py --modes dense,spion-CF --steps 3000
     python examples/listops.py --small            # a CPU: short expressions, minutes
+    python examples/listops.py --speed 2048,8192  # no training: steps timed at these lengths (listops_speed.py)
 
 Data is made from the grammar (listops_data.py) once and kept in --out, as are checkpoints: a run that was cut short, by
 --budget-seconds or by hand, is continued by the same command. Figures go to listops.json, curves to listops.png, maps
@@ -27,10 +28,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import listops_speed
 import numpy as np
 import torch
 from listops_data import Grammar, dataset
-from listops_model import MODES, Classifier, Size
+from listops_model import MODES, PEERS, Classifier, Size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -130,8 +132,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), plan.rate)
         self.rate = self._one_cycle()
         self.schedule = None
-        if mode.startswith("spion-"):
-            variant = mode.removeprefix("spion-")
+        family, _, variant = mode.partition("-")
+        if family in ("spion", "flex"):
             self.schedule = SpionSchedule(
                 self.model, block=plan.size.block, quantile=plan.quantile, filter=plan.filter, variant=variant,
                 density=plan.density if variant == "C" else None, change=plan.change, on_switch=self._changed,
@@ -286,16 +288,24 @@ def draw(runs: list[Run], path: Path) -> None:
     out.savefig(path, dpi=130)
 
 
+def numbers(text: str) -> list[int]:
+    """ "2048,8192" as whole numbers."""
+    return [int(word) for word in text.split(",")]
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="2 layers, 64 tokens, 48 steps: for a CPU")
-    parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}, comma-separated")
+    parser.add_argument("--modes", default=",".join(MODES),
+                        help=f"comma-separated, by default {','.join(MODES)}; also {', '.join(PEERS)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for results")
     for name in ("steps", "batch", "evaluate", "examples", "tests", "seed"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--prune-to", choices=("-inf", "zero"), help="what pruned scores become")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="stop, and save, after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--speed", type=numbers, metavar="LENGTHS", help="time steps of untrained models instead")
+    parser.add_argument("--tokens", type=int, default=65536, help="of a batch, with --speed")
     parser.add_argument("--fresh", action="store_true", help="forget earlier checkpoints")
     return parser.parse_args()
 
@@ -325,12 +335,14 @@ def main() -> int:
     """0, or 1 if a run failed."""
     chosen = options()
     modes = [word for word in chosen.modes.split(",") if word]
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        sys.exit(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if unknown := [mode for mode in modes if mode not in (*MODES, *PEERS)]:
+        sys.exit(f"--modes: {unknown[0]!r} is none of {', '.join((*MODES, *PEERS))}")
     names = "steps", "batch", "evaluate", "examples", "tests", "seed", "prune_to"
     given = {name: getattr(chosen, name) for name in names}
     plan = replace(SMALL if chosen.small else Plan(), **{name: x for name, x in given.items() if x is not None})
     chosen.out.mkdir(parents=True, exist_ok=True)
+    if chosen.speed:
+        return listops_speed.main(plan.size, chosen.speed, chosen.tokens, chosen.device, chosen.out)
     deadline = time.monotonic() + chosen.budget_seconds
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times

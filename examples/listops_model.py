@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from listops_data import CLASSES, WORDS
+from listops_peers import Flex, Matmuls, Sdpa
 from torch import nn
 
 from splatc import patterns as P
 from splatc.sparsify import SpionAttention
 
 MODES = ("dense", "spion-C", "spion-F", "spion-CF", "spion-T", "window", "bigbird")
+PEERS = {"unfused": Matmuls, "sdpa": Sdpa, "flex-C": Flex, "flex-F": Flex, "flex-CF": Flex, "flex-T": Flex}
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ def pattern_of(mode: str, size: Size) -> P.Pattern:
 class Layer(nn.Module):
     """Attention and a hidden layer, each added to its input."""
 
-    def __init__(self, size: Size, pattern: P.Pattern, prune_to: str) -> None:
+    def __init__(self, size: Size, mode: str, prune_to: str) -> None:
         super().__init__()
-        self.attention = SpionAttention(size.width, size.heads, pattern, prune_to=prune_to)
+        kind = PEERS.get(mode, SpionAttention)
+        self.attention = kind(size.width, size.heads, pattern_of(mode, size), prune_to=prune_to)
         self.before, self.between = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
         self.hidden = nn.Sequential(nn.Linear(size.width, size.hidden), nn.GELU(), nn.Dropout(size.dropout),
                                     nn.Linear(size.hidden, size.width))  # fmt: skip
@@ -57,8 +60,7 @@ class Classifier(nn.Module):
     def __init__(self, size: Size, mode: str, prune_to: str = "-inf") -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(len(WORDS), size.width), nn.Embedding(size.length, size.width)
-        pattern = pattern_of(mode, size)
-        self.layers = nn.ModuleList([Layer(size, pattern, prune_to) for _ in range(size.layers)])
+        self.layers = nn.ModuleList([Layer(size, mode, prune_to) for _ in range(size.layers)])
         self.norm, self.out = nn.LayerNorm(size.width), nn.Linear(size.width, CLASSES)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
