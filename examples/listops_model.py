@@ -1,4 +1,4 @@
-"""The Transformer that SPION trained on ListOps: 4 layers of 64, two heads, means over positions."""
+"""The Transformer that SPION trained on the Long Range Arena: layers of 64, two heads, means over positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PEERS = {"unfused": Matmuls, "sdpa": Sdpa, "flex-C": Flex, "flex-F": Flex, "flex
 
 @dataclass(frozen=True)
 class Size:
-    """length: positions of a sequence. block: the side of blocks of every pattern."""
+    """length: positions of a sequence. block: the side of blocks of every pattern. words, classes: that a task has.
+    pairs: whether its examples are two sequences."""
 
     length: int = 2048
     layers: int = 4
@@ -27,6 +28,9 @@ class Size:
     hidden: int = 128
     dropout: float = 0.1
     block: int = 64
+    words: int = len(WORDS)
+    classes: int = CLASSES
+    pairs: bool = False
 
 
 def pattern_of(mode: str, size: Size) -> P.Pattern:
@@ -54,18 +58,25 @@ class Layer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Tokens (batch, length) to logits of classes (batch, 10). Padding takes part in attention as a word of its own, in
-    every mode, and in no mean."""
+    """Tokens (batch, length), or (batch, 2, length) for pairs, to logits of classes. Padding takes part in attention as
+    a word of its own, in every mode, and in no mean."""
 
     def __init__(self, size: Size, mode: str, prune_to: str = "-inf") -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(len(WORDS), size.width), nn.Embedding(size.length, size.width)
+        self.pairs = size.pairs
+        self.words, self.places = nn.Embedding(size.words, size.width), nn.Embedding(size.length, size.width)
         self.layers = nn.ModuleList([Layer(size, mode, prune_to) for _ in range(size.layers)])
-        self.norm, self.out = nn.LayerNorm(size.width), nn.Linear(size.width, CLASSES)
+        self.norm, self.out = nn.LayerNorm(size.width), nn.Linear(size.width * (4 if size.pairs else 1), size.classes)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not self.pairs:
+            return self.out(self._mean(tokens))
+        a, b = self._mean(tokens.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        return self.out(torch.cat([a, b, a * b, a - b], -1))
+
+    def _mean(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.words(tokens) + self.places.weight[: tokens.shape[1]]
         for layer in self.layers:
             x = layer(x)
         real = (tokens > 0)[..., None]
-        return self.out((self.norm(x) * real).sum(1) / real.sum(1))
+        return (self.norm(x) * real).sum(1) / real.sum(1).clamp_min(1)

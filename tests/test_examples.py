@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OTHERS = re.compile("show|dfss|gpt|listops")  # what examples share; those that train have tests of their own
+OTHERS = re.compile("show|dfss|gpt|listops|lra")  # what examples share; those that train have tests of their own
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if not OTHERS.search(p.stem))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
