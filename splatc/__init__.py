@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from splatc import jax as jax
     from splatc import nn as nn
     from splatc import sparsify as sparsify
+    from splatc.reordered import reorder
     from splatc.runtime.scores import SparseScores
     from splatc.runtime.unfused import sddmm, softmax, spmm
 
-__all__ = ["SparseScores", "analyze", "attention", "compile", "patterns", "sddmm", "softmax", "spmm"]
+__all__ = ["SparseScores", "analyze", "attention", "compile", "patterns", "reorder", "sddmm", "softmax", "spmm"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from splatc.runtime import unfused
 
         return getattr(unfused, name)
+    if name == "reorder":
+        from splatc.reordered import reorder
+
+        return reorder
     if name == "__version__":
         from importlib.metadata import version
 
