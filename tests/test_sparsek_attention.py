@@ -126,6 +126,7 @@ def trained(learn_scores):
         return float((out(attention(x)[:, -1]).argmax(-1) == values).double().mean())
 
 
+@pytest.mark.slow
 def test_a_module_learns_what_to_keep():
     learned, by_chance = trained(True), trained(False)
     assert learned > 0.9 and by_chance < 0.5, (learned, by_chance)
