@@ -232,6 +232,10 @@ def test_opcheck_with_terms(wanted):
     torch.library.opcheck(torch_ops.attention_backward,
                           (*plain[:3], o, lse, *grads, attend._handle, None, True, *plain[3:], *numbers),
                           test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))  # fmt: skip
+    flags = [True, False, True, False]
+    *_, dterms = torch_ops.attention_backward(*plain[:3], o, lse, *grads, attend._handle, None, True, *plain[3:],
+                                              *numbers, learning=flags)  # fmt: skip
+    assert [x.shape for x in dterms] == [x.shape for x, flag in zip(plain[3:7], flags) if flag and x is not None]
 
 
 class Biased(torch.nn.Module):  # type: ignore[name-defined,misc]

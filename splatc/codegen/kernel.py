@@ -38,7 +38,8 @@ class KernelSpec:
     tile_m, tile_n: query rows and key columns of a tile. score: what is done to scores (ir/score.py).
     gather: some column tiles are lists of keys (hopper only). role: "forward", "backward" for the functions that
     compute gradients; on Hopper, where GRADIENTS has them, also those of some of the gradients only. PRODUCTS: one of
-    the three kernels that a fused one replaces (of a softmax, head dims are 1).
+    the three kernels that a fused one replaces (of a softmax, head dims are 1). learning: the biases of ``score`` whose
+    gradients the Hopper kernel for dq sums.
     """
 
     kernel: str
@@ -51,6 +52,7 @@ class KernelSpec:
     score: Score = NO_SCORE
     gather: bool = False
     role: str = FORWARD
+    learning: Score = NO_SCORE
 
     @property
     def softcap(self) -> bool:
@@ -64,7 +66,8 @@ class KernelSpec:
             return f"{self.role}_{self.kernel}_d{self.v_head_dim}_{self.dtype}_m{self.tile_m}n{self.tile_n}"
         what = "attention" if self.role == FORWARD else f"attention_{self.role}"
         dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
-        features = "".join(f"_{name}" for name in (*self.score.names, *(("gather",) if self.gather else ())))
+        learning = (f"d{name}" for name in self.learning.names)
+        features = "".join(f"_{name}" for name in (*self.score.names, *learning, *(["gather"] if self.gather else [])))
         return f"{what}_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
 
 

@@ -218,12 +218,13 @@ class CompiledAttention:
         return (self._launcher if self._on_gpu else self._run_on_cpu)(q, k, v, scale, enable_gqa, terms)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
-                 enable_gqa: bool, terms: Terms | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
-        """(dq, dk, dv, those of what there is of ``terms.learnable``) for the gradients do of o and dlse of lse (None
-        for zeros); torch tensors, in the compiled layout."""
+                 enable_gqa: bool, terms: Terms | None = None,
+                 learning: Sequence[bool] | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+        """(dq, dk, dv, those of ``terms.learning(learning)``) for the gradients do of o and dlse of lse (None for
+        zeros); torch tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
         number = check_scale(scale, shape.head_dim)
-        dq, dk, dv, *of_terms = self.gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
+        dq, dk, dv, *of_terms = self.gradients(shape, q, k, v, o, lse, do, dlse, number, terms, learning)
         return dq, dk, dv, of_terms
 
     @cached_property

@@ -75,7 +75,8 @@ def key_fields(spec: KernelSpec) -> dict[str, Any]:
     versions = {name: _version(name, module) for name, module in (("apache-tvm", "tvm"), ("apache-tvm-ffi", "tvm_ffi"))}
     machine = f"{platform.system()}-{platform.machine()}"
     compiler = {"cuda": cuda_identity()} if spec.target.kind == "cuda" else {"cpu": cpu_identity()}
-    known = {**asdict(spec), "target": str(spec.target), "score": list(spec.score.names)}  # a step has no fields
+    names = {"score": list(spec.score.names), "learning": list(spec.learning.names)}  # a step has no fields
+    known = {**asdict(spec), "target": str(spec.target), **names}
     return {**known, "codegen": source_fingerprint(), **versions, **compiler, "python": platform.python_version(),
             "machine": machine}  # fmt: skip
 
