@@ -15,7 +15,7 @@ from splatc import patterns as P
 from splatc.codegen.build import device_source, emit
 from splatc.codegen.costs import Costs
 from splatc.codegen.emitted import parse_signatures
-from splatc.codegen.hopper.backward.bias_sums import DISTANCE_BITS
+from splatc.codegen.hopper.backward.shape import DISTANCE_BITS
 from splatc.codegen.kernel import KernelSpec, gradient_spec, kernel_spec, two_walks
 from splatc.codegen.target import Target
 from splatc.compile import best_plan, make_plan

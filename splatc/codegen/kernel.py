@@ -16,6 +16,7 @@ FORWARD, BACKWARD = "forward", "backward"
 ROWS, COLUMNS = "backward_rows", "backward_columns"  # a kernel each for dq, and for dk and dv
 DV_ALONE, DK_ALONE = "backward_values", "backward_keys"  # a kernel each for dv and for dk
 GRADIENTS = {BACKWARD: ("dq", "dk", "dv"), ROWS: ("dq",), COLUMNS: ("dk", "dv"), DV_ALONE: ("dv",), DK_ALONE: ("dk",)}
+DQ_FUNCTION, DKV_FUNCTION = "splatc_gradient_dq", "splatc_gradient_dkv"  # of the portable kernel for gradients
 SDDMM, SOFTMAX, SPMM = "sddmm", "softmax", "spmm"  # unfused: a kernel each, over values in ACSR order
 PRODUCTS = SDDMM, SOFTMAX, SPMM
 SDDMM_FUNCTION, SOFTMAX_FUNCTION, SPMM_FUNCTION = (f"splatc_{role}" for role in PRODUCTS)
@@ -141,13 +142,17 @@ def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target, allow
 
 def no_gradients(spec: KernelSpec) -> str | None:
     """Why there is no kernel for the gradients of a kernel, None if there is one."""
-    if spec.kernel == "portable":
-        return "on GPUs gradients need the Hopper kernel (sm_90a, head dims that are multiples of 8, 16-bit types)"
     if spec.kernel == "hopper" and spec.score.pruning is not None:
         return f"on a GPU there are none of {spec.score.pruning}"
-    if spec.kernel == "hopper" and spec.dtype == "float32":
-        return "on a GPU gradients are computed in float16 and bfloat16, not in float32"
+    others = [name for name in spec.score.names if name != "softcap"]
+    if spec.kernel == "hopper" and spec.dtype == "float32" and others:
+        return f"on a GPU gradients in float32 are computed by the portable kernel, which has no {', '.join(others)}"
     return None
+
+
+def by_tensor_cores(spec: KernelSpec) -> bool:
+    """Whether the gradients of a kernel are: those of tf32 are left to the portable kernel."""
+    return spec.kernel == "hopper" and spec.dtype != "float32"
 
 
 def gradient_spec(spec: KernelSpec) -> KernelSpec:
@@ -157,8 +162,9 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
     """
     if (why := no_gradients(spec)) is not None:
         raise Unsupported(why)
-    if spec.kernel != "hopper":
-        return replace(spec, role=BACKWARD)
+    if not by_tensor_cores(spec):
+        kernel, (tile_m, tile_n) = "cpu" if spec.kernel == "cpu" else "portable", TILE
+        return replace(spec, kernel=kernel, role=BACKWARD, tile_m=tile_m, tile_n=tile_n, gather=False)
     score = replace(spec.score, sinks=False)  # LSE has them
     many = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
     gradient = replace(spec, role=BACKWARD, score=score, tile_m=128, gather=False)
@@ -181,14 +187,14 @@ def two_walks(spec: KernelSpec) -> tuple[KernelSpec, ...]:
 def gradient_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
     """All kernels that the gradients of a kernel may be computed by."""
     one = () if only_two_walks(spec) else (gradient_spec(spec),)
-    return (*one, *(two_walks(spec) if spec.kernel == "hopper" else ()))
+    return (*one, *(two_walks(spec) if by_tensor_cores(spec) else ()))
 
 
 def only_two_walks(spec: KernelSpec) -> bool:
     """Whether gradients take two walks whatever they cost: dQ in sums leaves no registers for biases and dropout, nor
     for wide heads."""
     widest = max(spec.head_dim, spec.v_head_dim)
-    return spec.kernel == "hopper" and (spec.score.positional or widest > WIDEST_IN_ONE_WALK)
+    return by_tensor_cores(spec) and (spec.score.positional or widest > WIDEST_IN_ONE_WALK)
 
 
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:

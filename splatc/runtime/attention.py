@@ -40,6 +40,7 @@ from splatc.runtime.work import work_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from splatc.runtime.gradients_portable import PortableGradients
     from splatc.runtime.scores import SparseScores
 
 ALL = slice(None)
@@ -100,7 +101,7 @@ class CompiledAttention:
     """
 
     def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0,
-                 gradients: Callable[[Planner], Gradients | GpuGradients] | None = None,
+                 gradients: Callable[[Planner], Gradients | GpuGradients | PortableGradients] | None = None,
                  refused: str | None = None) -> None:  # fmt: skip
         """cap: the softcap of scores, 0 for none. gradients(planner of the mask): called at the first backward pass.
         refused: why it must not be, None where there are gradients."""
@@ -228,7 +229,7 @@ class CompiledAttention:
         return dq, dk, dv, of_terms
 
     @cached_property
-    def gradients(self) -> Gradients | GpuGradients:
+    def gradients(self) -> Gradients | GpuGradients | PortableGradients:
         """What computes gradients; Unsupported where nothing does."""
         if self._make_gradients is None:
             raise Unsupported(f"{self._refused}: {DETACH}")

@@ -18,7 +18,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from splatc.codegen.hopper.backward.bias_sums import DISTANCE_BITS
+from splatc.codegen.hopper.backward.shape import DISTANCE_BITS
 from splatc.ir.terms import Terms
 from splatc.runtime.tensors import Shape
 

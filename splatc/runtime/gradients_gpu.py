@@ -297,8 +297,10 @@ class GradientCall:
         self._sizes = {name: (*contiguous(*shape), getattr(torch, dtype)) for name, (dtype, shape) in sizes.items()
                        if math.prod(shape)}  # fmt: skip
         self._lock = threading.Lock()
-        self._bounds = {name: self._bound(name, steps) for name in (*INPUTS, *RESULTS, *SCRATCH)}
-        self._queues = [slot for step in steps if (slot := step.arguments.slot(step.holders["queue"])) is not None]
+        names = dict.fromkeys(name for step in steps for name in step.holders if name != "queue")
+        self._bounds = {name: self._bound(name, steps) for name in names}
+        queues = [step.arguments.slot(step.holders["queue"]) for step in steps if "queue" in step.holders]
+        self._queues = [slot for slot in queues if slot is not None]
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._terms = Slots(steps, (*ABSENT, *ABSENT_SUMS))
         self._configs = [config_of(step) for step in steps]
@@ -306,7 +308,7 @@ class GradientCall:
         self._starts = [start_of(config, step) for config, step in zip(self._configs, steps, strict=True)]
 
     def _bound(self, name: str, steps: list[Step]) -> Bound:
-        slots = [step.arguments.slot(step.holders[name]) for step in steps]
+        slots = [step.arguments.slot(step.holders[name]) for step in steps if name in step.holders]
         maps = [one for step in steps for one in step.arguments.maps.values() if one.tensor == name]
         return Bound(self._gpu.driver, slots, maps, -1)
 

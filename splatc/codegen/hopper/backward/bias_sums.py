@@ -19,13 +19,12 @@ from tvm.script import tirx as T
 
 from splatc.codegen.cuda_parts import from_lane
 from splatc.codegen.hopper.backward.scores import RowScores
+from splatc.codegen.hopper.backward.shape import DISTANCE_BITS
 from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
 from splatc.codegen.hopper.terms import Key, Query, TermEmitter
 from splatc.ir.score import Alibi, BlockBias, RelativeBias, Score
-
-DISTANCE_BITS = 24  # of a fraction of a mean distance
 
 
 class SumArguments:

@@ -17,6 +17,7 @@ STAGES = 2  # of Q, dO and dS
 SUM_CHUNK = ROW_BYTES // 4  # columns of a 128-byte row of int32 sums
 STATISTICS = 4  # 32-bit words of a query; what they are: rows.py
 STATISTICS_BYTES = 4 * STATISTICS
+DISTANCE_BITS = 24  # of the fraction of a mean distance, as sums of biases have it
 
 # Of the kernels over rows (rows.py):
 THREADS = 256
