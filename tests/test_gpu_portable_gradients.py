@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+import splatc
+from splatc import oracle
 from splatc import patterns as P
+from splatc.ir.terms import Terms
 
 torch = pytest.importorskip("torch")
 
 from tests.dense_gradients import dense_gradients  # noqa: E402  (it imports torch)
 from tests.gpu_gradients import (  # noqa: E402  (it imports torch)
+    DEVICE,
     LONG_ROWS,
     MIXED,
     WINDOW,
@@ -61,6 +65,19 @@ def test_sizes_and_heads(kind: str) -> None:
     check(kind, MIXED, 1001, 1001, heads=4, kv_heads=1)
     check(kind, P.per_head([MIXED, P.full(), P.strided(7), MIXED]), 200, 200, heads=4, kv_heads=2)
     check(kind, WINDOW, 200, 200, softcap=2.0)
+
+
+def test_sinks() -> None:
+    """After a forward pass in tf32, which is the one that has them."""
+    q, k, v, do = draw(300, 300, 64, "float32")
+    sinks = torch.tensor([0.5, 2.0], device=DEVICE, requires_grad=True)
+    a, b, c = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    got = torch.autograd.grad(splatc.attention(a, b, c, WINDOW, sinks=sinks), [*leaves, sinks], do)
+    arrays = [x.detach().double().cpu().numpy() for x in (q, k, v, do, sinks)]
+    mask = mask_of(WINDOW, 2, 300, 300).cpu().numpy()
+    wanted = oracle.gradients(arrays[0], arrays[1], arrays[2], mask, arrays[3], terms=Terms(sinks=arrays[4]))
+    for x, y in zip(got, wanted, strict=True):
+        assert oracle.relative_error(x.double().cpu().numpy(), y) < BOUND["tf32"]
 
 
 def test_layout_and_a_long_sequence() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from splatc import oracle
 from splatc import patterns as P
 from splatc.codegen.build import build, cuda_source
 from splatc.codegen.cuda_backward import gradients_cuda
@@ -20,6 +21,7 @@ from splatc.codegen.toolchain import find_compiler
 from splatc.compile import make_plan
 from splatc.errors import Unsupported
 from splatc.ir.score import score_of
+from splatc.ir.terms import Terms
 from splatc.patterns.heads import heads_of
 from splatc.runtime.gradients_portable import PortableGradients
 from splatc.runtime.kernel import Kernel
@@ -154,6 +156,21 @@ def test_batch_and_grouped_heads(machine: Machine, layout: str) -> None:
     launched = [(name, values["merge"], values.get("member")) for name, _, values in machine.driver.launched][-6:]
     assert [one for one in launched if "dq" in one[0]] == [("splatc_gradient_dq_kernel", i, None) for i in (0, 1)]
     assert [one[1:] for one in launched if "dkv" in one[0]] == [(0, 0), (1, 0), (1, 1), (1, 1)]
+
+
+def test_sinks(machine: Machine) -> None:
+    """They are in LSE; their gradient needs no kernel."""
+    q, k, v, do = (torch.randn(1, 2, 100, dim, generator=torch.Generator().manual_seed(0)) for dim in (D, D, DV, DV))
+    sinks, dense = torch.tensor([0.5, 2.0]), P.window(30, 10).dense(100)
+    terms, q64, k64, v64, do64 = (x.double().numpy() for x in (sinks, q, k, v, do))
+    o, lse = oracle.attention(q64, k64, v64, dense, terms=Terms(sinks=terms))
+    wanted = oracle.gradients(q64, k64, v64, dense, do64, terms=Terms(sinks=terms))
+    shape = Shape(1, 2, 2, 100, 100, D, DV, "float32", "cuda:0")
+    gradients = machine.gradients(P.window(30, 10), "bhsd", 0.0)
+    given = shape, q, k, v, torch.from_numpy(o).float(), torch.from_numpy(lse).float(), do, None, D**-0.5
+    for x, y in zip(gradients(*given, Terms(sinks=sinks)), wanted, strict=True):
+        assert oracle.relative_error(x.double().numpy(), y) < 1e-5
+    assert len(gradients(*given, Terms(sinks=sinks), [False] * 4)) == 3
 
 
 def test_a_pattern_for_each_head(machine: Machine) -> None:

@@ -194,9 +194,9 @@ def test_copies_of_a_module_share_the_mask():
 
 
 def test_what_has_no_gradients_on_a_gpu_says_so():
-    attend = splatc.compile(PATTERN, seq_len=150, target="sm_90a", dtype="float32", head_dim=64, sinks=True)
-    with pytest.raises(Unsupported, match=r"gradients in float32 .* has no sinks"):
-        attend(*learnable(d=64), sinks=torch.zeros(2))
+    attend = splatc.compile(PATTERN, seq_len=150, target="sm_90a", dtype="float32", head_dim=64, alibi=True)
+    with pytest.raises(Unsupported, match=r"gradients in float32 .* has no alibi"):
+        attend(*learnable(d=64), alibi_slopes=torch.zeros(2))
 
 
 # -- with biases, sinks and dropout ------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def no_gradients(spec: KernelSpec) -> str | None:
     """Why there is no kernel for the gradients of a kernel, None if there is one."""
     if spec.kernel == "hopper" and spec.score.pruning is not None:
         return f"on a GPU there are none of {spec.score.pruning}"
-    others = [name for name in spec.score.names if name != "softcap"]
+    others = [name for name in spec.score.names if name not in ("softcap", "sinks")]
     if spec.kernel == "hopper" and spec.dtype == "float32" and others:
         return f"on a GPU gradients in float32 are computed by the portable kernel, which has no {', '.join(others)}"
     return None
@@ -162,10 +162,12 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
     """
     if (why := no_gradients(spec)) is not None:
         raise Unsupported(why)
-    if not by_tensor_cores(spec):
-        kernel, (tile_m, tile_n) = "cpu" if spec.kernel == "cpu" else "portable", TILE
-        return replace(spec, kernel=kernel, role=BACKWARD, tile_m=tile_m, tile_n=tile_n, gather=False)
+    if spec.kernel == "cpu":
+        return replace(spec, role=BACKWARD)
     score = replace(spec.score, sinks=False)  # LSE has them
+    if not by_tensor_cores(spec):
+        tile_m, tile_n = TILE
+        return replace(spec, kernel="portable", role=BACKWARD, score=score, tile_m=tile_m, tile_n=tile_n, gather=False)
     many = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
     gradient = replace(spec, role=BACKWARD, score=score, tile_m=128, gather=False)
     return replace(gradient, tile_n=32 if _smallest_tiles(gradient) else 128 if many else 64)

@@ -192,7 +192,7 @@ class CompiledAttention:
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
         v_head_dim, and with return_lse also lse (batch, heads, q_len), natural log, float32 (for float64: float64). A
         row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. Both
-        are differentiable, but for biases, sinks and dropout in float32 on a GPU, and for pruning there. options:
+        are differentiable, but for biases and dropout in float32 on a GPU, and for pruning there. options:
         alibi_slopes, relative_bias, block_bias, block_size, sinks, bias_align, dropout_p and seed, where this was
         compiled for them: see ``splatc.runtime.terms.TermOptions``. Raises InvalidInput for tensors that do not fit.
         """

@@ -64,7 +64,7 @@ class BiasGradients:
                 wrong = bad.view(-1, *[1] * (sums.ndim - 1))
                 found.append(value.masked_fill(wrong, math.nan).float())
         if self._sinks_learn:
-            found.append(_of_sinks(self._sinks, lse, delta))
+            found.append(of_sinks(self._sinks, lse, delta))
         return found
 
     def _of_rounding(self, lse: Any, delta: Any) -> Any:
@@ -85,7 +85,7 @@ def without_pairs(terms: Terms, learning: Collection[str], lse: Any, dlse: Any) 
     import torch
 
     biases = [torch.zeros_like(getattr(terms, name)) for name in learning if name != "sinks"]
-    return biases + ([_of_sinks(terms.sinks.detach(), lse, -dlse)] if "sinks" in learning else [])
+    return biases + ([of_sinks(terms.sinks.detach(), lse, -dlse)] if "sinks" in learning else [])
 
 
 def _powers(terms: Terms, shape: Shape, do: Any, v: Any, dlse: Any) -> Any:
@@ -101,8 +101,8 @@ def _powers(terms: Terms, shape: Shape, do: Any, v: Any, dlse: Any) -> Any:
     return torch.exp2(torch.stack([exponent, exponent - distance]).clamp(-MOST, MOST))
 
 
-def _of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
-    """-delta times the share of a sink in its rows."""
+def of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
+    """Of sinks (heads,), -delta times their share in the rows. lse, delta: (batch, heads, q_len)."""
     return -(_share(sinks, lse) * delta).sum((0, 2)).to(sinks.dtype)
 
 

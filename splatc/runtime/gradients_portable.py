@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.kernel import DKV_FUNCTION as DKV
 from splatc.codegen.kernel import DQ_FUNCTION as DQ
-from splatc.ir.terms import Terms
+from splatc.ir.terms import NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Function
+from splatc.runtime.bias_gradients import of_sinks, without_pairs
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step
 from splatc.runtime.gradients_gpu import GradientCall
@@ -50,15 +51,19 @@ class PortableGradients:
     def __call__(self, shape: Shape, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any,
                  scale: float, terms: Terms | None = None,
                  learning: Sequence[bool] | None = None) -> tuple[Any, ...]:  # fmt: skip
-        """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse.
+        """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse; then those
+        of ``terms.learning(learning)``, of terms that have nothing but sinks.
 
         All but lse and dlse (None for zeros), (batch, heads, q_len), are in the compiled layout; so are the results,
-        contiguous and of the dtype of q. There are no terms: such kernels have none.
+        contiguous and of the dtype of q.
         """
         import torch
 
+        terms = terms or NO_TERMS
+        wanted = terms.learning(learning)
         if not (shape.q_len and shape.kv_len):
-            return tuple(torch.zeros_like(x) for x in (q, k, v))
+            no_dlse = torch.zeros_like(lse) if dlse is None else dlse.detach()
+            return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms, wanted, lse.detach(), no_dlse)
         q, k, v, o, do = (last_axis_contiguous(to_bhsd(x.detach().to(q.dtype), self._layout)) for x in (q, k, v, o, do))
         delta = (do.float() * o.float()).sum(-1)
         if dlse is not None:
@@ -69,7 +74,8 @@ class PortableGradients:
             layouts = {name: layout_of(tensors[name]) for name in ("q", "k", "v", "do")}
             remember(self._ready, key, self._prepare(shape, layouts, q.device.index))
         made = self._ready[key]({name: x.data_ptr() for name, x in tensors.items()}, scale)
-        return tuple(made[name].to(q.dtype) for name in ("dq", "dk", "dv"))
+        sinks = [of_sinks(terms.sinks.detach(), tensors["lse"], tensors["delta"])] if "sinks" in wanted else []
+        return *(made[name].to(q.dtype) for name in ("dq", "dk", "dv")), *sinks
 
     def _prepare(self, shape: Shape, layouts: dict[str, Layout], device: int) -> GradientCall:
         on = self._find_gpu(device)
