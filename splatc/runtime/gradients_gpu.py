@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,6 @@ from splatc.runtime.tensor_map import ALIGNMENT, Layout, geometry, sub_box, unsw
 from splatc.runtime.tensors import Shape, to_bhsd
 from splatc.runtime.term_values import ABSENT, Slots, term_values
 
-_calls = itertools.count(1)  # what a flag is raised to: memory that was used before holds other numbers
 INPUTS = ("q", "k", "v", "o", "do", "lse", "dlse")
 RESULTS = ("dq", "dk", "dv")
 SCRATCH = ("sums", "statistics", "bounds", "part_q", "part_k", "part_v")
@@ -75,8 +73,7 @@ class GpuGradients:
             return made["dq"], made["dk"], made["dv"]
         biases = BiasGradients(terms, wanted, shape, tensors["do"], tensors["v"], dlse)
         made = run(addresses, scale, {**term_values(terms), **biases.values})
-        log2, delta = made["statistics"][:-1, :2].unbind(1)  # (rows,)
-        delta = delta.masked_fill(log2.isnan(), math.nan).view(lse.shape)
+        delta = made["statistics"].view(*lse.shape, STATISTICS)[..., 1]
         return made["dq"], made["dk"], made["dv"], *biases.results(lse, delta)
 
     def _zeros(self, lse: Any) -> Any:
@@ -175,7 +172,7 @@ class Preparation:
             "dq": result(s.batch, s.heads, s.q_len, dim=s.head_dim),
             "dk": result(s.batch, s.kv_heads, s.kv_len, dim=s.head_dim),
             "dv": result(s.batch, s.kv_heads, s.kv_len, dim=s.v_head_dim),
-            "statistics": ("float32", (s.batch * s.heads * s.q_len + 1, STATISTICS)),  # and the flag
+            "statistics": ("float32", (s.batch * s.heads * s.q_len, STATISTICS)),
             **(sums if self.way.rows is None else {}), "part_q": (dtype, (row_parts, s.head_dim)),
             "part_k": (dtype, (column_parts, s.head_dim)), "part_v": (dtype, (column_parts, s.v_head_dim)),
         }  # fmt: skip
@@ -232,7 +229,6 @@ class Preparation:
         common: dict[str, float] = {
             "blocks": blocks, "heads": s.heads, "kv_heads": s.kv_heads, "group": s.heads // s.kv_heads,
             "q_len": s.q_len, "kv_len": s.kv_len, "bound_blocks": self.bound_blocks, "scale": 0.0, "cap": self.cap,
-            "rows_in_all": s.batch * s.heads * s.q_len, "call": 0,
             **ABSENT, **ABSENT_SUMS, **dict.fromkeys(holders.values(), 0),
         }  # fmt: skip
         for name, one in self._all_layouts().items():
@@ -306,7 +302,6 @@ class GradientCall:
         queues = [step.arguments.slot(step.holders["queue"]) for step in steps if "queue" in step.holders]
         self._queues = [slot for slot in queues if slot is not None]
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
-        self._numbers = [slot for step in steps if (slot := step.arguments.slot("call")) is not None]
         self._terms = Slots(steps, (*ABSENT, *ABSENT_SUMS))
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of
@@ -335,9 +330,6 @@ class GradientCall:
                     slot.value = scale
                 for slot in self._queues:  # one each: two walks may run at the same time
                     slot.value = on.queue_slots.take(captured)
-                number = next(_calls) % 2**31
-                for slot in self._numbers:
-                    slot.value = number
                 if terms is not None:
                     self._terms.fill(terms)
                 for config in self._configs:

@@ -41,14 +41,12 @@ class Arguments:
         self.total, self.blocks, self.group, self.member, self.members, self.merge = map(int_arg, names)
         if not s.makes("dq"):
             self.follow = int_arg("follow")
-        self.rows_in_all, self.call = int_arg("rows_in_all"), int_arg("call")  # where and what the flag is (rows.py)
         self.scale = I.arg("scale", I.float32())
         self.cap = I.arg("cap", I.float32())
         self.work = table("work", "int32", MESSAGE)
         self.entries = table("entries", "int32", 8)
         self.bits = table("bits", "uint32", s.bits_bytes // 4)
         self.counter = table("queue", "int32", 1)
-        self.all_statistics = table("statistics", "float32", 1)
         self.terms = TermArguments(s.score, table)
         if s.positional:
             self.positions = table("positions", "int32", KEYS)

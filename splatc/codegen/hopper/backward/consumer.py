@@ -12,9 +12,8 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.backward.block import Block
 from splatc.codegen.hopper.backward.products import Products
-from splatc.codegen.hopper.backward.rows import flag_raised, is_finite
-from splatc.codegen.hopper.backward.scores import LSE, QuerySums, Scores, ValueScores
-from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS
+from splatc.codegen.hopper.backward.scores import QuerySums, Scores, ValueScores
+from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MESSAGE, PART, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import (
     Maps,
@@ -55,9 +54,6 @@ class Consumer(Warpgroup):
     """A warpgroup that computes dK and dV of 64 keys of every column tile, by four products of each of its tiles of
     queries; or dK alone, by three.
 
-    Where a query's dO or O is not finite, P and dS are NaN for its pairs, which is right, and its row of dO must be 0:
-    0 times NaN, in products over a tile, would reach keys that it does not attend to.
-
     ptxas wants no product in flight at the end of the loop, so a pass of it begins with the products of one tile and
     ends with the scores of the next.
     """
@@ -72,7 +68,6 @@ class Consumer(Warpgroup):
         self.results = {name: registers(name, count) for name, count in self.counts.items()}
         self.bits = registers("mask", s.bit_words, "uint32")
         self.enter_rings()
-        self.flagged = let("flagged", flag_raised(self.a.all_statistics, self.a.rows_in_all, self.a.call))
         self.old_phase = Cell("old_phase", 0)
         if s.key_stages > 1:
             self.unreleased = Cell("unreleased", 0)  # whether the last column tile's places are still stored from
@@ -143,24 +138,7 @@ class Consumer(Warpgroup):
 
     def ask_score_gradients(self) -> None:
         self.block.do_ring.wait_full(self.at)
-        with when(self.flagged):
-            self.clear_output_gradients()
         self.products.score_gradients(self.scores.dp, self.block.slot(self.keys_at), self.at.stage())
-
-    def clear_output_gradients(self) -> None:
-        """dO = 0 in those rows of the stage, which is full, whose LSE is no number. Both warpgroups do it, each before
-        its own products."""
-        b, s, stage = self.block, self.s, self.at.stage()
-        thread = b.warp * 32 + b.lane
-        query, first = thread % s.n, thread // s.n  # where there are fewer queries than threads, they share the chunks
-        base = let("bad_row", stage * (s.do_bytes // s.item_bytes) + query * chunk(s.dtype))
-        with when(T.Not(is_finite(b.statistics[(stage * s.n + query) * STATISTICS + LSE]))):
-            with loop(T.truncdiv(s.dv_chunks - first + 128 // s.n - 1, 128 // s.n)) as i:
-                at = let("bad_chunk", base + (first + i * (128 // s.n)) * (s.n * chunk(s.dtype)))
-                for word in range(0, chunk(s.dtype), 8):
-                    do(T.ptx["st.shared.v4.b32"](b.do.ptr_to([at + word]), *[T.uint32(0)] * 4))
-        do(T.ptx.fence.proxy.async_.shared__cta())
-        self.own_barrier()
 
     def take_scores(self) -> None:
         """Probabilities, masked; then dP has arrived too."""
@@ -201,19 +179,12 @@ class Consumer(Warpgroup):
         self.used = stage = let("used", self.at.stage())
         if self.s.makes("dv"):
             self.products.value_gradients(self.results["dv"], self.scores.p, stage)
-        self.take_score_gradients(stage)
+        self.scores.gradients(stage)
         self.products.key_gradients(self.results["dk"], self.scores.ds, stage)
         if self.s.makes("dv"):
             wait_products(1)  # frees the registers of P: without that, ptxas finds too few for the next scores
             self.take_result("dv")
         self.block.do_ring.release(stage, only=T.EQ(self.block.lane, 0))
-
-    def take_score_gradients(self, stage: Expr) -> None:
-        """dS; a masked pair's is 0 times dP, and dP of a key whose V is not finite is not either."""
-        self.scores.gradients(stage)
-        with when(T.And(self.flagged, self.block.masked[stage] != 0)):
-            self.read_bits_of(stage, self.bits)
-            self.scores.mask_gradients(self.bits)
 
     def settle(self, before: Expr, pending: int) -> None:
         """Wait for what ``use`` has left under way; ``pending`` products were started after it."""
@@ -342,9 +313,6 @@ class ValuesConsumer(Consumer):
 
     def leave_queries(self) -> None:
         """Q of a tile is done with, and what was read beside it."""
-        with when(self.flagged):
-            self.block.do_ring.wait_full(self.at)
-            self.clear_output_gradients()
         do(T.cuda.warp_sync())
         self.block.q_ring.release(self.at.stage(), only=T.EQ(self.block.lane, 0))
 
@@ -376,7 +344,7 @@ class SummingConsumer(Consumer):
         """dV, dK and, for the tile ``before`` (if there is one), dQ, which stays in flight."""
         b, stage = self.block, self.at.stage()
         self.products.value_gradients(self.results["dv"], self.scores.p, stage)
-        self.take_score_gradients(stage)
+        self.scores.gradients(stage)
         b.ds_ring.wait_empty(self.ds_at)
         self.scores.stage_gradients(b.ds, self.ds_at.stage(), self.me * WARPGROUP_ROWS + b.warp * 16, b.lane)
         do(T.ptx.fence.proxy.async_.shared__cta())

@@ -14,10 +14,8 @@ that keeps the sum below 2^30:
 
     |dQ_id| <= sum_j P_ij (|dP_ij| + |delta_i|) |K_jd| <= (|dO_i| max_j |V_j| + |delta_i|) max |K|
 
-delta = rowsum(dO * O) - dLSE. Where it is no finite number, because dO or O has none there, scale out is NaN, and so
-is the row of dQ: integers know no NaN. Such a row's LSE becomes NaN and its delta 0, so that P and dS are NaN for its
-pairs and 0 for those that are masked; and a flag is raised, behind the statistics: the number of the call. Then kernels
-over columns look for such rows and take their dO for 0 (consumer.py).
+delta = rowsum(dO * O) - dLSE. Where delta is no finite number, scale out is NaN, and so is the row of dQ: integers
+know no NaN.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -205,12 +203,11 @@ def prepare_rows(s: Shape):
     def declare() -> dict[str, Expr]:
         tensors = {"o": Rows("o", s.dtype, s.dv), "do_": Rows("do", s.dtype, s.dv)}
         arrays = {name: array(name, "float32") for name in ("lse", "dlse", "bounds", "statistics")}
-        numbers = ints("heads", "group", "q_len", "blocks_a_head", "bound_blocks", "rows_in_all", "call")
+        numbers = ints("heads", "group", "q_len", "blocks_a_head", "bound_blocks")
         return {**tensors, **arrays, "sums": array("sums", "int32"), **numbers, "scale": I.arg("scale", I.float32())}
 
     def body(block, thread, o, do_, lse, dlse, bounds, statistics, sums, heads, group, q_len, blocks_a_head,
-             bound_blocks, rows_in_all, call, scale):  # fmt: skip
-        flag = rows_in_all, call
+             bound_blocks, scale):  # fmt: skip
         place = Place(block, thread, blocks_a_head, heads, dim)
         words, first = load_outputs(place, o, do_, q_len)
         largest = HeadBounds(bounds, place, heads, group, bound_blocks)
@@ -236,8 +233,10 @@ def prepare_rows(s: Shape):
                     delta = let("delta", dots[0] - dlse[row])
                     bound = let("bound", (T.sqrt(squares[0]) * largest.norm + T.abs(delta)) * largest.entry)
                     scale_in = let("scale_in", power_below(bound))
+                    log2 = log2_of(lse[row])
+                    at = row * STATISTICS
                     out = T.if_then_else(is_finite(delta), scale / scale_in, T.reinterpret("float32", NAN))
-                    write_statistics(statistics, row, lse, delta, scale_in, out, flag)
+                    do(T.ptx["st.global.v4.f32"](statistics.ptr_to([at]), log2, delta, scale_in, out))
                 for half in range(2):
                     column = place.column + half * WORDS
                     with when(column < s.d):
@@ -265,23 +264,6 @@ def load_two(words: Expr, place: Place, first: Expr, tensors: tuple[Rows, Rows],
             load_words(words, (2 * p + i) * WORDS, at, inside)
 
 
-def write_statistics(statistics: Expr, row: Expr, lse: Expr, delta: Expr, word2: Expr, word3: Expr,
-                     flag: tuple[Expr, Expr]) -> None:  # fmt: skip
-    """A query's, of which delta may be no finite number. flag: (rows in all, number of the call)."""
-    good = let("good", is_finite(delta))
-    log2 = T.if_then_else(good, log2_of(lse[row]), T.reinterpret("float32", NAN))
-    at = statistics.ptr_to([row * STATISTICS])
-    do(T.ptx["st.global.v4.f32"](at, log2, T.if_then_else(good, delta, T.float32(0.0)), word2, word3))
-    with when(T.Not(good)):
-        rows, call = flag
-        store(statistics, wide(rows) * STATISTICS, T.reinterpret("float32", call))
-
-
-def flag_raised(statistics: Expr, rows: Expr, call: Expr) -> Expr:
-    """Whether this call's ``prepare`` has met a row whose delta is no finite number."""
-    return T.EQ(T.reinterpret("int32", statistics[wide(rows) * STATISTICS]), call)
-
-
 def log2_of(lse: Expr) -> Expr:
     """LSE in the log2 domain; of a row that attends to nothing, whose scores are masked, any number will do."""
     value = let("row_lse", lse)
@@ -296,9 +278,9 @@ def prepare_statistics(s: RowShape):
         tensors = {"o": Rows("o", s.dtype, s.dv), "do_": Rows("do", s.dtype, s.dv)}
         arrays = {name: array(name, "float32") for name in ("lse", "dlse", "statistics")}
         seed = {"seed": array("seed", "uint32")} if s.score.dropout else {}
-        return {**tensors, **arrays, **seed, **ints("heads", "q_len", "blocks_a_head", "rows_in_all", "call")}
+        return {**tensors, **arrays, **seed, **ints("heads", "q_len", "blocks_a_head")}
 
-    def body(block, thread, o, do_, lse, dlse, statistics, heads, q_len, blocks_a_head, rows_in_all, call, seed=None):
+    def body(block, thread, o, do_, lse, dlse, statistics, heads, q_len, blocks_a_head, seed=None):
         place = Place(block, thread, blocks_a_head, heads, dim)
         words, first = load_outputs(place, o, do_, q_len)
         dots = registers("dots", 1)
@@ -312,13 +294,12 @@ def prepare_statistics(s: RowShape):
             sum_of_lanes(dots, place.lanes)
             with when(T.And(position < q_len, place.leads)):
                 row = let("row", wide(place.pair) * wide(q_len) + wide(position))
-                word, place_of = T.float32(0.0), T.float32(0.0)
+                at, word, place_of = statistics.ptr_to([row * STATISTICS]), T.float32(0.0), T.float32(0.0)
                 if s.positional:
                     place_of = T.reinterpret("float32", position)
                 if seed is not None:
                     word = T.reinterpret("float32", query_word(seed, position, place.head, place.batch))
-                delta = let("delta", dots[0] - dlse[row])
-                write_statistics(statistics, row, lse, delta, word, place_of, (rows_in_all, call))
+                do(T.ptx["st.global.v4.f32"](at, log2_of(lse[row]), dots[0] - dlse[row], word, place_of))
 
     return kernel(PREPARE, declare, body)
 

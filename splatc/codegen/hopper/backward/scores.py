@@ -113,10 +113,6 @@ class Scores:
                 store(self._pair, c, p[c] * (dp - delta))
             self._pack(self.ds, word, self._pair[0], self._pair[1])
 
-    def mask_gradients(self, bits: Expr) -> None:
-        """ds = 0 where the register's bit is clear."""
-        mask_words(self.ds, self.words, bits)
-
     def stage_gradients(self, target: Expr, stage: Expr, first_row: Expr, lane: Expr) -> None:
         """Write ds to its stage: 64 queries side by side in a swizzled row of a key, one block after another."""
         width = chunk(self._s.dtype)
