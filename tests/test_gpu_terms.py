@@ -22,6 +22,7 @@ MASKS = {
 }  # fmt: skip
 EVERYTHING = "alibi", "relative", "block", "sinks", "dropout"
 CASES = [(one,) for one in EVERYTHING] + [EVERYTHING, ("alibi", "dropout"), ("block", "sinks")]
+SLOPES = 3e-2  # one number a head, of which much cancels
 BOUND = {"bfloat16": 1e-2, "float16": 5e-3, "float32": 2e-3}
 
 
@@ -162,7 +163,8 @@ def check_gradients(pattern: Any, q_len: int, kv_len: int, dim: int, dtype: str,
     assert len(got) == len(want)
     for name, x, wanted in zip(("dq", "dk", "dv", *tensors), got, want, strict=True):
         assert torch.isfinite(x).all(), name
-        assert oracle.relative_error(x.double().cpu().numpy(), wanted) < 1e-2, name
+        bound = SLOPES if name == "alibi_slopes" else 1e-2
+        assert oracle.relative_error(x.double().cpu().numpy(), wanted) < bound, name
     return list(got)
 
 
@@ -216,7 +218,7 @@ def test_a_part_of_the_terms_may_learn(learning: tuple[str, ...]) -> None:
     of_terms = {"alibi_slopes": slopes, "relative_bias": relative, "block_bias": block, "sinks": sinks}
     wanted += [of_terms[name] for name in learning]
     for name, x, y in zip(("dq", "dk", "dv", *learning), got, wanted, strict=True):
-        assert oracle.relative_error(x.double().cpu().numpy(), y) < 1e-2, name
+        assert oracle.relative_error(x.double().cpu().numpy(), y) < (SLOPES if name == "alibi_slopes" else 1e-2), name
 
 
 def test_gradients_of_bias_know_no_scale() -> None:
