@@ -31,7 +31,6 @@ def sddmm(q: Any, k: Any, pattern: Any, *, scale: float | None = None, enable_gq
     if is_torch(q) and is_torch(k):
         q, k, _ = for_autocast(q, k, k)
     shape = check_call(q, k, k, "bhsd", enable_gqa)
-    products.check_device(shape.device)
     structure = structure_of(as_pattern(pattern, q_len=shape.q_len, kv_len=shape.kv_len, heads=shape.heads),
                              shape.q_len, shape.kv_len)  # fmt: skip
     return SparseScores(_of(q).sddmm(structure, q, k, check_scale(scale, shape.head_dim)), structure)
@@ -59,8 +58,8 @@ def spmm(probs: SparseScores, v: Any, *, enable_gqa: bool = False) -> Any:
     if is_torch(v) != is_torch(probs.values) or not hasattr(v, "dtype"):
         kinds = type(v).__name__, type(probs.values).__name__
         raise InvalidInput(f"v is a {kinds[0]} but the values are a {kinds[1]}: give both of one kind")
-    if is_torch(v):
-        products.check_device(str(v.device))
+    if is_torch(v) and v.device != probs.values.device:
+        raise InvalidInput(f"v is on {v.device} but the values are on {probs.values.device}: move them to one")
     if dtype_name(v) != probs.dtype:
         raise InvalidInput(f"v is {dtype_name(v)} but the values are {probs.dtype}: convert them to one")
     if v.ndim != 4 or (v.shape[0], v.shape[2]) != (probs.batch, probs.kv_len) or 0 in (v.shape[1], v.shape[3]):
@@ -75,8 +74,6 @@ def spmm(probs: SparseScores, v: Any, *, enable_gqa: bool = False) -> Any:
 def _check_scores(scores: Any) -> None:
     if not isinstance(scores, SparseScores):
         raise InvalidInput(f"scores are a {type(scores).__name__}: give SparseScores, as splatc.sddmm makes them")
-    if is_torch(scores.values):
-        products.check_device(str(scores.values.device))
 
 
 def _of(x: Any) -> Any:

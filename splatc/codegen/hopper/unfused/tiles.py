@@ -1,0 +1,212 @@
+"""What the products share: tables of tiles, copies of the rows that a table lists, tiles in shared memory.
+
+A block is a warpgroup with one row tile of one head; it walks over the column tiles. Copies of the next tiles are under
+way while it works at one: cp.async, whose places in shared memory are a ring of ``stages``.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+from tvm.tirx.script.builder import ir as I
+
+from splatc.codegen.constants import FULL_WARP, ceil_div
+from splatc.codegen.hopper.block import int_arg, table
+from splatc.codegen.hopper.combine import wide
+from splatc.codegen.hopper.copies import commit_copies, wait_copies
+from splatc.codegen.hopper.emit import Expr, do, let, loop, when
+from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, chunk
+from splatc.codegen.kernel import KernelSpec
+from splatc.errors import Unsupported
+
+THREADS = 128  # a warpgroup
+LANES = 64  # rows and columns of a tile
+WORDS = LANES // 32  # of a line's bits
+ALL = 0xFFFFFFFF
+UNIT_BYTES = 16  # of one copy
+MOST_STAGES = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one kernel. dim: of the rows that are copied for each column tile."""
+
+    dim: int
+    dtype: str
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def stored(self) -> str:
+        """The type that values are moved as."""
+        return f"uint{8 * self.item_bytes}"
+
+    @property
+    def unit(self) -> int:
+        """Values of one copy."""
+        return UNIT_BYTES // self.item_bytes
+
+    @property
+    def chunks(self) -> int:
+        """Columns of 128 bytes that rows take."""
+        return ceil_div(self.dim, chunk(self.dtype))
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of 64 rows as tensor cores read them."""
+        return LANES * ROW_BYTES * self.chunks
+
+    @property
+    def tile_items(self) -> int:
+        return self.tile_bytes // self.item_bytes
+
+    @property
+    def pitch(self) -> int:
+        """Values from one line to the next in shared memory: room for one that begins inside a copy."""
+        return LANES + self.unit
+
+    def stages(self, fixed: int, each: int) -> int:
+        """How many stages of ``each`` bytes fit beside ``fixed`` others. Raises Unsupported for less than two."""
+        most = (SMEM_BYTES - 1024 - fixed) // each
+        if most < 2:
+            raise Unsupported(f"rows of {self.dim} {self.dtype} do not fit the shared memory of sm_90a twice")
+        return min(most, MOST_STAGES)
+
+
+def sizes_of(spec: KernelSpec) -> Sizes:
+    """The sizes of a product."""
+    return Sizes(spec.v_head_dim, spec.dtype)
+
+
+class Rows:
+    """A tensor (batch, heads, seq, dim) as rows in memory.
+
+    Kernel parameters: its address and, in elements, int64 ``{name}_batch``, ``{name}_head`` and ``{name}_seq``.
+    """
+
+    def __init__(self, name: str, s: Sizes) -> None:
+        self.s = s
+        self._strides = [I.arg(f"{name}_{axis}", I.int64()) for axis in ("batch", "head", "seq")]
+        self._data = table(name, s.stored, 1)
+
+    def base(self, batch: Expr, head: Expr) -> Expr:
+        """Where the rows of a batch entry and head begin."""
+        return let("rows_base", wide(batch) * self._strides[0] + wide(head) * self._strides[1])
+
+    def copy(self, base: Expr, positions: Expr, tile: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
+        """Start copies of the rows at positions[tile] to target[offset:], swizzled as wgmma reads them; zeros for -1.
+
+        Eight threads copy 128 bytes of a row.
+        """
+        s, width = self.s, chunk(self.s.dtype)
+        column = let("unit", thread % 8)
+        for step in range(LANES * 8 // THREADS):
+            row = let("row", step * (THREADS // 8) + thread // 8)
+            position = let("position", positions[tile, row])
+            source = let("source", base + wide(T.max(position, 0)) * self._strides[2])
+            place = let("place", offset + row * width + T.bitwise_xor(column, row % 8) * s.unit)
+            for c in range(s.chunks):
+                first = c * width + column * s.unit
+                inside = T.And(position >= 0, first < s.dim)
+                copy_unit(target.ptr_to([place + c * LANES * width]),
+                          self._data.ptr_to([source + wide(T.if_then_else(inside, first, 0))]),
+                          T.if_then_else(inside, T.uint32(UNIT_BYTES), T.uint32(0)))  # fmt: skip
+
+
+def copy_unit(target: Expr, source: Expr, size: Expr) -> None:
+    """Start copying ``size`` bytes, and zeros up to 16."""
+    do(T.ptx["cp.async.cg.shared.global"](target, source, UNIT_BYTES, size))
+
+
+class Walk:
+    """The tables of tiles (codegen/value_tiles.py), and which of them a block has.
+
+    work: int32 (works, 2) head, item; the grid is ``blocks`` = batch * works. bases: int64, where each head's values
+    begin; total: int64, values of a batch entry. group: heads that share one of the rows copied for column tiles.
+    """
+
+    def __init__(self) -> None:
+        self.blocks, self.works, self.group = map(int_arg, ("blocks", "works", "group"))
+        self.total = I.arg("total", I.int64())
+        self.work, self.items, self.entries = (table(name, "int32", 2) for name in ("work", "items", "entries"))
+        self.positions, self.columns, self.first = (
+            table(name, "int32", LANES) for name in ("positions", "columns", "first"))  # fmt: skip
+        self.bits = table("bits", "uint32", WORDS * LANES)
+        self.bases = table("bases", "int64", 1)
+
+    def start(self) -> None:
+        """Find the block's row tile."""
+        index = I.cta_id([self.blocks])
+        self.thread = I.thread_id([THREADS])
+        self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
+        self.batch = let("batch", T.truncdiv(index, self.works))
+        row = let("work_row", T.truncmod(index, self.works))
+        self.head, self.item = (let(name, self.work[row, i]) for i, name in enumerate(("head", "item")))
+        self.begin, self.count = (let(name, self.items[self.item, i]) for i, name in enumerate(("begin", "count")))
+        self.origin = let("origin", wide(self.batch) * self.total + self.bases[self.head])
+
+    @property
+    def shared_head(self) -> Expr:
+        """The head of the rows that heads share."""
+        return T.truncdiv(self.head, self.group)
+
+    def line_bits(self, entry: Expr, line: Expr) -> list[Expr]:
+        """The words of a line's bits."""
+        kind = let("kind", self.entries[entry, 1])
+        return [T.if_then_else(kind > 0, self.bits[T.max(kind - 1, 0), line * WORDS + w], T.uint32(ALL))
+                for w in range(WORDS)]  # fmt: skip
+
+    def pipeline(self, stages: int, copy: Callable[[Expr, Expr], None],
+                 use: Callable[[Expr, Expr, Callable[[], None]], None]) -> None:  # fmt: skip
+        """copy(entry, stage) for every entry, ``stages`` - 1 ahead, and use(entry, stage, meanwhile), which calls
+        meanwhile() once to start the next copies, and is done with shared memory when it ends."""
+        for ahead in range(stages - 1):
+            with when(ahead < self.count):
+                copy(self.begin + ahead, T.int32(ahead))
+            commit_copies()
+        with loop(self.count) as number:
+            wait_copies(stages - 2)
+            do(T.cuda.cta_sync())  # all copies of this entry are there; all threads are done with the one before
+
+            def meanwhile() -> None:
+                later = number + (stages - 1)
+                with when(later < self.count):
+                    copy(let("next", self.begin + later), let("next_stage", later % stages))
+                commit_copies()
+
+            use(let("entry", self.begin + number), let("stage", number % stages), meanwhile)
+
+
+def value_array(name: str, s: Sizes) -> Expr:
+    """The parameter of values."""
+    return table(name, s.stored, 1)
+
+
+def from_lane(value: Expr, lane: Expr) -> Expr:
+    """The value of another lane of the warp."""
+    return T.tvm_warp_shuffle(T.uint32(FULL_WARP), value, lane, 32, 32)
+
+
+def below(bit: Expr) -> Expr:
+    """A word of the bits below one."""
+    return T.shift_left(T.uint32(1), bit) - T.uint32(1)
+
+
+def has(word: Expr, bit: Expr) -> Expr:
+    """Whether a word has a bit."""
+    return T.NE(T.bitwise_and(T.shift_right(word, bit), T.uint32(1)), T.uint32(0))
+
+
+def ones(word: Expr) -> Expr:
+    """How many bits a word has, as int32."""
+    return T.cast(T.popcount(word), "int32")
+
+
+def pair(low: Expr, high: Expr) -> Expr:
+    """Two 16-bit values in a word."""
+    return T.bitwise_or(T.cast(low, "uint32"), T.shift_left(T.cast(high, "uint32"), T.uint32(16)))
