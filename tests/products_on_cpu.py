@@ -68,8 +68,8 @@ def _launcher(library: ctypes.CDLL, name: str, parameters: list[tuple[str, str]]
 def cpp(source: str) -> str:
     """C++ of generated CUDA: its kernels, the matrix products that they use, and for each kernel a function that runs
     a grid."""
-    out = [f'#include "{HEADER}"', "#define _ptr pool_buf_ptr", "#define uint unsigned int", "#define uchar unsigned char",
-           "#define ushort unsigned short"]  # fmt: skip
+    out = [f'#include "{HEADER}"', "#define _ptr pool_buf_ptr", "#define uint unsigned int",
+           "#define uchar unsigned char", "#define ushort unsigned short"]  # fmt: skip
     for name, n, kind, steps, features, parameters in dict.fromkeys(PRODUCT.findall(source)):
         names = [one.split()[-1] for one in parameters.split(",")]
         d, a, b = ([x for x in names if x[0] == letter] for letter in "dab")
@@ -82,10 +82,10 @@ def cpp(source: str) -> str:
         )
     definitions = re.findall(r'extern "C" __global__ [^;{]*\{.*?\n\}\n', source, re.DOTALL)
     for text in definitions:
-        name, inside = re.match(r".*?(splatc_\w+_kernel)\(([^)]*)\)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        ((name, inside),) = re.findall(r"(splatc_\w+_kernel)\(([^)]*)\)", text)
         declared = inside.replace("__restrict__", "")
-        names = ", ".join(one.split()[-1] for one in declared.split(","))
+        given = ", ".join(one.split()[-1] for one in declared.split(","))
         (threads,) = re.findall(r"__launch_bounds__\((\d+)", text)
         out.append(f'{text}\nextern "C" void launch_{name}(int grid, {declared}) {{\n'
-                   f"  run_grid(grid, {threads}, [=] {{ {name}({names}); }});\n}}")  # fmt: skip
+                   f"  run_grid(grid, {threads}, [=] {{ {name}({given}); }});\n}}")  # fmt: skip
     return "\n".join(out)
