@@ -121,9 +121,8 @@ def test_tables_are_small_where_masks_are_dense_enough():
 
 @pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
 @pytest.mark.parametrize(("role", "dim", "dtype"), [
-    *((role, dim, dtype) for role in PRODUCTS[::2] for dim, dtype in ((64, "bfloat16"), (128, "float16"), (256, "bfloat16"),
-                                                                     (8, "float16"), (72, "bfloat16"))),
-    (SOFTMAX, 1, "bfloat16"), (SOFTMAX, 1, "float16"),
+    *((role, dim, dtype) for role in PRODUCTS[::2] for dim, dtype in ((64, "bfloat16"), (256, "float16"), (8, "float16"))),
+    (SOFTMAX, 1, "bfloat16"),
 ])  # fmt: skip
 def test_kernels_compile_without_spills(role, dim, dtype, tmp_path: Path):
     build(product_spec(role, dim, dtype, HOPPER), tmp_path)  # refuses spills and serialised products

@@ -22,6 +22,7 @@ inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0() {}
 inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}
 inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() {}
 inline void splatc_fence_float32(float&) {}
+inline void splatc_fence_int32(int&) {}
 
 inline void tvm_builtin_ptx_st_shared_b32(uint32_t to, uint32_t x) {
   if (to % 4) abort();
@@ -35,6 +36,9 @@ inline void tvm_builtin_ptx_ld_vec_global_v4_b32(uint32_t& a, uint32_t& b, uint3
   if (uintptr_t(from) % 16) abort();
   const uint32_t* x = (const uint32_t*)from;
   a = x[0], b = x[1], c = x[2], d = x[3];
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
+  tvm_builtin_ptx_ld_vec_global_v4_b32(a, b, c, d, pool_buf_ptr + from);
 }
 inline void tvm_builtin_ptx_st_vec_global_v4_b32(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   if (uintptr_t(to) % 16) abort();

@@ -142,7 +142,8 @@ class SparseScores:
         number = scipy.sparse.csr_array((np.arange(len(columns)), columns, indptr), shape=tuple(matrix.shape))
         number.sort_indices()
         structure = _structure_of_csr(indptr, number.indices, number.shape)
-        return SparseScores(matrix.values()[torch.from_numpy(number.data).to(matrix.device)].reshape(1, 1, -1), structure)
+        values = matrix.values()[torch.from_numpy(number.data).to(matrix.device)]
+        return SparseScores(values.reshape(1, 1, -1), structure)
 
     def _indptr(self, head: int) -> Any:
         return self.structure.order(self._head(head)).indptr

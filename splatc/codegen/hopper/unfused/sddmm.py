@@ -1,14 +1,15 @@
 """values[q, k] = factor * <q_q, k_k> for the elements of a mask, in ACSR order.
 
 A block multiplies 64 queries by 64 keys at a time. The products leave through shared memory, each warp's 16 lines by
-itself: neighbouring lanes then store neighbouring values. A whole line that begins at an odd number is stored in pairs
-all the same, but for its ends.
+itself: there a line lies as it will in memory, without what the mask does not hold, and in the same place among 16
+bytes. Eight threads then store a line, 16 bytes each; its ends, whose 16 bytes it shares with others, value by value.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
@@ -16,19 +17,16 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
-from splatc.codegen.hopper.products import PTX_TYPE, Scores, at_stage, descriptor, wait_products
+from splatc.codegen.hopper.products import PTX_TYPE, Scores, at_stage, descriptor, hidden, wait_products
 from splatc.codegen.hopper.unfused.tiles import (
-    ALL,
     LANES,
     THREADS,
     Rows,
     Sizes,
     Walk,
     below,
-    from_lane,
     has,
     ones,
-    pair,
     sizes_of,
     value_array,
 )
@@ -36,6 +34,7 @@ from splatc.codegen.kernel import SDDMM_FUNCTION as NAME
 from splatc.codegen.kernel import KernelSpec
 
 WARP_LINES = 16
+LINE_THREADS = 8  # that store a line
 BLOCKS = 5  # of a multiprocessor, that registers should allow
 
 
@@ -87,63 +86,81 @@ class _Block:
         w, s = self.walk, self.s
         self.scores.issue(self.q_desc, at_stage("k_now", self.k_desc, stage, s.tile_bytes))
         meanwhile()
-        line = let("own_line", w.warp * WARP_LINES + w.lane % WARP_LINES)
-        self.first = let("first_of_line", w.first[entry, line])
-        self.words = [let("word", word) for word in w.line_bits(entry, line)]
+        rows = [self.line(entry, w.lane // 4 + 8 * r) for r in range(2)]  # of the thread's scores
+        lines = [self.line(entry, w.lane // LINE_THREADS + i) for i in range(0, WARP_LINES, 32 // LINE_THREADS)]
         wait_products(0)
         self.scores.fence()
         do(T.cuda.warp_sync())  # the lines of the tile before have been read
-        self.stage_lines()
-        do(T.cuda.warp_sync())
-        for i in range(WARP_LINES):
-            self.store_line(i)
-
-    def stage_lines(self) -> None:
-        """Scores of the warp, times the factor and rounded, to its lines."""
-        w, s, scores = self.walk, self.s, self.scores.s
-        words = registers("staged", 1, "uint32")
-        for i in range(LANES // 8):
-            for r in range(2):
-                at = 4 * i + 2 * r
-                low, high = scores[at] * self.factor, scores[at + 1] * self.factor
-                do(T.ptx[f"cvt.rn.{PTX_TYPE[s.dtype]}x2.f32"](words[0], high, low))
-                row = w.warp * WARP_LINES + w.lane // 4 + 8 * r
-                do(T.ptx["st.shared.b32"](self.lines.ptr_to([row * s.pitch + 8 * i + w.lane % 4 * 2]), words[0]))
-
-    def store_line(self, i: int) -> None:
-        """The values of the warp's i-th line to where they belong."""
-        w = self.walk
-        first = let("first", from_lane(self.first, i))
-        low, high = (let(name, from_lane(word, i)) for name, word in zip(("low", "high"), self.words, strict=True))
-        line = let("line", (w.warp * WARP_LINES + i) * self.s.pitch)
-        with when(first >= 0):
-            target = let("target", self.walk.origin + wide(first))
-            with I.If(T.EQ(T.bitwise_and(low, high), T.uint32(ALL))):
-                with I.Then():
-                    self.store_whole(line, target)
-                with I.Else():
-                    self.store_some(line, target, low, high)
-
-    def store_whole(self, line: Expr, target: Expr) -> None:
-        """All 64 values, in pairs that begin at even numbers; what is left of an odd line are its ends."""
-        lines, values = self.lines, self.values
-        column = let("column", 2 * self.walk.lane + T.cast(target % 2, "int32"))
-        with I.If(column < LANES - 1):
+        with I.If(T.EQ(w.entries[entry, 1], 0)):
             with I.Then():
-                word = pair(lines[line + column], lines[line + column + 1])
-                do(T.ptx["st.global.b32"](values.ptr_to([target + wide(column)]), word))
+                self.stage(rows, whole=True)
             with I.Else():
-                store(values, target, lines[line])
-                store(values, target + wide(column), lines[line + column])
+                self.stage(rows, whole=False)
+        do(T.cuda.warp_sync())
+        for line in lines:
+            self.store(line)
 
-    def store_some(self, line: Expr, target: Expr, low: Expr, high: Expr) -> None:
-        """The values of the key lanes that the bits name."""
-        lane = self.walk.lane
-        bit = T.cast(lane, "uint32")
-        for half, word, before in ((0, low, T.int32(0)), (1, high, ones(low))):
-            with when(has(word, bit)):
-                number = before + ones(T.bitwise_and(word, below(bit)))
-                store(self.values, target + wide(number), self.lines[line + 32 * half + lane])
+    def line(self, entry: Expr, number: Expr) -> _Line:
+        """Of the warp's lines in a tile, this one."""
+        w, s = self.walk, self.s
+        line = let("line", w.warp * WARP_LINES + number)
+        first = let("first", w.first[entry, line])
+        start = let("start", w.origin + wide(T.max(first, 0)))
+        skip = let("skip", T.cast(start % s.unit, "int32"))
+        words = [let("word", word) for word in w.line_bits(entry, line)]
+        count = let("count", T.if_then_else(first >= 0, ones(words[0]) + ones(words[1]), 0))
+        return _Line(let("place", line * s.pitch), skip, words, count, let("target", start - wide(skip)))
+
+    def stage(self, lines: list[_Line], whole: bool) -> None:
+        """The thread's scores, times the factor and rounded, to where they belong in their lines.
+
+        What the mask does not hold goes behind the line's values: there is room where it is not whole.
+        """
+        s, scores, column = self.s, self.scores.s, self.walk.lane % 4 * 2
+        rounded = registers("rounded", 1, "uint32")
+        for r, line in enumerate(lines):
+            place = hidden(line.place + line.skip, "int32")
+            before = ones(line.words[0])
+            for i in range(LANES // 8):
+                low, high = (scores[4 * i + 2 * r + c] * self.factor for c in range(2))
+                do(T.ptx[f"cvt.rn.{PTX_TYPE[s.dtype]}x2.f32"](rounded[0], high, low))
+                for c in range(2):
+                    number = 8 * i + column + c
+                    if not whole:
+                        word, bit = line.words[i // 4], T.cast(8 * (i % 4) + column + c, "uint32")
+                        rank = ones(T.bitwise_and(word, below(bit))) + (before if i >= 4 else 0)
+                        number = T.Select(has(word, bit), rank, line.count)
+                    value = T.bitwise_and(T.shift_right(rounded[0], T.uint32(16 * c)), T.uint32(0xFFFF))
+                    store(self.lines, place + number, T.cast(value, s.stored))
+
+    def store(self, line: _Line) -> None:
+        """A line's values to memory: the units that are all its own at once, the others' by value."""
+        s, lines, values = self.s, self.lines, self.values
+        at = let("at", self.walk.lane % LINE_THREADS)
+        end = let("end", line.skip + line.count)
+        with when(T.And(at * s.unit >= line.skip, (at + 1) * s.unit <= end)):
+            unit = registers("unit", 4, "uint32")
+            words = [unit[i] for i in range(4)]
+            do(T.ptx["ld.shared.v4.b32"](*words, lines.ptr_to([line.place + at * s.unit])))
+            do(T.ptx["st.global.v4.b32"](values.ptr_to([line.target + wide(at * s.unit)]), *words))
+        partial = T.Or(line.skip > 0, line.count < s.unit)  # the first unit
+        with when(T.And(partial, T.And(at >= line.skip, at < end))):
+            store(values, line.target + wide(at), lines[line.place + at])
+        last = let("last", end // s.unit * s.unit)
+        with when(T.And(last > 0, last + at < end)):
+            store(values, line.target + wide(last + at), lines[line.place + last + at])
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a tile, in shared memory from ``place`` on as in memory from ``target`` on, where 16 bytes begin: the
+    first ``skip`` values are another line's, then come ``count``. words: its bits."""
+
+    place: Expr
+    skip: Expr
+    words: list[Expr]
+    count: Expr
+    target: Expr
 
 
 assert THREADS // 32 * WARP_LINES == LANES
