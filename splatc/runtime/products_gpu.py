@@ -71,7 +71,7 @@ class GpuProducts:
             return out.zero_()
         tensors = {"values": _flat(values), "y": readable(y.detach()), "out": out}
         self._product(function, structure, transposed, batch, heads, tensors, {"group": heads // y_heads,
-                      "factor": factor, "heads": heads, "rows": rows, "end": values.numel()})  # fmt: skip
+                      "factor": factor, "heads": heads, "rows": rows})  # fmt: skip
         return out
 
     def softmax(self, structure: Structure, values: Any, heads: int) -> tuple[Any, Any]:

@@ -9,7 +9,6 @@ bytes. Eight threads then store a line, 16 bytes each; its ends, whose 16 bytes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
@@ -21,11 +20,13 @@ from splatc.codegen.hopper.products import PTX_TYPE, Scores, at_stage, descripto
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
+    Line,
     Rows,
     Sizes,
     Walk,
     below,
     has,
+    kept,
     ones,
     sizes_of,
     value_array,
@@ -100,18 +101,12 @@ class _Block:
         for line in lines:
             self.store(line)
 
-    def line(self, entry: Expr, number: Expr) -> _Line:
+    def line(self, entry: Expr, number: Expr) -> Line:
         """Of the warp's lines in a tile, this one."""
-        w, s = self.walk, self.s
-        line = let("line", w.warp * WARP_LINES + number)
-        first = let("first", w.first[entry, line])
-        start = let("start", w.origin + wide(T.max(first, 0)))
-        skip = let("skip", T.cast(start % s.unit, "int32"))
-        words = [let("word", word) for word in w.line_bits(entry, line)]
-        count = let("count", T.if_then_else(first >= 0, ones(words[0]) + ones(words[1]), 0))
-        return _Line(let("place", line * s.pitch), skip, words, count, let("target", start - wide(skip)))
+        line = self.walk.warp * WARP_LINES + number
+        return self.walk.line(entry, line, line * self.s.pitch, self.s)
 
-    def stage(self, lines: list[_Line], whole: bool) -> None:
+    def stage(self, lines: list[Line], whole: bool) -> None:
         """The thread's scores, times the factor and rounded, to where they belong in their lines.
 
         What the mask does not hold goes behind the line's values: there is room where it is not whole.
@@ -133,11 +128,11 @@ class _Block:
                     value = T.bitwise_and(T.shift_right(rounded[0], T.uint32(16 * c)), T.uint32(0xFFFF))
                     store(self.lines, place + number, T.cast(value, s.stored))
 
-    def store(self, line: _Line) -> None:
+    def store(self, line: Line) -> None:
         """A line's values to memory: the units that are all its own at once, the others' by value."""
         s, lines, values = self.s, self.lines, self.values
         at = let("at", self.walk.lane % LINE_THREADS)
-        end = let("end", line.skip + line.count)
+        end = kept("end", line.skip + line.count)
         with when(T.And(at * s.unit >= line.skip, (at + 1) * s.unit <= end)):
             unit = registers("unit", 4, "uint32")
             words = [unit[i] for i in range(4)]
@@ -146,21 +141,9 @@ class _Block:
         partial = T.Or(line.skip > 0, line.count < s.unit)  # the first unit
         with when(T.And(partial, T.And(at >= line.skip, at < end))):
             store(values, line.target + wide(at), lines[line.place + at])
-        last = let("last", end // s.unit * s.unit)
+        last = let("last", T.bitwise_and(end, -s.unit))
         with when(T.And(last > 0, last + at < end)):
             store(values, line.target + wide(last + at), lines[line.place + last + at])
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A line of a tile, in shared memory from ``place`` on as in memory from ``target`` on, where 16 bytes begin: the
-    first ``skip`` values are another line's, then come ``count``. words: its bits."""
-
-    place: Expr
-    skip: Expr
-    words: list[Expr]
-    count: Expr
-    target: Expr
 
 
 assert THREADS // 32 * WARP_LINES == LANES

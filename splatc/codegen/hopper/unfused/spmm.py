@@ -22,8 +22,8 @@ from splatc.codegen.hopper.products import PTX_TYPE, Output, at_stage, descripto
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
-    UNIT_BYTES,
     WORDS,
+    Line,
     Rows,
     Sizes,
     Walk,
@@ -57,21 +57,20 @@ def _spmm(spec: KernelSpec, name: str, queries_are_rows: bool):
             I.func_name(name)
             y = Rows("y", s)
             values, out = value_array("values", s), value_array("out", s)
-            end = I.arg("end", I.int64())  # of all values
             heads, rows = (I.arg(word, I.int32()) for word in ("heads", "rows"))  # of out
             walk = Walk()
             factor = I.arg("factor", I.float32())
             I.device_entry()
             with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
-                block = _Block(s, y, values, end, walk, queries_are_rows)
+                block = _Block(s, y, values, walk, queries_are_rows)
                 smem_bytes = block.run()
                 block.write(out, heads, rows, factor)
     return builder.get().with_attr("global_symbol", name), smem_bytes
 
 
 class _Block:
-    def __init__(self, s: Sizes, y: Rows, values: Expr, end: Expr, walk: Walk, queries_are_rows: bool) -> None:
-        self.s, self.y, self.values, self.end, self.walk = s, y, values, end, walk
+    def __init__(self, s: Sizes, y: Rows, values: Expr, walk: Walk, queries_are_rows: bool) -> None:
+        self.s, self.y, self.values, self.walk = s, y, values, walk
         self.queries_are_rows = queries_are_rows
 
     def run(self) -> int:
@@ -82,7 +81,7 @@ class _Block:
         stages = s.stages(0, s.tile_bytes + line_bytes)
         pool = T.SMEMPool()
         self.y_tiles = pool.alloc((stages * s.tile_items,), s.stored, align=1024)
-        self.lines = pool.alloc((stages * LANES * s.pitch,), s.stored, align=UNIT_BYTES)
+        self.lines = pool.alloc((stages * LANES * s.pitch,), s.stored, align=16)
         self.places = pool.alloc((stages * LANES,), "int32", align=16)  # where the values of each line begin
         self.words = pool.alloc((stages * LANES * WORDS,), "uint32", align=16)
         pool.commit()
@@ -97,32 +96,39 @@ class _Block:
         """The rows of y, the lines, and what says where their values are."""
         s, w = self.s, self.walk
         self.y.copy(self.y_base, w.columns, w.entries[entry, 0], self.y_tiles, stage * s.tile_items, w.thread)
-        units = LANES // s.unit  # a line that begins inside one takes another
-        lines_at_once = THREADS // units
-        for step in range(units * LANES // THREADS):
-            self.copy_unit(entry, stage, step * lines_at_once + w.thread // units, w.thread % units)
-        with when(w.thread < LANES):
-            line = w.thread
-            first = self.copy_unit(entry, stage, line, units)
-            at = let("at_line", stage * LANES + line)
-            store(self.places, at, at * s.pitch + self.inside(first))
-            for i, word in enumerate(w.line_bits(entry, line)):
-                store(self.words, at * WORDS + i, word)
+        with I.If(T.EQ(w.entries[entry, 1], 0)):
+            with I.Then():
+                self.copy_lines(entry, stage, whole=True)
+            with I.Else():
+                self.copy_lines(entry, stage, whole=False)
 
-    def inside(self, first: Expr) -> Expr:
-        """How far in a unit the values of a line begin."""
-        return T.cast((self.walk.origin + wide(T.max(first, 0))) % self.s.unit, "int32")
-
-    def copy_unit(self, entry: Expr, stage: Expr, line: Expr, unit: Expr) -> Expr:
-        """A unit of a line, whose first number is returned."""
+    def copy_lines(self, entry: Expr, stage: Expr, whole: bool) -> None:
+        """The lines of a tile, as many units of each as its values touch."""
         s, w = self.s, self.walk
-        line = let("line", line)
-        first = let("first", w.first[entry, line])
-        source = let("value", w.origin + wide(first - self.inside(first) + unit * s.unit))
-        with when(T.And(first >= 0, source < self.end)):
-            target = (stage * LANES + line) * s.pitch + unit * s.unit
-            copy_unit(self.lines.ptr_to([target]), self.values.ptr_to([source]), T.uint32(UNIT_BYTES))
-        return first
+        units = LANES // s.unit  # a line that begins inside one touches another
+        at_once = THREADS // units
+        for step in range(0, LANES, at_once):
+            line = self.line(entry, stage, step + w.thread // units, whole)
+            self.copy_unit(line, w.thread % units, line.count > 0 if whole else None)
+        with when(w.thread < LANES):
+            line = self.line(entry, stage, w.thread, whole)
+            self.copy_unit(line, units)
+            at = stage * LANES + w.thread
+            store(self.places, at, line.place + line.skip)
+            if not whole:
+                for i, word in enumerate(line.words):
+                    store(self.words, at * WORDS + i, word)
+
+    def line(self, entry: Expr, stage: Expr, number: Expr, whole: bool) -> Line:
+        return self.walk.line(entry, number, (stage * LANES + number) * self.s.pitch, self.s, whole)
+
+    def copy_unit(self, line: Line, unit: Expr, touched: Expr = None) -> None:
+        """A unit of a line; zeros where that has no values. touched: whether it has."""
+        first = unit * self.s.unit
+        if touched is None:
+            touched = T.And(line.count > 0, first < line.skip + line.count)
+        source = line.target + wide(T.if_then_else(touched, first, 0))
+        copy_unit(self.lines.ptr_to([line.place + first]), self.values.ptr_to([source]), touched)
 
     def tile(self, entry: Expr, stage: Expr, meanwhile: Callable[[], None]) -> None:
         """Add a tile's product."""
@@ -154,9 +160,9 @@ class _Block:
             return self.lines[place + key]
         bit = T.cast(key % 32, "uint32")
         word = self.words[at * WORDS + key // 32]
-        before = T.if_then_else(key >= 32, ones(self.words[at * WORDS]), 0)
+        before = T.Select(key >= 32, ones(self.words[at * WORDS]), 0)
         number = before + ones(T.bitwise_and(word, below(bit)))
-        return T.if_then_else(has(word, bit), self.lines[place + number], T.cast(0, self.s.stored))
+        return T.Select(has(word, bit), self.lines[place + number], T.cast(0, self.s.stored))
 
     def write(self, out: Expr, heads: Expr, rows: Expr, factor: Expr) -> None:
         """The rows of out, (batch, heads, rows, dim), that exist."""

@@ -17,7 +17,7 @@ from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.copies import commit_copies, wait_copies
-from splatc.codegen.hopper.emit import Expr, do, let, loop, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, when
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, chunk
 from splatc.codegen.kernel import KernelSpec
 from splatc.errors import Unsupported
@@ -86,17 +86,18 @@ def sizes_of(spec: KernelSpec) -> Sizes:
 class Rows:
     """A tensor (batch, heads, seq, dim) as rows in memory.
 
-    Kernel parameters: its address and, in elements, int64 ``{name}_batch``, ``{name}_head`` and ``{name}_seq``.
+    Kernel parameters: its address and, in elements, int64 ``{name}_batch``, ``{name}_head`` and int32 ``{name}_seq``.
     """
 
     def __init__(self, name: str, s: Sizes) -> None:
         self.s = s
-        self._strides = [I.arg(f"{name}_{axis}", I.int64()) for axis in ("batch", "head", "seq")]
+        self._strides = [I.arg(f"{name}_{axis}", I.int64()) for axis in ("batch", "head")]
+        self._seq = int_arg(f"{name}_seq")
         self._data = table(name, s.stored, 1)
 
     def base(self, batch: Expr, head: Expr) -> Expr:
         """Where the rows of a batch entry and head begin."""
-        return let("rows_base", wide(batch) * self._strides[0] + wide(head) * self._strides[1])
+        return kept("rows_base", wide(batch) * self._strides[0] + wide(head) * self._strides[1], "int64")
 
     def copy(self, base: Expr, positions: Expr, tile: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
         """Start copies of the rows at positions[tile] to target[offset:], swizzled as wgmma reads them; zeros for -1.
@@ -107,19 +108,24 @@ class Rows:
         column = let("unit", thread % 8)
         for step in range(LANES * 8 // THREADS):
             row = let("row", step * (THREADS // 8) + thread // 8)
-            position = let("position", positions[tile, row])
-            source = let("source", base + wide(T.max(position, 0)) * self._strides[2])
+            position = kept("position", positions[tile, row])
+            source = kept("source", base + wide(T.max(position, 0)) * wide(self._seq), "int64")
             place = let("place", offset + row * width + T.bitwise_xor(column, row % 8) * s.unit)
             for c in range(s.chunks):
                 first = c * width + column * s.unit
                 inside = T.And(position >= 0, first < s.dim)
                 copy_unit(target.ptr_to([place + c * LANES * width]),
-                          self._data.ptr_to([source + wide(T.if_then_else(inside, first, 0))]),
-                          T.if_then_else(inside, T.uint32(UNIT_BYTES), T.uint32(0)))  # fmt: skip
+                          self._data.ptr_to([source + wide(T.if_then_else(inside, first, 0))]), inside)  # fmt: skip
 
 
-def copy_unit(target: Expr, source: Expr, size: Expr) -> None:
-    """Start copying ``size`` bytes, and zeros up to 16."""
+def kept(name: str, value: Expr, dtype: str = "int32") -> Expr:
+    """A value in a register. (What TVM knows to be constant it computes anew wherever it is used.)"""
+    return Cell(name, value, dtype)()
+
+
+def copy_unit(target: Expr, source: Expr, wanted: Expr) -> None:
+    """Start copying 16 bytes, zeros where they are not wanted."""
+    size = T.if_then_else(wanted, T.uint32(UNIT_BYTES), T.uint32(0))
     do(T.ptx["cp.async.cg.shared.global"](target, source, UNIT_BYTES, size))
 
 
@@ -144,22 +150,32 @@ class Walk:
         index = I.cta_id([self.blocks])
         self.thread = I.thread_id([THREADS])
         self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
-        self.batch = let("batch", T.truncdiv(index, self.works))
-        row = let("work_row", T.truncmod(index, self.works))
-        self.head, self.item = (let(name, self.work[row, i]) for i, name in enumerate(("head", "item")))
-        self.begin, self.count = (let(name, self.items[self.item, i]) for i, name in enumerate(("begin", "count")))
-        self.origin = let("origin", wide(self.batch) * self.total + self.bases[self.head])
+        self.batch = kept("batch", T.truncdiv(index, self.works))
+        row = kept("work_row", index - self.batch * self.works)
+        self.head, self.item = (kept(name, self.work[row, i]) for i, name in enumerate(("head", "item")))
+        self.begin, self.count = (kept(name, self.items[self.item, i]) for i, name in enumerate(("begin", "count")))
+        self.origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
 
     @property
     def shared_head(self) -> Expr:
         """The head of the rows that heads share."""
         return T.truncdiv(self.head, self.group)
 
-    def line_bits(self, entry: Expr, line: Expr) -> list[Expr]:
-        """The words of a line's bits."""
-        kind = let("kind", self.entries[entry, 1])
-        return [T.if_then_else(kind > 0, self.bits[T.max(kind - 1, 0), line * WORDS + w], T.uint32(ALL))
-                for w in range(WORDS)]  # fmt: skip
+    def line(self, entry: Expr, number: Expr, place: Expr, s: Sizes, whole: bool = False) -> Line:
+        """A line of a tile, at ``place`` in shared memory. whole: the tile has no bits."""
+        first = kept("first", self.first[entry, number])
+        start = kept("start", self.origin + wide(T.max(first, 0)), "int64")
+        skip = kept("skip", T.bitwise_and(T.cast(start, "int32"), s.unit - 1))
+        words: list[Expr] = [T.uint32(ALL)] * WORDS
+        count: Expr = LANES
+        if not whole:
+            kind = let("kind", self.entries[entry, 1])
+            words = [kept("word", T.if_then_else(kind > 0, self.bits[T.max(kind - 1, 0), number * WORDS + w],
+                                                 T.uint32(ALL)), "uint32") for w in range(WORDS)]  # fmt: skip
+            count = ones(words[0]) + ones(words[1])
+        count = kept("line_count", T.if_then_else(first >= 0, count, 0))
+        target = kept("target", T.bitwise_and(start, T.int64(-s.unit)), "int64")
+        return Line(kept("place", place), skip, words, count, target)
 
     def pipeline(self, stages: int, copy: Callable[[Expr, Expr], None],
                  use: Callable[[Expr, Expr, Callable[[], None]], None]) -> None:  # fmt: skip
@@ -167,7 +183,7 @@ class Walk:
         meanwhile() once to start the next copies, and is done with shared memory when it ends."""
         for ahead in range(stages - 1):
             with when(ahead < self.count):
-                copy(self.begin + ahead, T.int32(ahead))
+                copy(kept("next", self.begin + ahead), T.int32(ahead))
             commit_copies()
         with loop(self.count) as number:
             wait_copies(stages - 2)
@@ -176,10 +192,22 @@ class Walk:
             def meanwhile() -> None:
                 later = number + (stages - 1)
                 with when(later < self.count):
-                    copy(let("next", self.begin + later), let("next_stage", later % stages))
+                    copy(kept("next", self.begin + later), kept("next_stage", later % stages))
                 commit_copies()
 
-            use(let("entry", self.begin + number), let("stage", number % stages), meanwhile)
+            use(kept("entry", self.begin + number), kept("stage", number % stages), meanwhile)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a tile, in shared memory from ``place`` on as in memory from ``target`` on, where 16 bytes begin: the
+    first ``skip`` values are another line's, then come ``count``. words: its bits."""
+
+    place: Expr
+    skip: Expr
+    words: list[Expr]
+    count: Expr
+    target: Expr
 
 
 def value_array(name: str, s: Sizes) -> Expr:
