@@ -106,6 +106,22 @@ def test_float32_can_be_exact() -> None:
     assert error["float32"] < 1e-5 < 1e-4 < error["tf32"] < 8e-4  # truncated inputs give 1.7e-3
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 64), ("float16", 64), ("bfloat16", 128)])
+@pytest.mark.parametrize("pattern", [P.full(), P.causal(), P.window(200, 40), P.window(300, -100) | P.sink(2)], ids=str)
+@pytest.mark.parametrize("low_to_high", [(-90, 90), (90, -90), (-200, -190), (190, 200), (-1, 1)], ids=str)
+def test_scores_that_rise_and_fall(low_to_high: tuple[int, int], pattern: Any, dtype: str, dim: int) -> None:
+    """Along the keys, by far more than exponentials have room for: maxima move in every tile, or are never positive."""
+    length = 900
+    q, k, v = draw(length, length, dim, dim, dtype)
+    q[..., 0], k[..., 0] = 8, torch.linspace(*low_to_high, length, device="cuda").to(k.dtype) * dim**0.5 / 8
+    o, lse = splatc.attention(q, k, v, pattern, return_lse=True, enable_gqa=True)
+    want, want_lse = reference(q, k, v, pattern.dense(length, length))
+    assert oracle.relative_error(o.double().cpu().numpy(), want) < TOLERANCE[dtype]
+    finite = np.isfinite(want_lse)
+    assert np.array_equal(np.isneginf(lse.cpu().numpy()), ~finite)
+    assert np.allclose(lse.cpu().numpy()[finite], want_lse[finite], rtol=1e-5, atol=1e-3)
+
+
 def test_per_head_patterns() -> None:
     heads = [P.causal(), P.window(9, 9), P.strided(4), P.causal()]
     for dtype in ("float32", "tf32"):

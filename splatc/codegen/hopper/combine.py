@@ -26,8 +26,8 @@ from splatc.codegen.hopper.emit import (
     store,
     when,
 )
+from splatc.codegen.hopper.epilogue import finite
 from splatc.codegen.hopper.shape import Shape
-from splatc.codegen.hopper.softmax import finite
 
 NAME = "splatc_combine"
 THREADS = 256

@@ -129,7 +129,7 @@ class Consumer(RowTiles):
         self.scores.fence()
         self.leave(b.v_ring, self.v_at)
         self.take()
-        self.out.scale(self.softmax.shrink)
+        emit_if(self.softmax.moved, lambda: self.out.scale(self.softmax.shrink))
 
     def last_values(self) -> None:
         """O += P V of the last tile."""

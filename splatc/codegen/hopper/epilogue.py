@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from splatc.codegen.constants import LOG2E, ceil_div
+from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.products import PTX_TYPE, fence
 from splatc.codegen.hopper.shape import chunk
-from splatc.codegen.hopper.softmax import finite
+
+
+def finite(x: Expr) -> Expr:
+    """x, or 0 for -inf: so that exp2(-inf - x) is 0 and not NaN."""
+    return T.if_then_else(T.EQ(x, T.float32(NEG_INF)), T.float32(0.0), x)
 
 
 def merge_weights(inverse: Expr, lse: Expr, old_lse: Expr, old_weight: Expr) -> None:

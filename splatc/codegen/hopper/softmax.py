@@ -1,6 +1,9 @@
 """Online softmax on score registers, in the log2 domain; two rows a thread, four threads a row.
 
-A row that has seen nothing has maximum -inf and sum 0; masked scores are -inf.
+A row's exponentials are relative to its ``top``: its largest score when that was set. The top moves only when a score
+exceeds it by more than SLACK (in log2 units), so exponentials are at most 2^SLACK, which float16 has room for. Most
+tiles are asked for no more than whether one does: as integers, three at a time, each thread of its own scores only. A
+row that has seen nothing has top -inf and sum 0; masked scores are -inf.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -8,9 +11,27 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from splatc.codegen.constants import LOG2E, NEG_INF
+from splatc.codegen.constants import LN2, LOG2E, NEG_INF
 from splatc.codegen.cuda_parts import from_lane
-from splatc.codegen.hopper.emit import Expr, let, registers, store
+from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
+from splatc.codegen.hopper.epilogue import finite
+
+SLACK = 8.0
+CHAINS = 4  # of dependent instructions, side by side
+# The bits of floats, as integers, are ordered as the floats are where the limit is not negative. A negative limit is a
+# negative integer, and 0, which ``high`` starts from, is over it.
+LARGER = ("splatc_larger", "__forceinline__ __device__ void splatc_larger(int& high, float x, float y) "
+          "{ high = __vimax3_s32(high, __float_as_int(x), __float_as_int(y)); }\n")  # fmt: skip
+BITS = ("splatc_bits", "__forceinline__ __device__ void splatc_bits(float x, int& bits) "
+        "{ bits = __float_as_int(x); }\n")  # fmt: skip
+ANY = ("splatc_any", "__forceinline__ __device__ void splatc_any(bool mine, int& any) "
+       "{ any = __any_sync(0xFFFFFFFFu, mine); }\n")  # fmt: skip
+
+
+def call(function: tuple[str, str], *arguments: Expr) -> None:
+    """Emit a call of a function given as (name, source)."""
+    name, source = function
+    do(T.cuda.func_call(name, *arguments, source_code=source))
 
 
 def columns_of(row: int, count: int) -> list[int]:
@@ -18,45 +39,54 @@ def columns_of(row: int, count: int) -> list[int]:
     return [i for i in range(count) if i // 2 % 2 == row]
 
 
-def finite(x: Expr) -> Expr:
-    """x, or 0 for -inf: so that exp2(-inf - x) is 0 and not NaN."""
-    return T.if_then_else(T.EQ(x, T.float32(NEG_INF)), T.float32(0.0), x)
-
-
 class Softmax:
-    """The running maximum and sum of a thread's two rows over ``count`` score registers a tile.
+    """The running sum of a thread's two rows over ``count`` score registers a tile.
 
-    unit: what one score counts in the softmax (the scale), in fp32.
+    unit: what one score counts in the softmax (the scale), in fp32 and positive.
     """
 
     def __init__(self, count: int, unit: Expr) -> None:
         self._count = count
-        self._unit = unit
         self._log2_unit = let("log2_unit", unit * T.float32(LOG2E))
-        self.top = registers("top", 2)
+        self._slack = let("slack", T.float32(SLACK) / self._log2_unit)
         self.sum = registers("sum", 2)
         self.shrink = registers("shrink", 2)
-        self._bias = registers("bias", 2)
-        self._new_top = registers("new_top", 2)
-        self._partial = registers("partial", 4)
+        self._top = registers("top", 2)
+        self._bias = registers("bias", 2)  # top in log2 units, finite
+        self._limit = registers("limit", 2, "int32")  # the bits of the score up to which top stays
+        self._moved = registers("moved", 1, "int32")
+        self._high = registers("high", CHAINS, "int32")
+        self._largest = registers("largest", 2)
+        self._partial = registers("partial", CHAINS)
+
+    @property
+    def moved(self) -> Expr:
+        """After ``next``: whether earlier outputs are to be multiplied by ``shrink``; alike in a warp."""
+        return self._moved[0] != 0
 
     def first(self, s: Expr) -> None:
-        """Scores of a row's first tile -> exp2(s - maximum); the state starts."""
+        """Scores of a row's first tile -> exp2(s - top); the state starts."""
         for r in range(2):
-            self._find_top(s, r)
-            store(self.top, r, self._new_top[r])
-            store(self._bias, r, finite(self._new_top[r] * self._log2_unit))
-        self._exponentiate(s, first=True)
+            self._find_largest(s, r)
+            self._set_top(r)
+        self._exponentiate(s)
+        for r in range(2):
+            store(self.sum, r, self._tile_sum(r))
 
     def next(self, s: Expr) -> None:
-        """The same for a later tile; ``shrink`` is then what earlier sums and outputs are to be multiplied by."""
+        """The same for a later tile; where a top has ``moved``, ``shrink`` is the factor for what came before."""
+        self._look_for_moves(s)
+        with when(self.moved):
+            for r in range(2):
+                self._find_largest(s, r)
+                store(self._largest, r, T.max(self._largest[r], self._top[r]))
+                old = let("old", self._top[r] * self._log2_unit)
+                self._set_top(r)
+                store(self.shrink, r, T.exp2(old - self._bias[r]))
+                store(self.sum, r, self.sum[r] * self.shrink[r])
+        self._exponentiate(s)
         for r in range(2):
-            self._find_top(s, r)
-            store(self._new_top, r, T.max(self._new_top[r], self.top[r]))
-            store(self._bias, r, finite(self._new_top[r] * self._log2_unit))
-            store(self.shrink, r, T.exp2(self.top[r] * self._log2_unit - self._bias[r]))
-            store(self.top, r, self._new_top[r])
-        self._exponentiate(s, first=False)
+            store(self.sum, r, self.sum[r] + self._tile_sum(r))
 
     def finish(self, inverse: Expr, lse: Expr) -> None:
         """inverse[r] = 1 / sum (0 for an empty row); lse[r] = natural log of the sum of exponentials."""
@@ -65,30 +95,42 @@ class Softmax:
                 store(self.sum, r, self.sum[r] + from_lane(self.sum[r], distance))
             empty = T.EQ(self.sum[r], T.float32(0.0))
             store(inverse, r, T.if_then_else(empty, T.float32(0.0), T.float32(1.0) / self.sum[r]))
-            store(lse, r, self.top[r] * self._unit + T.log(self.sum[r]))
+            store(lse, r, self._bias[r] * T.float32(LN2) + T.log(self.sum[r]))
 
-    def _find_top(self, s: Expr, row: int) -> None:
-        columns = columns_of(row, self._count)
-        for c in range(4):  # four independent chains
-            store(self._partial, c, s[columns[c]])
-        for n, i in enumerate(columns[4:]):
-            store(self._partial, n % 4, T.max(self._partial[n % 4], s[i]))
-        best = [self._partial[c] for c in range(4)]
-        store(self._new_top, row, T.max(T.max(best[0], best[1]), T.max(best[2], best[3])))
+    def _look_for_moves(self, s: Expr) -> None:
+        """moved = whether a score of this warp's is over its row's limit."""
+        for c in range(CHAINS):
+            store(self._high, c, T.int32(0))
+        for pair in range(self._count // 2):  # of columns of row pair % 2
+            call(LARGER, self._high[pair % CHAINS], s[2 * pair], s[2 * pair + 1])
+        over = [T.max(self._high[r], self._high[r + 2]) > self._limit[r] for r in range(2)]
+        call(ANY, T.Or(*over), self._moved[0])
+
+    def _set_top(self, row: int) -> None:
+        """To the largest score."""
+        store(self._top, row, self._largest[row])
+        store(self._bias, row, finite(self._top[row] * self._log2_unit))
+        call(BITS, self._top[row] + self._slack, self._limit[row])
+
+    def _find_largest(self, s: Expr, row: int) -> None:
+        """Of all of the row's scores."""
+        best = self._partial
+        for n, i in enumerate(columns_of(row, self._count)):
+            store(best, n % CHAINS, s[i] if n < CHAINS else T.max(best[n % CHAINS], s[i]))
+        store(self._largest, row, T.max(T.max(best[0], best[1]), T.max(best[2], best[3])))
         for distance in (1, 2):
-            store(self._new_top, row, T.max(self._new_top[row], from_lane(self._new_top[row], distance)))
+            store(self._largest, row, T.max(self._largest[row], from_lane(self._largest[row], distance)))
 
-    def _exponentiate(self, s: Expr, first: bool) -> None:
+    def _exponentiate(self, s: Expr) -> None:
         for i in range(self._count):
             store(s, i, T.exp2(s[i] * self._log2_unit - self._bias[i // 2 % 2]))
         for r in range(2):
-            columns = columns_of(r, self._count)
-            for c in range(2):
-                store(self._partial, 2 * r + c, s[columns[c]])
-            for n, i in enumerate(columns[2:]):
-                store(self._partial, 2 * r + n % 2, self._partial[2 * r + n % 2] + s[i])
-            tile_sum = self._partial[2 * r] + self._partial[2 * r + 1]
-            store(self.sum, r, tile_sum if first else self.sum[r] * self.shrink[r] + tile_sum)
+            for n, i in enumerate(columns_of(r, self._count)):
+                part = 2 * r + n % 2
+                store(self._partial, part, s[i] if n < 2 else self._partial[part] + s[i])
+
+    def _tile_sum(self, row: int) -> Expr:
+        return self._partial[2 * row] + self._partial[2 * row + 1]
 
 
 def cap_scores(s: Expr, count: int, inverse: Expr) -> None:
