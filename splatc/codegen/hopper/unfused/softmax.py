@@ -22,9 +22,8 @@ from splatc.codegen.cuda_parts import from_lane as across
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
-from splatc.codegen.hopper.epilogue import unpack
+from splatc.codegen.hopper.epilogue import finite, unpack
 from splatc.codegen.hopper.products import PTX_TYPE
-from splatc.codegen.hopper.softmax import finite
 from splatc.codegen.hopper.unfused.tiles import Sizes, sizes_of, value_array
 from splatc.codegen.kernel import SOFTMAX_BACKWARD_FUNCTION as BACKWARD
 from splatc.codegen.kernel import SOFTMAX_FUNCTION as FORWARD
