@@ -19,11 +19,11 @@ from splatc.runtime.products_gpu import GpuProducts
 from tests.fake_gpu import FakeDriver, FakeTorch, fake_gpu
 
 HEADER = Path(__file__).with_name("warpgroup_on_cpu.h")
-PRODUCT = re.compile(r"void (splatc_wgmma_m64n(\d+)k16_f32_(\w+?)_\w+?_x(\d+)(\w*))\(([^)]*)\)")
+PRODUCT = re.compile(r"void (splatc_wgmma_m64n(\d+)k\d+_f32_(\w+?)_\w+?_x(\d+)(\w*))\(([^)]*)\)")
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)[^)]*\) (\w+)\(([^)]*)\) \{.*?\n\}\n',
                     re.DOTALL)  # fmt: skip
 TYPES = {"pointer": ctypes.c_void_p, "int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
-HALVES = {"f16": "half", "bf16": "nv_bfloat16"}
+KINDS = {"f16": "half", "bf16": "nv_bfloat16", "tf32": "tf32"}
 
 
 class EmulatedProducts(GpuProducts):
@@ -81,7 +81,7 @@ def cpp(source: str) -> str:
         out.append(
             f"void {name}({parameters}) {{\n  float* d_[] = {{{', '.join('&' + x for x in d)}}};\n"
             f"  {a_type} a_[] = {{{', '.join(a)}}};\n  uint64_t b_[] = {{{', '.join(b)}}};\n"
-            f"  wgmma<{HALVES[kind]}>(d_, {n}, a_, b_, {steps}, {int('b_transposed' in features)}, "
+            f"  wgmma<{KINDS[kind]}>(d_, {n}, a_, b_, {steps}, {int('b_transposed' in features)}, "
             f"{int('fresh' in features)});\n}}"
         )
     for match in KERNEL.finditer(source):

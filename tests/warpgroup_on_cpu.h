@@ -16,6 +16,10 @@ inline void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_16(uint3
   memset(pool_buf_ptr + to, 0, 16);
   memcpy(pool_buf_ptr + to, from, size);
 }
+inline void tvm_builtin_ptx_cp_async_ca_src_size_async_ca_shared_global_4(uint32_t to, const void* from, uint32_t size) {
+  memset(pool_buf_ptr + to, 0, 4);
+  memcpy(pool_buf_ptr + to, from, size);
+}
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {}
 inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_1() {}
 inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0() {}
@@ -32,6 +36,10 @@ inline void tvm_builtin_ptx_st_global_b32(void* to, uint32_t x) {
   if (uintptr_t(to) % 4) abort();
   memcpy(to, &x, 4);
 }
+inline void tvm_builtin_ptx_st_vec_global_v2_b32(void* to, uint32_t a, uint32_t b) {
+  if (uintptr_t(to) % 8) abort();
+  ((uint32_t*)to)[0] = a, ((uint32_t*)to)[1] = b;
+}
 inline void tvm_builtin_ptx_ld_vec_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
   if (uintptr_t(from) % 16) abort();
   const uint32_t* x = (const uint32_t*)from;
@@ -46,16 +54,39 @@ inline void tvm_builtin_ptx_st_vec_global_v4_b32(void* to, uint32_t a, uint32_t 
   x[0] = a, x[1] = b, x[2] = c, x[3] = d;
 }
 
+struct tf32 { uint32_t bits; };
+inline void tvm_builtin_ptx_cvt_tf32_f32_rn_tf32_f32(uint32_t& d, float x) {
+  memcpy(&d, &x, 4);
+  d = (d + 0xFFF + (d >> 13 & 1)) & 0xFFFFE000;
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v4_f32(float& a, float& b, float& c, float& d, uint32_t from) {
+  const float* x = (const float*)(pool_buf_ptr + from);
+  a = x[0], b = x[1], c = x[2], d = x[3];
+}
+inline void tvm_builtin_ptx_st_vec_shared_v4_b32(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  tvm_builtin_ptx_st_vec_global_v4_b32(pool_buf_ptr + to, a, b, c, d);
+}
+
 template <typename T> uint16_t to_half(float x) {
   T t(x);
   uint16_t bits;
   memcpy(&bits, &t, 2);
   return bits;
 }
-template <typename T> float from_half(uint16_t bits) {
-  T t;
-  memcpy(&t, &bits, 2);
-  return float(t);
+// A value of type T that lies at p; tensor cores ignore the last 13 bits of tf32.
+template <typename T> float value_at(const void* p) {
+  if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    memcpy(&bits, p, 4);
+    bits &= 0xFFFFE000;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  } else {
+    T t;
+    memcpy(&t, p, 2);
+    return float(t);
+  }
 }
 inline void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& d, float high, float low) {
   d = uint32_t(to_half<nv_bfloat16>(high)) << 16 | to_half<nv_bfloat16>(low);
@@ -69,21 +100,21 @@ inline void ptx_wgmma_encode_matrix_descriptor(uint64_t* d, void* p, int leading
   if (swizzle != 3 || ((unsigned char*)p - pool_buf_ptr) % 1024) abort();
   *d = uint64_t((unsigned char*)p - pool_buf_ptr) >> 4 | uint64_t(leading) << 16 | uint64_t(stride) << 32;
 }
-// The value at a row of 128 bytes and a column (of 64 in a row; further ones ``leading`` on).
+// The value at a row of 128 bytes and a column (beyond those of a row: ``leading`` on).
 template <typename T> float at_descriptor(uint64_t d, int row, int column) {
+  constexpr int width = 128 / sizeof(T);
   uint32_t start = (d & 0x3FFF) << 4, leading = (d >> 16 & 0x3FFF) << 4, stride = (d >> 32 & 0x3FFF) << 4;
-  uint32_t at = start + row / 8 * stride + row % 8 * 128 + column / 64 * leading + column % 64 * 2;
+  uint32_t at = start + row / 8 * stride + row % 8 * 128 + column / width * leading + column % width * sizeof(T);
   at ^= at >> 3 & 0x70;
-  uint16_t bits;
-  memcpy(&bits, pool_buf_ptr + at, 2);
-  return from_half<T>(bits);
+  return value_at<T>(pool_buf_ptr + at);
 }
 
 inline uint32_t a_words[kWarpgroup][64];
-// One statement of `steps` products of 64 x n x 16 on d: a is a descriptor a step or, in registers, 4 words a step.
+// One statement of `steps` products of 64 x n x (32 bytes) on d: a is a descriptor a step or, in registers, 4 words.
 template <typename T, typename A>
 void wgmma(float** d, int n, const A* a, const uint64_t* b, int steps, bool b_transposed, bool fresh) {
   constexpr bool registers = sizeof(A) == 4;
+  constexpr int depth = 32 / sizeof(T), in_word = 4 / sizeof(T);
   int thread = threadIdx.x % kWarpgroup, row = thread / 32 * 16 + thread % 32 / 4, quad = thread % 4;
   if (registers) memcpy(a_words[thread], a, 16 * steps);
   __syncthreads();
@@ -91,11 +122,11 @@ void wgmma(float** d, int n, const A* a, const uint64_t* b, int steps, bool b_tr
     int m = row + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * quad + i % 2;
     float sum = fresh ? 0 : *d[i];
     for (int step = 0; step < steps; ++step)
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < depth; ++k) {
         float x;
-        if (registers) {  // word 2 (k / 8) + m / 8 % 2 of the thread that has the row and the pair of columns
-          uint32_t word = a_words[m / 16 * 32 + m % 8 * 4 + k % 8 / 2][4 * step + k / 8 * 2 + m / 8 % 2];
-          x = from_half<T>(uint16_t(word >> 16 * (k % 2)));
+        if (registers) {  // word 2 (k's half) + m / 8 % 2 of the thread that has the row, and k among its quad's
+          int owner = m / 16 * 32 + m % 8 * 4 + k / in_word % 4, word = 4 * step + k / (depth / 2) * 2 + m / 8 % 2;
+          x = value_at<T>((char*)&a_words[owner][word] + k % in_word * sizeof(T));
         } else {
           x = at_descriptor<T>(a[step], m, k);
         }

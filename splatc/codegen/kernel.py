@@ -18,7 +18,6 @@ DV_ALONE, DK_ALONE = "backward_values", "backward_keys"  # a kernel each for dv 
 GRADIENTS = {BACKWARD: ("dq", "dk", "dv"), ROWS: ("dq",), COLUMNS: ("dk", "dv"), DV_ALONE: ("dv",), DK_ALONE: ("dk",)}
 SDDMM, SOFTMAX, SPMM = "sddmm", "softmax", "spmm"  # unfused: a kernel each, over values in ACSR order
 PRODUCTS = SDDMM, SOFTMAX, SPMM
-PRODUCT_DTYPES = ("float16", "bfloat16")  # of them on GPUs
 SDDMM_FUNCTION, SOFTMAX_FUNCTION, SPMM_FUNCTION = (f"splatc_{role}" for role in PRODUCTS)
 SOFTMAX_BACKWARD_FUNCTION, SPMM_TRANSPOSED_FUNCTION = "splatc_softmax_backward", "splatc_spmm_transposed"
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
@@ -121,9 +120,6 @@ def product_spec(role: str, dim: int, dtype: str, target: Target) -> KernelSpec:
     instead = "use splatc.attention, which is fused, or move the tensors to the CPU"
     if target.arch != "sm_90a":
         raise Unsupported(f"sddmm, softmax and spmm are there for CPUs and for sm_90a, not for {target}: {instead}")
-    if spec.dtype not in PRODUCT_DTYPES:
-        raise Unsupported(f"on a GPU sddmm, softmax and spmm take {' and '.join(PRODUCT_DTYPES)}, not {spec.dtype}: "
-                          f"convert the tensors, {instead}")  # fmt: skip
     if role != SOFTMAX and dim % HOPPER_STEP:
         raise Unsupported(f"on a GPU the head dims of sddmm and spmm are multiples of {HOPPER_STEP}, not {dim}: pad "
                           f"with zeros, {instead}")  # fmt: skip

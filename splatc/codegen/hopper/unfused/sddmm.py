@@ -2,7 +2,7 @@
 
 A block multiplies 64 queries by 64 keys at a time. The products leave through shared memory, each warp's 16 lines by
 itself: there a line lies as it will in memory, without what the mask does not hold, and in the same place among 16
-bytes. Eight threads then store a line, 16 bytes each; its ends, whose 16 bytes it shares with others, value by value.
+bytes. Threads then store 16 bytes of a line each; its ends, whose 16 bytes it shares with others, value by value.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,7 +16,8 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
-from splatc.codegen.hopper.products import PTX_TYPE, Scores, at_stage, descriptor, hidden, wait_products
+from splatc.codegen.hopper.products import Scores, at_stage, descriptor, hidden, wait_products
+from splatc.codegen.hopper.unfused.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
@@ -35,7 +36,6 @@ from splatc.codegen.kernel import SDDMM_FUNCTION as NAME
 from splatc.codegen.kernel import KernelSpec
 
 WARP_LINES = 16
-LINE_THREADS = 8  # that store a line
 BLOCKS = 5  # of a multiprocessor, that registers should allow
 
 
@@ -74,7 +74,7 @@ class _Block:
         self.k_base = self.k.base(w.batch, w.shared_head)
         with when(w.count > 0):
             self.q.copy(self.q.base(w.batch, w.head), w.positions, w.item, self.q_tile, 0, w.thread)
-            w.pipeline(stages, self.copy, self.tile)
+            w.pipeline(stages, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
 
     def copy(self, entry: Expr, stage: Expr) -> None:
@@ -82,13 +82,20 @@ class _Block:
         w, s = self.walk, self.s
         self.k.copy(self.k_base, w.columns, w.entries[entry, 0], self.k_tiles, stage * s.tile_items, w.thread)
 
+    def arrived(self, number: Expr, stage: Expr) -> None:
+        """Round what this thread has copied, where tensor cores would not."""
+        if self.s.rounds:
+            with when(T.EQ(number, 0)):
+                self.q.round(self.q_tile, 0, self.walk.thread)
+            self.k.round(self.k_tiles, stage * self.s.tile_items, self.walk.thread)
+
     def tile(self, entry: Expr, stage: Expr, meanwhile: Callable[[], None]) -> None:
         """The values of a tile."""
         w, s = self.walk, self.s
         self.scores.issue(self.q_desc, at_stage("k_now", self.k_desc, stage, s.tile_bytes))
         meanwhile()
         rows = [self.line(entry, w.lane // 4 + 8 * r) for r in range(2)]  # of the thread's scores
-        lines = [self.line(entry, w.lane // LINE_THREADS + i) for i in range(0, WARP_LINES, 32 // LINE_THREADS)]
+        lines = [self.line(entry, w.lane // s.units + i) for i in range(0, WARP_LINES, 32 // s.units)]
         wait_products(0)
         self.scores.fence()
         do(T.cuda.warp_sync())  # the lines of the tile before have been read
@@ -112,26 +119,23 @@ class _Block:
         What the mask does not hold goes behind the line's values: there is room where it is not whole.
         """
         s, scores, column = self.s, self.scores.s, self.walk.lane % 4 * 2
-        rounded = registers("rounded", 1, "uint32")
         for r, line in enumerate(lines):
             place = hidden(line.place + line.skip, "int32")
             before = ones(line.words[0])
             for i in range(LANES // 8):
-                low, high = (scores[4 * i + 2 * r + c] * self.factor for c in range(2))
-                do(T.ptx[f"cvt.rn.{PTX_TYPE[s.dtype]}x2.f32"](rounded[0], high, low))
-                for c in range(2):
+                words = words_of([scores[4 * i + 2 * r + c] * self.factor for c in range(2)], s.dtype)
+                for c, value in enumerate(split(words, s.dtype)):
                     number = 8 * i + column + c
                     if not whole:
                         word, bit = line.words[i // 4], T.cast(8 * (i % 4) + column + c, "uint32")
                         rank = ones(T.bitwise_and(word, below(bit))) + (before if i >= 4 else 0)
                         number = T.Select(has(word, bit), rank, line.count)
-                    value = T.bitwise_and(T.shift_right(rounded[0], T.uint32(16 * c)), T.uint32(0xFFFF))
-                    store(self.lines, place + number, T.cast(value, s.stored))
+                    store(self.lines, place + number, value)
 
     def store(self, line: Line) -> None:
         """A line's values to memory: the units that are all its own at once, the others' by value."""
         s, lines, values = self.s, self.lines, self.values
-        at = let("at", self.walk.lane % LINE_THREADS)
+        at = let("at", self.walk.lane % s.units)
         end = kept("end", line.skip + line.count)
         with when(T.And(at * s.unit >= line.skip, (at + 1) * s.unit <= end)):
             unit = registers("unit", 4, "uint32")
@@ -139,7 +143,7 @@ class _Block:
             do(T.ptx["ld.shared.v4.b32"](*words, lines.ptr_to([line.place + at * s.unit])))
             do(T.ptx["st.global.v4.b32"](values.ptr_to([line.target + wide(at * s.unit)]), *words))
         partial = T.Or(line.skip > 0, line.count < s.unit)  # the first unit
-        with when(T.And(partial, T.And(at >= line.skip, at < end))):
+        with when(T.And(partial, T.And(at >= line.skip, at < T.min(end, s.unit)))):
             store(values, line.target + wide(at), lines[line.place + at])
         last = let("last", T.bitwise_and(end, -s.unit))
         with when(T.And(last > 0, last + at < end)):

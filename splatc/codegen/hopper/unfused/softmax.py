@@ -22,8 +22,8 @@ from splatc.codegen.cuda_parts import from_lane as across
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
-from splatc.codegen.hopper.epilogue import finite, unpack
-from splatc.codegen.hopper.products import PTX_TYPE
+from splatc.codegen.hopper.epilogue import finite
+from splatc.codegen.hopper.unfused.stored import split, values_of, words_of
 from splatc.codegen.hopper.unfused.tiles import Sizes, sizes_of, value_array
 from splatc.codegen.kernel import SOFTMAX_BACKWARD_FUNCTION as BACKWARD
 from splatc.codegen.kernel import SOFTMAX_FUNCTION as FORWARD
@@ -78,22 +78,18 @@ class Row:
         """The values of a unit, others' among them."""
         words = registers(name, 4, "uint32")
         do(T.ptx["ld.global.v4.b32"](*(words[i] for i in range(4)), array.ptr_to([self.at(unit)])))
-        return [value for i in range(4) for value in unpack(words[i], self.s.dtype)]
+        return values_of([words[i] for i in range(4)], self.s.dtype)
 
     def write(self, array: Expr, unit: Expr, values: list[Expr]) -> None:
         """The row's own values of a unit."""
-        words = registers("rounded", 4, "uint32")
-        for i in range(4):
-            do(T.ptx[f"cvt.rn.{PTX_TYPE[self.s.dtype]}x2.f32"](words[i], values[2 * i + 1], values[2 * i]))
-        whole = T.And(self.own(unit, 0), self.own(unit, self.s.unit - 1))
-        with I.If(whole):
+        words = words_of(values, self.s.dtype)
+        with I.If(T.And(self.own(unit, 0), self.own(unit, self.s.unit - 1))):
             with I.Then():
-                do(T.ptx["st.global.v4.b32"](array.ptr_to([self.at(unit)]), *(words[i] for i in range(4))))
+                do(T.ptx["st.global.v4.b32"](array.ptr_to([self.at(unit)]), *words))
             with I.Else():
-                for i in range(self.s.unit):
+                for i, value in enumerate(split(words, self.s.dtype)):
                     with when(self.own(unit, i)):
-                        half = T.shift_right(words[i // 2], T.uint32(16 * (i % 2)))
-                        store(array, self.at(unit) + i, T.cast(T.bitwise_and(half, T.uint32(0xFFFF)), "uint16"))
+                        store(array, self.at(unit) + i, value)
 
     def own(self, unit: Expr, i: int) -> Expr:
         """Whether the i-th value of a unit is the row's."""

@@ -17,8 +17,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
-from splatc.codegen.hopper.products import PTX_TYPE, Output, at_stage, descriptor, wait_products
+from splatc.codegen.hopper.emit import Expr, do, let, store, when
+from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
+from splatc.codegen.hopper.unfused.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
@@ -26,12 +27,12 @@ from splatc.codegen.hopper.unfused.tiles import (
     Line,
     Rows,
     Sizes,
+    TurnedRows,
     Walk,
     below,
     copy_unit,
     has,
     ones,
-    pair,
     sizes_of,
     value_array,
 )
@@ -55,7 +56,7 @@ def _spmm(spec: KernelSpec, name: str, queries_are_rows: bool):
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(name)
-            y = Rows("y", s)
+            y = (TurnedRows if s.rounds else Rows)("y", s)
             values, out = value_array("values", s), value_array("out", s)
             heads, rows = (I.arg(word, I.int32()) for word in ("heads", "rows"))  # of out
             walk = Walk()
@@ -85,11 +86,11 @@ class _Block:
         self.places = pool.alloc((stages * LANES,), "int32", align=16)  # where the values of each line begin
         self.words = pool.alloc((stages * LANES * WORDS,), "uint32", align=16)
         pool.commit()
-        self.out = Output(s.dtype, s.dim, LANES)
+        self.out = TurnedOutput(s.dim, LANES) if s.rounds else Output(s.dtype, s.dim, LANES)
         self.y_desc = descriptor("y_desc", self.y_tiles, 0, self.out.leading)
         self.y_base = self.y.base(w.batch, w.shared_head)
         self.out.clear()
-        w.pipeline(stages, self.copy, self.tile)
+        w.pipeline(stages, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
 
     def copy(self, entry: Expr, stage: Expr) -> None:
@@ -105,14 +106,13 @@ class _Block:
     def copy_lines(self, entry: Expr, stage: Expr, whole: bool) -> None:
         """The lines of a tile, as many units of each as its values touch."""
         s, w = self.s, self.walk
-        units = LANES // s.unit  # a line that begins inside one touches another
-        at_once = THREADS // units
+        at_once = THREADS // s.units
         for step in range(0, LANES, at_once):
-            line = self.line(entry, stage, step + w.thread // units, whole)
-            self.copy_unit(line, w.thread % units, line.count > 0 if whole else None)
+            line = self.line(entry, stage, step + w.thread // s.units, whole)
+            self.copy_unit(line, w.thread % s.units, line.count > 0 if whole else None)
         with when(w.thread < LANES):
             line = self.line(entry, stage, w.thread, whole)
-            self.copy_unit(line, units)
+            self.copy_unit(line, s.units)  # of one that begins inside a unit
             at = stage * LANES + w.thread
             store(self.places, at, line.place + line.skip)
             if not whole:
@@ -130,6 +130,11 @@ class _Block:
         source = line.target + wide(T.if_then_else(touched, first, 0))
         copy_unit(self.lines.ptr_to([line.place + first]), self.values.ptr_to([source]), touched)
 
+    def arrived(self, number: Expr, stage: Expr) -> None:
+        """Round what this thread has copied of y, where tensor cores would not."""
+        if self.s.rounds:
+            self.y.round(self.y_tiles, stage * self.s.tile_items, self.walk.thread)
+
     def tile(self, entry: Expr, stage: Expr, meanwhile: Callable[[], None]) -> None:
         """Add a tile's product."""
         w = self.walk
@@ -145,14 +150,20 @@ class _Block:
 
     def take(self, stage: Expr, whole: bool) -> None:
         """A tile's values to the registers of A. whole: every line has all keys."""
-        for j, (i, r) in enumerate((i, r) for i in range(LANES // 8) for r in range(2)):
-            store(self.out.p, j, pair(*(self.value(stage, i, r, c, whole) for c in range(2))))
+        if self.s.rounds:
+            for j in range(LANES // 2):
+                value = T.reinterpret("float32", self.value(stage, score_of(j), whole))
+                do(T.ptx["cvt.rn.tf32.f32"](self.out.p[j], value))
+            return
+        for j in range(LANES // 4):
+            low, high = (T.cast(self.value(stage, 2 * j + c, whole), "uint32") for c in range(2))
+            store(self.out.p, j, T.bitwise_or(low, T.shift_left(high, T.uint32(16))))
 
-    def value(self, stage: Expr, i: int, r: int, c: int, whole: bool) -> Expr:
-        """Of the row and the column that accumulator 4i + 2r + c would be of (products.py)."""
+    def value(self, stage: Expr, register: int, whole: bool) -> Expr:
+        """Of the row and the column that this accumulator of a thread would be of (products.py)."""
         w = self.walk
-        row = w.warp * 16 + w.lane // 4 + 8 * r
-        column = 8 * i + w.lane % 4 * 2 + c
+        row = w.warp * 16 + w.lane // 4 + register // 2 % 2 * 8
+        column = register // 4 * 8 + w.lane % 4 * 2 + register % 2
         line, key = (row, column) if self.queries_are_rows else (column, row)
         at = stage * LANES + line
         place = self.places[at]
@@ -167,12 +178,12 @@ class _Block:
     def write(self, out: Expr, heads: Expr, rows: Expr, factor: Expr) -> None:
         """The rows of out, (batch, heads, rows, dim), that exist."""
         s, w = self.s, self.walk
-        word = registers("rounded", 1, "uint32")
         for r in range(2):
             position = let("position", w.positions[w.item, w.warp * 16 + w.lane // 4 + 8 * r])
             with when(position >= 0):
                 row = let("out_row", wide(w.batch * heads + w.head) * wide(rows) + wide(position))
                 for i in range(s.dim // 8):
-                    low, high = (self.out.o[4 * i + 2 * r + c] * factor for c in range(2))
-                    do(T.ptx[f"cvt.rn.{PTX_TYPE[s.dtype]}x2.f32"](word[0], high, low))
-                    do(T.ptx["st.global.b32"](out.ptr_to([row * s.dim + wide(8 * i + w.lane % 4 * 2)]), word[0]))
+                    words = words_of([self.out.o[4 * i + 2 * r + c] * factor for c in range(2)], s.dtype)
+                    kind = "b32" if len(words) == 1 else "v2.b32"
+                    at = row * s.dim + wide(8 * i + w.lane % 4 * 2)
+                    do(T.ptx[f"st.global.{kind}"](out.ptr_to([at]), *words))

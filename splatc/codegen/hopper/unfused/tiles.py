@@ -7,7 +7,7 @@ way while it works at one: cp.async, whose places in shared memory are a ring of
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
@@ -16,9 +16,10 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.copies import commit_copies, wait_copies
-from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, when
+from splatc.codegen.hopper.copies import commit_copies
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, chunk
+from splatc.codegen.hopper.unfused.stored import type_of
 from splatc.codegen.kernel import KernelSpec
 from splatc.errors import Unsupported
 
@@ -44,12 +45,22 @@ class Sizes:
     @property
     def stored(self) -> str:
         """The type that values are moved as."""
-        return f"uint{8 * self.item_bytes}"
+        return type_of(self.dtype)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether tensor cores would cut off the last bits of factors, which threads therefore round."""
+        return self.dtype == "float32"
 
     @property
     def unit(self) -> int:
         """Values of one copy."""
         return UNIT_BYTES // self.item_bytes
+
+    @property
+    def units(self) -> int:
+        """Copies that a line takes which begins where one does."""
+        return LANES // self.unit
 
     @property
     def chunks(self) -> int:
@@ -104,18 +115,69 @@ class Rows:
 
         Eight threads copy 128 bytes of a row.
         """
-        s, width = self.s, chunk(self.s.dtype)
-        column = let("unit", thread % 8)
-        for step in range(LANES * 8 // THREADS):
-            row = let("row", step * (THREADS // 8) + thread // 8)
+        s = self.s
+        for row, column, place in self._units(thread):
             position = kept("position", positions[tile, row])
             source = kept("source", base + wide(T.max(position, 0)) * wide(self._seq), "int64")
-            place = let("place", offset + row * width + T.bitwise_xor(column, row % 8) * s.unit)
             for c in range(s.chunks):
-                first = c * width + column * s.unit
+                first = c * chunk(s.dtype) + column
                 inside = T.And(position >= 0, first < s.dim)
-                copy_unit(target.ptr_to([place + c * LANES * width]),
+                copy_unit(target.ptr_to([offset + place + c * LANES * chunk(s.dtype)]),
                           self._data.ptr_to([source + wide(T.if_then_else(inside, first, 0))]), inside)  # fmt: skip
+
+    def round(self, tile: Expr, offset: Expr, thread: Expr) -> None:
+        """Round what this thread has copied to tile[offset:], and has arrived, to tf32."""
+        for _, _, place in self._units(thread):
+            for c in range(self.s.chunks):
+                at = tile.ptr_to([offset + place + c * LANES * chunk(self.s.dtype)])
+                values, words = registers("unrounded", 4), registers("rounded", 4, "uint32")
+                do(T.ptx["ld.shared.v4.f32"](*(values[i] for i in range(4)), at))
+                for i in range(4):
+                    do(T.ptx["cvt.rn.tf32.f32"](words[i], values[i]))
+                do(T.ptx["st.shared.v4.b32"](at, *(words[i] for i in range(4))))
+
+    def _units(self, thread: Expr) -> Iterator[tuple[Expr, Expr, Expr]]:
+        """(row, column, place in the first chunk of a tile) of what a thread copies."""
+        width, column = chunk(self.s.dtype), let("unit", thread % 8)
+        for step in range(LANES * 8 // THREADS):
+            row = let("row", step * (THREADS // 8) + thread // 8)
+            yield row, column * self.s.unit, row * width + T.bitwise_xor(column, row % 8) * self.s.unit
+
+
+class TurnedRows(Rows):
+    """Rows of float32 as operand B of products in tf32 along the rows: columns become rows (hopper/turning.py).
+
+    A warp copies 32 columns of a row at a time, 4 bytes a thread.
+    """
+
+    def copy(self, base: Expr, positions: Expr, tile: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
+        s = self.s
+        with loop(LANES * 32 // THREADS) as step:
+            row = kept("row", step * (THREADS // 32) + thread // 32)
+            position = kept("position", positions[tile, row])
+            source = kept("source", base + wide(T.max(position, 0)) * wide(self._seq), "int64")
+            for c in range(s.chunks):
+                column = c * 32 + thread % 32
+                inside = T.And(position >= 0, column < s.dim)
+                do(T.ptx["cp.async.ca.shared.global"](
+                    target.ptr_to([offset + self._place(row, column)]),
+                    self._data.ptr_to([source + wide(T.if_then_else(inside, column, 0))]),
+                    4, T.if_then_else(inside, T.uint32(4), T.uint32(0))))  # fmt: skip
+
+    def round(self, tile: Expr, offset: Expr, thread: Expr) -> None:
+        with loop(LANES * 32 // THREADS) as step:
+            row = kept("row", step * (THREADS // 32) + thread // 32)
+            word = registers("rounded", 1, "uint32")
+            for c in range(self.s.chunks):
+                at = offset + self._place(row, c * 32 + thread % 32)
+                do(T.ptx["cvt.rn.tf32.f32"](word[0], T.reinterpret("float32", tile[at])))
+                store(tile, at, word[0])
+
+    def _place(self, row: Expr, column: Expr) -> Expr:
+        """Where a value goes: in a block for every 32 rows, and there in slots (turning.key_of)."""
+        slot = row % 32 // 8 * 8 + row % 2 * 4 + row % 8 // 2
+        return (row // 32 * (self.s.chunks * 32 * 32) + column * 32
+                + T.bitwise_xor(slot // 4, column % 8) * 4 + slot % 4)  # fmt: skip
 
 
 def kept(name: str, value: Expr, dtype: str = "int32") -> Expr:
@@ -177,16 +239,20 @@ class Walk:
         target = kept("target", T.bitwise_and(start, T.int64(-s.unit)), "int64")
         return Line(kept("place", place), skip, words, count, target)
 
-    def pipeline(self, stages: int, copy: Callable[[Expr, Expr], None],
+    def pipeline(self, stages: int, copy: Callable[[Expr, Expr], None], arrived: Callable[[Expr, Expr], None],
                  use: Callable[[Expr, Expr, Callable[[], None]], None]) -> None:  # fmt: skip
-        """copy(entry, stage) for every entry, ``stages`` - 1 ahead, and use(entry, stage, meanwhile), which calls
-        meanwhile() once to start the next copies, and is done with shared memory when it ends."""
+        """For every entry copy(entry, stage), ``stages`` - 1 ahead; arrived(number of the entry, stage), by each thread
+        when its copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once to start the next
+        copies, and is done with shared memory when it ends."""
         for ahead in range(stages - 1):
             with when(ahead < self.count):
                 copy(kept("next", self.begin + ahead), T.int32(ahead))
             commit_copies()
         with loop(self.count) as number:
-            wait_copies(stages - 2)
+            stage = kept("stage", number % stages)
+            do(T.ptx.cp.async_.wait_group(stages - 2))
+            arrived(number, stage)
+            do(T.ptx.fence.proxy.async_.shared__cta())  # tensor cores may read them
             do(T.cuda.cta_sync())  # all copies of this entry are there; all threads are done with the one before
 
             def meanwhile() -> None:
@@ -195,7 +261,7 @@ class Walk:
                     copy(kept("next", self.begin + later), kept("next_stage", later % stages))
                 commit_copies()
 
-            use(kept("entry", self.begin + number), kept("stage", number % stages), meanwhile)
+            use(kept("entry", self.begin + number), stage, meanwhile)
 
 
 @dataclass(frozen=True)
@@ -228,8 +294,3 @@ def has(word: Expr, bit: Expr) -> Expr:
 def ones(word: Expr) -> Expr:
     """How many bits a word has, as int32."""
     return T.cast(T.popcount(word), "int32")
-
-
-def pair(low: Expr, high: Expr) -> Expr:
-    """Two 16-bit values in a word."""
-    return T.bitwise_or(T.cast(low, "uint32"), T.shift_left(T.cast(high, "uint32"), T.uint32(16)))
