@@ -8,24 +8,25 @@ bytes. Threads then store 16 bytes of a line each; its ends, whose 16 bytes it s
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
-from splatc.codegen.hopper.products import Scores, at_stage, descriptor, hidden, wait_products
+from splatc.codegen.hopper.emit import Cell, Expr, do, registers, store, when
+from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.unfused.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
-    THREADS,
-    Line,
+    WARP_LINES,
     Rows,
     Sizes,
+    Spot,
     Walk,
     below,
+    from_lane,
     has,
     kept,
     ones,
@@ -35,7 +36,6 @@ from splatc.codegen.hopper.unfused.tiles import (
 from splatc.codegen.kernel import SDDMM_FUNCTION as NAME
 from splatc.codegen.kernel import KernelSpec
 
-WARP_LINES = 16
 BLOCKS = 5  # of a multiprocessor, that registers should allow
 
 
@@ -46,7 +46,7 @@ def sddmm(spec: KernelSpec):
         with I.prim_func():
             I.func_name(NAME)
             q, k = Rows("q", s), Rows("k", s)
-            values, walk = value_array("values", s), Walk()
+            values, walk = value_array("values", s), Walk(s)
             factor = I.arg("factor", I.float32())
             I.device_entry()
             with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
@@ -71,16 +71,18 @@ class _Block:
         self.scores = Scores(s.dtype, s.dim, LANES, LANES)
         self.q_desc = descriptor("q_desc", self.q_tile, 0, 1)
         self.k_desc = descriptor("k_desc", self.k_tiles, 0, 1)
-        self.k_base = self.k.base(w.batch, w.shared_head)
         with when(w.count > 0):
-            self.q.copy(self.q.base(w.batch, w.head), w.positions, w.item, self.q_tile, 0, w.thread)
-            w.pipeline(stages, self.copy, self.arrived, self.tile)
+            self.q.ask(w.positions, w.item, w.thread)
+            self.q.copy(self.q.base(w.batch, w.head), self.q_tile, 0, w.thread)
+            self.k_base = self.k.base(w.batch, w.shared_head)
+            self.first = Cell("own_first", w.first[w.begin, w.own_line])  # of the next tile's line
+            self.kind = Cell("kind", w.entries[w.begin, 1])
+            w.pipeline(stages, self.k, lambda entry: None, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
 
     def copy(self, entry: Expr, stage: Expr) -> None:
         """The keys of a column tile."""
-        w, s = self.walk, self.s
-        self.k.copy(self.k_base, w.columns, w.entries[entry, 0], self.k_tiles, stage * s.tile_items, w.thread)
+        self.k.copy(self.k_base, self.k_tiles, stage * self.s.tile_items, self.walk.thread)
 
     def arrived(self, number: Expr, stage: Expr) -> None:
         """Round what this thread has copied, where tensor cores would not."""
@@ -93,61 +95,109 @@ class _Block:
         """The values of a tile."""
         w, s = self.walk, self.s
         self.scores.issue(self.q_desc, at_stage("k_now", self.k_desc, stage, s.tile_bytes))
+        first, kind = kept("first", self.first()), kept("kind_now", self.kind())
+        later = kept("later", w.known(entry + 1))
+        self.first.set(w.first[later, w.own_line])
+        self.kind.set(w.entries[later, 1])
         meanwhile()
-        rows = [self.line(entry, w.lane // 4 + 8 * r) for r in range(2)]  # of the thread's scores
-        lines = [self.line(entry, w.lane // s.units + i) for i in range(0, WARP_LINES, 32 // s.units)]
         wait_products(0)
         self.scores.fence()
         do(T.cuda.warp_sync())  # the lines of the tile before have been read
-        with I.If(T.EQ(w.entries[entry, 1], 0)):
+        with I.If(T.EQ(kind, 0)):
             with I.Then():
-                self.stage(rows, whole=True)
+                self.stage_whole(first)
+                do(T.cuda.warp_sync())
+                self.store_whole(first)
             with I.Else():
-                self.stage(rows, whole=False)
-        do(T.cuda.warp_sync())
-        for line in lines:
-            self.store(line)
+                words = w.own_words(kind)
+                count = kept("own_count", ones(words[0]) + ones(words[1]))
+                self.stage_some(first, words, count)
+                do(T.cuda.warp_sync())
+                self.store_some(first, count)
 
-    def line(self, entry: Expr, number: Expr) -> Line:
-        """Of the warp's lines in a tile, this one."""
-        line = self.walk.warp * WARP_LINES + number
-        return self.walk.line(entry, line, line * self.s.pitch, self.s)
+    # -- scores to lines in shared memory ------------------------------------------------------------------------------
 
-    def stage(self, lines: list[Line], whole: bool) -> None:
-        """The thread's scores, times the factor and rounded, to where they belong in their lines.
+    def stage_whole(self, first: Expr) -> None:
+        """The scores of the thread's two rows to their lines."""
+        for r in range(2):
+            _, place = self.row(first, r)
+            for i, c, value in self.stored(r):
+                store(self.lines, place + 8 * i + self.column + c, value)
 
-        What the mask does not hold goes behind the line's values: there is room where it is not whole.
-        """
-        s, scores, column = self.s, self.scores.s, self.walk.lane % 4 * 2
-        for r, line in enumerate(lines):
-            place = hidden(line.place + line.skip, "int32")
-            before = ones(line.words[0])
-            for i in range(LANES // 8):
-                words = words_of([scores[4 * i + 2 * r + c] * self.factor for c in range(2)], s.dtype)
-                for c, value in enumerate(split(words, s.dtype)):
-                    number = 8 * i + column + c
-                    if not whole:
-                        word, bit = line.words[i // 4], T.cast(8 * (i % 4) + column + c, "uint32")
-                        rank = ones(T.bitwise_and(word, below(bit))) + (before if i >= 4 else 0)
-                        number = T.Select(has(word, bit), rank, line.count)
-                    store(self.lines, place + number, value)
+    def stage_some(self, first: Expr, words: list[Expr], count: Expr) -> None:
+        """The same of what the mask holds. The rest goes behind a line's values: there is room where some are not."""
+        for r in range(2):
+            own, place = self.row(first, r)
+            held, mine = [from_lane(word, own) for word in words], from_lane(count, own)
+            held = [kept("held", word, "uint32") for word in held]
+            mine, before = kept("line_count", mine), kept("before", ones(held[0]))
+            for i, c, value in self.stored(r):
+                word, bit = held[i // 4], T.cast(8 * (i % 4) + self.column + c, "uint32")
+                rank = ones(T.bitwise_and(word, below(bit))) + (before if i >= 4 else 0)
+                store(self.lines, place + T.Select(has(word, bit), rank, mine), value)
 
-    def store(self, line: Line) -> None:
-        """A line's values to memory: the units that are all its own at once, the others' by value."""
-        s, lines, values = self.s, self.lines, self.values
-        at = let("at", self.walk.lane % s.units)
-        end = kept("end", line.skip + line.count)
-        with when(T.And(at * s.unit >= line.skip, (at + 1) * s.unit <= end)):
-            unit = registers("unit", 4, "uint32")
-            words = [unit[i] for i in range(4)]
-            do(T.ptx["ld.shared.v4.b32"](*words, lines.ptr_to([line.place + at * s.unit])))
-            do(T.ptx["st.global.v4.b32"](values.ptr_to([line.target + wide(at * s.unit)]), *words))
-        partial = T.Or(line.skip > 0, line.count < s.unit)  # the first unit
-        with when(T.And(partial, T.And(at >= line.skip, at < T.min(end, s.unit)))):
-            store(values, line.target + wide(at), lines[line.place + at])
-        last = let("last", T.bitwise_and(end, -s.unit))
-        with when(T.And(last > 0, last + at < end)):
-            store(values, line.target + wide(last + at), lines[line.place + last + at])
+    @property
+    def column(self) -> Expr:
+        """The first of a thread's columns in every eight."""
+        return self.walk.lane % 4 * 2
 
+    def row(self, first: Expr, r: int) -> tuple[Expr, Expr]:
+        """(which of the warp's lines the thread's row r is, where in shared memory its values begin)."""
+        w = self.walk
+        own = w.lane // 4 + 8 * r
+        spot = w.spot(from_lane(first, own))
+        return own, kept("row_place", (w.warp * WARP_LINES + own) * self.s.pitch + spot.skip)
 
-assert THREADS // 32 * WARP_LINES == LANES
+    def stored(self, r: int) -> Iterator[tuple[int, int, Expr]]:
+        """(eight columns, which of two, value as it is stored) of the thread's row r, times the factor."""
+        for i in range(LANES // 8):
+            values = [self.scores.s[4 * i + 2 * r + c] * self.factor for c in range(2)]
+            for c, value in enumerate(split(words_of(values, self.s.dtype), self.s.dtype)):
+                yield i, c, value
+
+    # -- lines to memory -----------------------------------------------------------------------------------------------
+
+    def store_whole(self, first: Expr) -> None:
+        """Lines of all keys: whole units at once; of a line that begins inside a unit, its ends by value."""
+        s = self.s
+        for _, begins, spot, place, at in self.parts(first):
+            with when(T.And(begins >= 0, T.Or(at > 0, T.EQ(spot.skip, 0)))):
+                self.store_unit(spot, place, at)
+            with when(T.And(begins >= 0, T.And(spot.skip > 0, at < s.unit))):
+                end = kept("end_at", T.Select(at >= spot.skip, at, at + LANES))
+                self.store_value(spot, place, end)
+
+    def store_some(self, first: Expr, count: Expr) -> None:
+        """Lines of ``count`` values."""
+        s = self.s
+        for line, begins, spot, place, at in self.parts(first):
+            mine = kept("line_count", from_lane(count, line))
+            end = kept("end", spot.skip + T.if_then_else(begins >= 0, mine, 0))
+            with when(T.And(at * s.unit >= spot.skip, (at + 1) * s.unit <= end)):
+                self.store_unit(spot, place, at)
+            partial = T.Or(spot.skip > 0, end < s.unit)  # the first unit
+            with when(T.And(partial, T.And(at >= spot.skip, at < T.min(end, s.unit)))):
+                self.store_value(spot, place, at)
+            last = T.bitwise_and(end, -s.unit)
+            with when(T.And(last > 0, last + at < end)):
+                self.store_value(spot, place, last + at)
+
+    def parts(self, first: Expr) -> Iterator[tuple[Expr, Expr, Spot, Expr, Expr]]:
+        """For each unit that the thread stores: (which of the warp's lines, the number of its first value, where it
+        lies, its place in shared memory, which unit of it)."""
+        w, s = self.walk, self.s
+        for i in range(0, WARP_LINES, 32 // s.units):
+            line = i + w.lane // s.units
+            begins = kept("begins", from_lane(first, line))
+            yield line, begins, w.spot(begins), (w.warp * WARP_LINES + line) * s.pitch, w.lane % s.units
+
+    def store_unit(self, spot: Spot, place: Expr, at: Expr) -> None:
+        """Sixteen bytes of a line."""
+        unit = registers("unit", 4, "uint32")
+        words = [unit[i] for i in range(4)]
+        do(T.ptx["ld.shared.v4.b32"](*words, self.lines.ptr_to([place + at * self.s.unit])))
+        do(T.ptx["st.global.v4.b32"](self.values.ptr_to([self.walk.base + wide(spot.at + at * self.s.unit)]), *words))
+
+    def store_value(self, spot: Spot, place: Expr, at: Expr) -> None:
+        """One value of a line."""
+        store(self.values, self.walk.base + wide(spot.at + at), self.lines[place + at])

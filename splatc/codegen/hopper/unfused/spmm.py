@@ -17,21 +17,23 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Expr, do, let, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, store, when
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
 from splatc.codegen.hopper.unfused.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
-    THREADS,
+    WARP_LINES,
     WORDS,
-    Line,
     Rows,
     Sizes,
+    Spot,
     TurnedRows,
     Walk,
     below,
     copy_unit,
+    from_lane,
     has,
+    kept,
     ones,
     sizes_of,
     value_array,
@@ -59,7 +61,7 @@ def _spmm(spec: KernelSpec, name: str, queries_are_rows: bool):
             y = (TurnedRows if s.rounds else Rows)("y", s)
             values, out = value_array("values", s), value_array("out", s)
             heads, rows = (I.arg(word, I.int32()) for word in ("heads", "rows"))  # of out
-            walk = Walk()
+            walk = Walk(s)
             factor = I.arg("factor", I.float32())
             I.device_entry()
             with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
@@ -78,57 +80,72 @@ class _Block:
         """Sum up."""
         s, w = self.s, self.walk
         w.start()
-        line_bytes = LANES * (s.pitch * s.item_bytes + 4 * (1 + WORDS))
+        line_bytes = LANES * (s.pitch * s.item_bytes + 4 * (1 + WORDS)) + 4
         stages = s.stages(0, s.tile_bytes + line_bytes)
         pool = T.SMEMPool()
         self.y_tiles = pool.alloc((stages * s.tile_items,), s.stored, align=1024)
         self.lines = pool.alloc((stages * LANES * s.pitch,), s.stored, align=16)
         self.places = pool.alloc((stages * LANES,), "int32", align=16)  # where the values of each line begin
         self.words = pool.alloc((stages * LANES * WORDS,), "uint32", align=16)
+        self.kinds = pool.alloc((stages,), "int32", align=4)
         pool.commit()
         self.out = TurnedOutput(s.dim, LANES) if s.rounds else Output(s.dtype, s.dim, LANES)
         self.y_desc = descriptor("y_desc", self.y_tiles, 0, self.out.leading)
-        self.y_base = self.y.base(w.batch, w.shared_head)
         self.out.clear()
-        w.pipeline(stages, self.copy, self.arrived, self.tile)
+        with when(w.count > 0):
+            self.y_base = self.y.base(w.batch, w.shared_head)
+            self.first = Cell("own_first", w.first[w.begin, w.own_line])  # of the tile to copy next
+            self.kind = Cell("kind", w.entries[w.begin, 1])
+            w.pipeline(stages, self.y, self.ask, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
+
+    def ask(self, entry: Expr) -> None:
+        """Begin to read where the lines of a tile are."""
+        self.first.set(self.walk.first[entry, self.walk.own_line])
+        self.kind.set(self.walk.entries[entry, 1])
 
     def copy(self, entry: Expr, stage: Expr) -> None:
         """The rows of y, the lines, and what says where their values are."""
-        s, w = self.s, self.walk
-        self.y.copy(self.y_base, w.columns, w.entries[entry, 0], self.y_tiles, stage * s.tile_items, w.thread)
-        with I.If(T.EQ(w.entries[entry, 1], 0)):
+        w = self.walk
+        self.y.copy(self.y_base, self.y_tiles, stage * self.s.tile_items, w.thread)
+        first, kind = self.first(), self.kind()
+        with when(T.EQ(w.thread, 0)):
+            store(self.kinds, stage, kind)
+        with I.If(T.EQ(kind, 0)):
             with I.Then():
-                self.copy_lines(entry, stage, whole=True)
+                self.copy_lines(first, stage)
             with I.Else():
-                self.copy_lines(entry, stage, whole=False)
+                words = w.own_words(kind)
+                self.copy_lines(first, stage, kept("own_count", ones(words[0]) + ones(words[1])))
+                with when(w.lane < WARP_LINES):
+                    for i, word in enumerate(words):
+                        store(self.words, (stage * LANES + w.own_line) * WORDS + i, word)
 
-    def copy_lines(self, entry: Expr, stage: Expr, whole: bool) -> None:
-        """The lines of a tile, as many units of each as its values touch."""
+    def copy_lines(self, first: Expr, stage: Expr, count: Expr = None) -> None:
+        """The warp's lines of a tile, as many units of each as its values touch. count: values of the lane's own line,
+        default: all keys of whole lines."""
         s, w = self.s, self.walk
-        at_once = THREADS // s.units
-        for step in range(0, LANES, at_once):
-            line = self.line(entry, stage, step + w.thread // s.units, whole)
-            self.copy_unit(line, w.thread % s.units, line.count > 0 if whole else None)
-        with when(w.thread < LANES):
-            line = self.line(entry, stage, w.thread, whole)
-            self.copy_unit(line, s.units)  # of one that begins inside a unit
-            at = stage * LANES + w.thread
-            store(self.places, at, line.place + line.skip)
-            if not whole:
-                for i, word in enumerate(line.words):
-                    store(self.words, at * WORDS + i, word)
+        place = kept("lines_at", (stage * LANES + w.warp * WARP_LINES) * s.pitch)
+        for i in range(0, WARP_LINES, 32 // s.units):
+            line, unit = i + w.lane // s.units, w.lane % s.units
+            begins = kept("begins", from_lane(first, line))
+            spot, wanted = w.spot(begins), begins >= 0
+            if count is not None:
+                mine = kept("line_count", from_lane(count, line))
+                wanted = T.And(wanted, unit * s.unit < spot.skip + mine)
+            self.copy_unit(spot, place + line * s.pitch, unit, wanted)
+        with when(w.lane < WARP_LINES):  # of a line that begins inside a unit, one more
+            spot = w.spot(first)
+            wanted = T.And(first >= 0, spot.skip + (LANES if count is None else count) > LANES)
+            own = kept("own_at", place + w.lane * s.pitch)
+            self.copy_unit(spot, own, s.units, wanted)
+            store(self.places, stage * LANES + w.own_line, own + spot.skip)
 
-    def line(self, entry: Expr, stage: Expr, number: Expr, whole: bool) -> Line:
-        return self.walk.line(entry, number, (stage * LANES + number) * self.s.pitch, self.s, whole)
-
-    def copy_unit(self, line: Line, unit: Expr, touched: Expr = None) -> None:
-        """A unit of a line; zeros where that has no values. touched: whether it has."""
-        first = unit * self.s.unit
-        if touched is None:
-            touched = T.And(line.count > 0, first < line.skip + line.count)
-        source = line.target + wide(T.if_then_else(touched, first, 0))
-        copy_unit(self.lines.ptr_to([line.place + first]), self.values.ptr_to([source]), touched)
+    def copy_unit(self, spot: Spot, place: Expr, unit: Expr, wanted: Expr) -> None:
+        """Sixteen bytes of a line; zeros if they are not wanted."""
+        at = unit * self.s.unit
+        source = self.walk.base + wide(T.if_then_else(wanted, spot.at + at, 0))
+        copy_unit(self.lines.ptr_to([place + at]), self.values.ptr_to([source]), wanted)
 
     def arrived(self, number: Expr, stage: Expr) -> None:
         """Round what this thread has copied of y, where tensor cores would not."""
@@ -137,8 +154,7 @@ class _Block:
 
     def tile(self, entry: Expr, stage: Expr, meanwhile: Callable[[], None]) -> None:
         """Add a tile's product."""
-        w = self.walk
-        with I.If(T.EQ(w.entries[entry, 1], 0)):
+        with I.If(T.EQ(self.kinds[stage], 0)):
             with I.Then():
                 self.take(stage, whole=True)
             with I.Else():

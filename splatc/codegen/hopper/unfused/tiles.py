@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.constants import ceil_div
+from splatc.codegen.constants import FULL_WARP, ceil_div
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.copies import commit_copies
@@ -25,8 +25,8 @@ from splatc.errors import Unsupported
 
 THREADS = 128  # a warpgroup
 LANES = 64  # rows and columns of a tile
+WARP_LINES = LANES // (THREADS // 32)
 WORDS = LANES // 32  # of a line's bits
-ALL = 0xFFFFFFFF
 UNIT_BYTES = 16  # of one copy
 MOST_STAGES = 3
 
@@ -110,14 +110,23 @@ class Rows:
         """Where the rows of a batch entry and head begin."""
         return kept("rows_base", wide(batch) * self._strides[0] + wide(head) * self._strides[1], "int64")
 
-    def copy(self, base: Expr, positions: Expr, tile: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
-        """Start copies of the rows at positions[tile] to target[offset:], swizzled as wgmma reads them; zeros for -1.
+    def ask(self, positions: Expr, tile: Expr, thread: Expr) -> None:
+        """Begin to read which rows positions[tile] lists: a copy of them begins later."""
+        self._listed = [Cell("position", positions[tile, row]) for row, _, _ in self._units(thread)]
+
+    def ask_again(self, positions: Expr, tile: Expr, thread: Expr) -> None:
+        """The same for another tile, after a copy of those before."""
+        for cell, (row, _, _) in zip(self._listed, self._units(thread), strict=True):
+            cell.set(positions[tile, row])
+
+    def copy(self, base: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
+        """Start copies of the rows asked for to target[offset:], swizzled as wgmma reads them; zeros for -1.
 
         Eight threads copy 128 bytes of a row.
         """
         s = self.s
-        for row, column, place in self._units(thread):
-            position = kept("position", positions[tile, row])
+        for cell, (_, column, place) in zip(self._listed, self._units(thread), strict=True):
+            position = cell()
             source = kept("source", base + wide(T.max(position, 0)) * wide(self._seq), "int64")
             for c in range(s.chunks):
                 first = c * chunk(s.dtype) + column
@@ -150,11 +159,17 @@ class TurnedRows(Rows):
     A warp copies 32 columns of a row at a time, 4 bytes a thread.
     """
 
-    def copy(self, base: Expr, positions: Expr, tile: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
+    def ask(self, positions: Expr, tile: Expr, thread: Expr) -> None:
+        self._positions, self._tile = positions, Cell("tile", tile)
+
+    def ask_again(self, positions: Expr, tile: Expr, thread: Expr) -> None:
+        self._tile.set(tile)
+
+    def copy(self, base: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
         s = self.s
         with loop(LANES * 32 // THREADS) as step:
             row = kept("row", step * (THREADS // 32) + thread // 32)
-            position = kept("position", positions[tile, row])
+            position = kept("position", self._positions[self._tile(), row])
             source = kept("source", base + wide(T.max(position, 0)) * wide(self._seq), "int64")
             for c in range(s.chunks):
                 column = c * 32 + thread % 32
@@ -196,9 +211,12 @@ class Walk:
 
     work: int32 (works, 2) head, item; the grid is ``blocks`` = batch * works. bases: int64, where each head's values
     begin; total: int64, values of a batch entry. group: heads that share one of the rows copied for column tiles.
+
+    A warp has 16 lines of every tile. Two lanes know each of them: what they read of the tables, others have from them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, s: Sizes) -> None:
+        self.s = s
         self.blocks, self.works, self.group = map(int_arg, ("blocks", "works", "group"))
         self.total = I.arg("total", I.int64())
         self.work, self.items, self.entries = (table(name, "int32", 2) for name in ("work", "items", "entries"))
@@ -212,41 +230,54 @@ class Walk:
         index = I.cta_id([self.blocks])
         self.thread = I.thread_id([THREADS])
         self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
+        self.own_line = let("own_line", self.warp * WARP_LINES + self.lane % WARP_LINES)
         self.batch = kept("batch", T.truncdiv(index, self.works))
         row = kept("work_row", index - self.batch * self.works)
         self.head, self.item = (kept(name, self.work[row, i]) for i, name in enumerate(("head", "item")))
         self.begin, self.count = (kept(name, self.items[self.item, i]) for i, name in enumerate(("begin", "count")))
-        self.origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
+        origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
+        self._shift = kept("shift", T.bitwise_and(T.cast(origin, "int32"), self.s.unit - 1))
+        self.base = kept("base", origin - wide(self._shift), "int64")  # a unit begins there
 
     @property
     def shared_head(self) -> Expr:
         """The head of the rows that heads share."""
         return T.truncdiv(self.head, self.group)
 
-    def line(self, entry: Expr, number: Expr, place: Expr, s: Sizes, whole: bool = False) -> Line:
-        """A line of a tile, at ``place`` in shared memory. whole: the tile has no bits."""
-        first = kept("first", self.first[entry, number])
-        start = kept("start", self.origin + wide(T.max(first, 0)), "int64")
-        skip = kept("skip", T.bitwise_and(T.cast(start, "int32"), s.unit - 1))
-        words: list[Expr] = [T.uint32(ALL)] * WORDS
-        count: Expr = LANES
-        if not whole:
-            kind = let("kind", self.entries[entry, 1])
-            words = [kept("word", T.if_then_else(kind > 0, self.bits[T.max(kind - 1, 0), number * WORDS + w],
-                                                 T.uint32(ALL)), "uint32") for w in range(WORDS)]  # fmt: skip
-            count = ones(words[0]) + ones(words[1])
-        count = kept("line_count", T.if_then_else(first >= 0, count, 0))
-        target = kept("target", T.bitwise_and(start, T.int64(-s.unit)), "int64")
-        return Line(kept("place", place), skip, words, count, target)
+    def known(self, entry: Expr) -> Expr:
+        """The entry, or the row tile's last one: what is read ahead has to exist."""
+        return T.min(entry, self.begin + self.count - 1)
 
-    def pipeline(self, stages: int, copy: Callable[[Expr, Expr], None], arrived: Callable[[Expr, Expr], None],
+    def own_words(self, kind: Expr) -> list[Expr]:
+        """The bits of the lane's own line, in a tile that has some."""
+        return [kept("own_word", self.bits[kind - 1, self.own_line * WORDS + w], "uint32") for w in range(WORDS)]
+
+    def spot(self, first: Expr) -> Spot:
+        """Where the values of a line lie."""
+        number = kept("number", first + self._shift)
+        return Spot(kept("skip", T.bitwise_and(number, self.s.unit - 1)),
+                    kept("unit_at", T.bitwise_and(number, -self.s.unit)))  # fmt: skip
+
+    def pipeline(self, stages: int, rows: Rows, ask: Callable[[Expr], None], copy: Callable[[Expr, Expr], None],
+                 arrived: Callable[[Expr, Expr], None],
                  use: Callable[[Expr, Expr, Callable[[], None]], None]) -> None:  # fmt: skip
-        """For every entry copy(entry, stage), ``stages`` - 1 ahead; arrived(number of the entry, stage), by each thread
-        when its copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once to start the next
-        copies, and is done with shared memory when it ends."""
+        """For every entry, in this order: ask(entry), which begins to read what copies of it need, as ``rows`` do;
+        copy(entry, stage), ``stages`` - 1 entries ahead; arrived(number of the entry, stage), by each thread when its
+        copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once to start later copies, and is
+        done with shared memory when it ends."""
+        rows.ask(self.columns, self.entries[self.begin, 0], self.thread)
+        ask(self.begin)
+        column = Cell("column", self.entries[self.known(self.begin + 1), 0])  # of the entry to ask for next
+
+        def copy_and_ask(entry: Expr, stage: Expr) -> None:
+            copy(entry, stage)
+            rows.ask_again(self.columns, column(), self.thread)
+            ask(self.known(entry + 1))
+            column.set(self.entries[self.known(entry + 2), 0])
+
         for ahead in range(stages - 1):
             with when(ahead < self.count):
-                copy(kept("next", self.begin + ahead), T.int32(ahead))
+                copy_and_ask(kept("next", self.begin + ahead), T.int32(ahead))
             commit_copies()
         with loop(self.count) as number:
             stage = kept("stage", number % stages)
@@ -258,27 +289,29 @@ class Walk:
             def meanwhile() -> None:
                 later = number + (stages - 1)
                 with when(later < self.count):
-                    copy(kept("next", self.begin + later), kept("next_stage", later % stages))
+                    copy_and_ask(kept("next", self.begin + later), kept("next_stage", later % stages))
                 commit_copies()
 
             use(kept("entry", self.begin + number), stage, meanwhile)
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of a tile, in shared memory from ``place`` on as in memory from ``target`` on, where 16 bytes begin: the
-    first ``skip`` values are another line's, then come ``count``. words: its bits."""
+class Spot:
+    """Where a line's values lie in memory: from number ``skip`` on of what begins ``at`` values behind Walk.base, where
+    16 bytes begin."""
 
-    place: Expr
     skip: Expr
-    words: list[Expr]
-    count: Expr
-    target: Expr
+    at: Expr
 
 
 def value_array(name: str, s: Sizes) -> Expr:
     """The parameter of values."""
     return table(name, s.stored, 1)
+
+
+def from_lane(value: Expr, lane: Expr) -> Expr:
+    """The value of another lane of the warp."""
+    return T.tvm_warp_shuffle(T.uint32(FULL_WARP), value, lane, 32, 32)
 
 
 def below(bit: Expr) -> Expr:
