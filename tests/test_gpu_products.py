@@ -41,6 +41,7 @@ MASKS = {
     "full": P.full(),
     "empty": P.window(-2000, 2005),
 }
+MOST = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 6e-4}  # of roundings: 2^-9, 2^-12, and of tf32 in a product
 on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
                                reason="needs a Hopper GPU")  # fmt: skip
 
@@ -121,8 +122,8 @@ def test_tables_are_small_where_masks_are_dense_enough():
 
 @pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
 @pytest.mark.parametrize(("role", "dim", "dtype"), [
-    ("sddmm", 64, "bfloat16"), ("sddmm", 256, "float16"), ("spmm", 64, "bfloat16"), ("spmm", 256, "float16"),
-    (SOFTMAX, 1, "bfloat16"),
+    ("sddmm", 64, "bfloat16"), ("sddmm", 256, "float32"), ("spmm", 64, "bfloat16"),
+    ("spmm", 256, "float32"), (SOFTMAX, 1, "bfloat16"),
 ])  # fmt: skip
 def test_kernels_compile_without_spills(role, dim, dtype, tmp_path: Path):
     build(product_spec(role, dim, dtype, HOPPER), tmp_path)  # refuses spills and serialised products
@@ -136,8 +137,6 @@ def test_what_there_is_no_kernel_for():
     for role in PRODUCTS:
         with pytest.raises(Unsupported, match="sm_90a, not for cuda:sm_80"):
             product_spec(role, 64, "bfloat16", Target("cuda", "sm_80"))
-        with pytest.raises(Unsupported, match="float16 and bfloat16, not float32"):
-            product_spec(role, 64, "float32", HOPPER)
     with pytest.raises(Unsupported, match="multiples of 8, not 12: pad"):
         product_spec("sddmm", 12, "bfloat16", HOPPER)
     with pytest.raises(InvalidInput, match="float64"):
@@ -173,7 +172,7 @@ def check_products(on: Any, patterns: Any, lengths: tuple[int, int], tensors: li
     structure = structure_of(patterns, *lengths)
     masks = np.stack([structure.patterns[p].dense(*lengths) for p in structure.head_patterns(heads)])
     wide_k, wide_v = (np.repeat(wide(x), heads // kv_heads, axis=1) for x in (k, v))
-    most = 4e-3 if q.dtype is torch.bfloat16 else 6e-4  # rounding alone: 2^-9, 2^-12
+    most = MOST[str(q.dtype).removeprefix("torch.")]
 
     values = on.sddmm(structure, q, k, 0.3)
     near(dense_of(structure, values, heads), np.where(masks, wide(q) @ wide_k.swapaxes(-1, -2) * 0.3, 0), most)
@@ -214,6 +213,15 @@ def test_kernels_on_the_cpu(name, lengths):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_tf32_on_the_cpu():
+    from tests.products_on_cpu import EmulatedProducts
+
+    lengths = 70, 100
+    tensors = draw(lengths, "float32", heads=2, kv_heads=1, dim=40)
+    check_products(EmulatedProducts(40, "float32"), MASKS["window"], lengths, tensors)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_pattern_for_each_head_on_the_cpu():
     from tests.products_on_cpu import EmulatedProducts
 
@@ -223,7 +231,7 @@ def test_a_pattern_for_each_head_on_the_cpu():
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", MOST)
 @pytest.mark.parametrize("lengths", [(1, 1), (129, 130), (70, 300), (1000, 1001)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", MASKS)
 def test_kernels_on_a_gpu(name, lengths, dtype):
@@ -233,9 +241,10 @@ def test_kernels_on_a_gpu(name, lengths, dtype):
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dim", [8, 72, 128, 256])
-def test_head_dims_on_a_gpu(dim):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_head_dims_on_a_gpu(dim, dtype):
     lengths = 300, 333
-    check_products(products_gpu.products_on(0), MASKS["views"], lengths, draw(lengths, "bfloat16", "cuda", dim=dim))
+    check_products(products_gpu.products_on(0), MASKS["views"], lengths, draw(lengths, dtype, "cuda", dim=dim))
 
 
 @pytest.mark.gpu

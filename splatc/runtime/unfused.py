@@ -4,8 +4,8 @@
     probs = splatc.softmax(scores)
     o = splatc.spmm(probs, v)                 # = splatc.attention(q, k, v, "causal & window(256, 0)")
 
-They are R-SDDMM, R-softmax and R-SpMM of SPLAT (arXiv 2407.16847), on CPUs and, in 16-bit types, on Hopper GPUs. Values
-take memory for every element, which fused attention does not: where only o is wanted, it is the way.
+They are R-SDDMM, R-softmax and R-SpMM of SPLAT (arXiv 2407.16847), on CPUs and Hopper GPUs. Values take memory
+for every element, which fused attention does not: where only o is wanted, it is the way.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def sddmm(q: Any, k: Any, pattern: Any, *, scale: float | None = None, enable_gq
     q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim): torch tensors, differentiable, or NumPy arrays;
     float32, float64, float16 or (torch) bfloat16. The values have their dtype and are summed in float32 (float64).
     pattern: what ``splatc.compile`` takes, one for all heads or one for each. scale: default 1/sqrt(dim). enable_gqa:
-    allow fewer key heads. Raises InvalidInput for what does not fit, Unsupported for a GPU that is not sm_90a, and
-    there for other types than float16 and bfloat16 and for dims that are no multiples of 8.
+    allow fewer key heads. On a GPU float32 is rounded to tf32 where it enters a product. Raises InvalidInput for what
+    does not fit, Unsupported for a GPU that is not sm_90a, and there for dims that are no multiples of 8.
     """
     if is_torch(q) and is_torch(k):
         q, k, _ = for_autocast(q, k, k)

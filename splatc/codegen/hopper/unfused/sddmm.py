@@ -77,6 +77,11 @@ class _Block:
             self.k_base = self.k.base(w.batch, w.shared_head)
             self.first = Cell("own_first", w.first[w.begin, w.own_line])  # of the next tile's line
             self.kind = Cell("kind", w.entries[w.begin, 1])
+            # where the thread's first row is staged, and what it stores of the warp's first lines
+            own = w.warp * WARP_LINES
+            self.row_place = kept("row_place", (own + w.lane // 4) * s.pitch)
+            self.part_place = kept("part_place", (own + w.lane // s.units) * s.pitch)
+            self.at = kept("unit_of_line", w.lane % s.units)
             w.pipeline(stages, self.k, lambda entry: None, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
 
@@ -143,10 +148,9 @@ class _Block:
 
     def row(self, first: Expr, r: int) -> tuple[Expr, Expr]:
         """(which of the warp's lines the thread's row r is, where in shared memory its values begin)."""
-        w = self.walk
-        own = w.lane // 4 + 8 * r
-        spot = w.spot(from_lane(first, own))
-        return own, kept("row_place", (w.warp * WARP_LINES + own) * self.s.pitch + spot.skip)
+        own = self.walk.lane // 4 + 8 * r
+        spot = self.walk.spot(from_lane(first, own))
+        return own, kept("place", self.row_place + 8 * r * self.s.pitch + spot.skip)
 
     def stored(self, r: int) -> Iterator[tuple[int, int, Expr]]:
         """(eight columns, which of two, value as it is stored) of the thread's row r, times the factor."""
@@ -189,7 +193,7 @@ class _Block:
         for i in range(0, WARP_LINES, 32 // s.units):
             line = i + w.lane // s.units
             begins = kept("begins", from_lane(first, line))
-            yield line, begins, w.spot(begins), (w.warp * WARP_LINES + line) * s.pitch, w.lane % s.units
+            yield line, begins, w.spot(begins), self.part_place + i * s.pitch, self.at
 
     def store_unit(self, spot: Spot, place: Expr, at: Expr) -> None:
         """Sixteen bytes of a line."""
