@@ -77,11 +77,8 @@ class _Block:
             self.k_base = self.k.base(w.batch, w.shared_head)
             self.first = Cell("own_first", w.first[w.begin, w.own_line])  # of the next tile's line
             self.kind = Cell("kind", w.entries[w.begin, 1])
-            # where the thread's first row is staged, and what it stores of the warp's first lines
-            own = w.warp * WARP_LINES
-            self.row_place = kept("row_place", (own + w.lane // 4) * s.pitch)
-            self.part_place = kept("part_place", (own + w.lane // s.units) * s.pitch)
-            self.at = kept("unit_of_line", w.lane % s.units)
+            first_row = w.warp * WARP_LINES + w.lane // 4  # of the thread's two
+            self.row_place = kept("row_place", first_row * s.pitch)
             w.pipeline(stages, self.k, lambda entry: None, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
 
@@ -163,45 +160,45 @@ class _Block:
 
     def store_whole(self, first: Expr) -> None:
         """Lines of all keys: whole units at once; of a line that begins inside a unit, its ends by value."""
-        s = self.s
-        for _, begins, spot, place, at in self.parts(first):
-            with when(T.And(begins >= 0, T.Or(at > 0, T.EQ(spot.skip, 0)))):
-                self.store_unit(spot, place, at)
-            with when(T.And(begins >= 0, T.And(spot.skip > 0, at < s.unit))):
-                end = kept("end_at", T.Select(at >= spot.skip, at, at + LANES))
-                self.store_value(spot, place, end)
+        s, unit = self.s, self.walk.unit
+        for _, begins, spot, place in self.parts(first):
+            with when(T.And(begins >= 0, T.Or(unit > 0, T.EQ(spot.skip, 0)))):
+                self.store_unit(spot, place)
+            with when(T.And(begins >= 0, T.And(spot.skip > 0, unit < s.unit))):
+                self.store_value(spot, place, kept("end_at", T.Select(unit >= spot.skip, unit, unit + LANES)))
 
     def store_some(self, first: Expr, count: Expr) -> None:
         """Lines of ``count`` values."""
-        s = self.s
-        for line, begins, spot, place, at in self.parts(first):
+        s, unit = self.s, self.walk.unit
+        for line, begins, spot, place in self.parts(first):
             mine = kept("line_count", from_lane(count, line))
             end = kept("end", spot.skip + T.if_then_else(begins >= 0, mine, 0))
-            with when(T.And(at * s.unit >= spot.skip, (at + 1) * s.unit <= end)):
-                self.store_unit(spot, place, at)
+            with when(T.And(unit * s.unit >= spot.skip, (unit + 1) * s.unit <= end)):
+                self.store_unit(spot, place)
             partial = T.Or(spot.skip > 0, end < s.unit)  # the first unit
-            with when(T.And(partial, T.And(at >= spot.skip, at < T.min(end, s.unit)))):
-                self.store_value(spot, place, at)
+            with when(T.And(partial, T.And(unit >= spot.skip, unit < T.min(end, s.unit)))):
+                self.store_value(spot, place, unit)
             last = T.bitwise_and(end, -s.unit)
-            with when(T.And(last > 0, last + at < end)):
-                self.store_value(spot, place, last + at)
+            with when(T.And(last > 0, last + unit < end)):
+                self.store_value(spot, place, last + unit)
 
-    def parts(self, first: Expr) -> Iterator[tuple[Expr, Expr, Spot, Expr, Expr]]:
+    def parts(self, first: Expr) -> Iterator[tuple[Expr, Expr, Spot, Expr]]:
         """For each unit that the thread stores: (which of the warp's lines, the number of its first value, where it
-        lies, its place in shared memory, which unit of it)."""
+        lies, the unit's place in shared memory)."""
         w, s = self.walk, self.s
         for i in range(0, WARP_LINES, 32 // s.units):
             line = i + w.lane // s.units
             begins = kept("begins", from_lane(first, line))
-            yield line, begins, w.spot(begins), self.part_place + i * s.pitch, self.at
+            yield line, begins, w.spot(begins), w.unit_place + i * s.pitch
 
-    def store_unit(self, spot: Spot, place: Expr, at: Expr) -> None:
+    def store_unit(self, spot: Spot, place: Expr) -> None:
         """Sixteen bytes of a line."""
-        unit = registers("unit", 4, "uint32")
+        unit = registers("unit_words", 4, "uint32")
         words = [unit[i] for i in range(4)]
-        do(T.ptx["ld.shared.v4.b32"](*words, self.lines.ptr_to([place + at * self.s.unit])))
-        do(T.ptx["st.global.v4.b32"](self.values.ptr_to([self.walk.base + wide(spot.at + at * self.s.unit)]), *words))
+        do(T.ptx["ld.shared.v4.b32"](*words, self.lines.ptr_to([place])))
+        do(T.ptx["st.global.v4.b32"](self.values.ptr_to([self.walk.unit_base + wide(spot.at)]), *words))
 
     def store_value(self, spot: Spot, place: Expr, at: Expr) -> None:
-        """One value of a line."""
-        store(self.values, self.walk.base + wide(spot.at + at), self.lines[place + at])
+        """One value, number ``at`` of a line, of whose units the thread has one at ``place``."""
+        value = self.lines[place - self.walk.unit * self.s.unit + at]
+        store(self.values, self.walk.base + wide(spot.at + at), value)

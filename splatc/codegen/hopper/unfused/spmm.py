@@ -26,7 +26,6 @@ from splatc.codegen.hopper.unfused.tiles import (
     WORDS,
     Rows,
     Sizes,
-    Spot,
     TurnedRows,
     Walk,
     below,
@@ -125,27 +124,25 @@ class _Block:
         """The warp's lines of a tile, as many units of each as its values touch. count: values of the lane's own line,
         default: all keys of whole lines."""
         s, w = self.s, self.walk
-        place = kept("lines_at", (stage * LANES + w.warp * WARP_LINES) * s.pitch)
+        lines = kept("lines_at", stage * (LANES * s.pitch))
         for i in range(0, WARP_LINES, 32 // s.units):
-            line, unit = i + w.lane // s.units, w.lane % s.units
+            line = i + w.lane // s.units
             begins = kept("begins", from_lane(first, line))
             spot, wanted = w.spot(begins), begins >= 0
             if count is not None:
                 mine = kept("line_count", from_lane(count, line))
-                wanted = T.And(wanted, unit * s.unit < spot.skip + mine)
-            self.copy_unit(spot, place + line * s.pitch, unit, wanted)
-        with when(w.lane < WARP_LINES):  # of a line that begins inside a unit, one more
+                wanted = T.And(wanted, w.unit * s.unit < spot.skip + mine)
+            self.copy_unit(lines + w.unit_place + i * s.pitch, w.unit_base + wide(spot.at), wanted)
+        with when(w.lane < WARP_LINES):
             spot = w.spot(first)
+            place = kept("own_place", lines + w.own_line * s.pitch)
             wanted = T.And(first >= 0, spot.skip + (LANES if count is None else count) > LANES)
-            own = kept("own_at", place + w.lane * s.pitch)
-            self.copy_unit(spot, own, s.units, wanted)
-            store(self.places, stage * LANES + w.own_line, own + spot.skip)
+            self.copy_unit(place + LANES, w.base + wide(spot.at + LANES), wanted)  # what is left of it
+            store(self.places, stage * LANES + w.own_line, place + spot.skip)
 
-    def copy_unit(self, spot: Spot, place: Expr, unit: Expr, wanted: Expr) -> None:
+    def copy_unit(self, place: Expr, source: Expr, wanted: Expr) -> None:
         """Sixteen bytes of a line; zeros if they are not wanted."""
-        at = unit * self.s.unit
-        source = self.walk.base + wide(T.if_then_else(wanted, spot.at + at, 0))
-        copy_unit(self.lines.ptr_to([place + at]), self.values.ptr_to([source]), wanted)
+        copy_unit(self.lines.ptr_to([place]), self.values.ptr_to([source]), wanted)
 
     def arrived(self, number: Expr, stage: Expr) -> None:
         """Round what this thread has copied of y, where tensor cores would not."""

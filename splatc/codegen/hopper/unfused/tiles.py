@@ -124,15 +124,15 @@ class Rows:
 
         Eight threads copy 128 bytes of a row.
         """
-        s = self.s
+        s, width = self.s, chunk(self.s.dtype)
         for cell, (_, column, place) in zip(self._listed, self._units(thread), strict=True):
-            position = cell()
-            source = kept("source", base + wide(T.max(position, 0)) * wide(self._seq), "int64")
+            source = kept("source", base + wide(cell()) * wide(self._seq) + wide(column), "int64")
             for c in range(s.chunks):
-                first = c * chunk(s.dtype) + column
-                inside = T.And(position >= 0, first < s.dim)
-                copy_unit(target.ptr_to([offset + place + c * LANES * chunk(s.dtype)]),
-                          self._data.ptr_to([source + wide(T.if_then_else(inside, first, 0))]), inside)  # fmt: skip
+                inside = cell() >= 0
+                if (c + 1) * width > s.dim:
+                    inside = T.And(inside, c * width + column < s.dim)
+                copy_unit(target.ptr_to([offset + place + c * LANES * width]),
+                          self._data.ptr_to([source + c * width]), inside)  # fmt: skip
 
     def round(self, tile: Expr, offset: Expr, thread: Expr) -> None:
         """Round what this thread has copied to tile[offset:], and has arrived, to tf32."""
@@ -170,13 +170,12 @@ class TurnedRows(Rows):
         with loop(LANES * 32 // THREADS) as step:
             row = kept("row", step * (THREADS // 32) + thread // 32)
             position = kept("position", self._positions[self._tile(), row])
-            source = kept("source", base + wide(T.max(position, 0)) * wide(self._seq), "int64")
+            source = kept("source", base + wide(position) * wide(self._seq), "int64")
             for c in range(s.chunks):
                 column = c * 32 + thread % 32
                 inside = T.And(position >= 0, column < s.dim)
                 do(T.ptx["cp.async.ca.shared.global"](
-                    target.ptr_to([offset + self._place(row, column)]),
-                    self._data.ptr_to([source + wide(T.if_then_else(inside, column, 0))]),
+                    target.ptr_to([offset + self._place(row, column)]), self._data.ptr_to([source + wide(column)]),
                     4, T.if_then_else(inside, T.uint32(4), T.uint32(0))))  # fmt: skip
 
     def round(self, tile: Expr, offset: Expr, thread: Expr) -> None:
@@ -201,7 +200,7 @@ def kept(name: str, value: Expr, dtype: str = "int32") -> Expr:
 
 
 def copy_unit(target: Expr, source: Expr, wanted: Expr) -> None:
-    """Start copying 16 bytes, zeros where they are not wanted."""
+    """Start copying 16 bytes; zeros where they are not wanted, and the source, which may be none, is not read."""
     size = T.if_then_else(wanted, T.uint32(UNIT_BYTES), T.uint32(0))
     do(T.ptx["cp.async.cg.shared.global"](target, source, UNIT_BYTES, size))
 
@@ -213,6 +212,7 @@ class Walk:
     begin; total: int64, values of a batch entry. group: heads that share one of the rows copied for column tiles.
 
     A warp has 16 lines of every tile. Two lanes know each of them: what they read of the tables, others have from them.
+    In shared memory there are 64 lines, ``pitch`` values apart.
     """
 
     def __init__(self, s: Sizes) -> None:
@@ -238,6 +238,11 @@ class Walk:
         origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
         self._shift = kept("shift", T.bitwise_and(T.cast(origin, "int32"), self.s.unit - 1))
         self.base = kept("base", origin - wide(self._shift), "int64")  # a unit begins there
+        # Of a line, neighbouring lanes move a unit each: this lane's, and where it is in shared memory.
+        unit = kept("unit", self.lane % self.s.units)
+        self.unit, self.unit_base = unit, kept("unit_base", self.base + wide(unit * self.s.unit), "int64")
+        line = self.warp * WARP_LINES + self.lane // self.s.units
+        self.unit_place = kept("unit_place", line * self.s.pitch + unit * self.s.unit)
 
     @property
     def shared_head(self) -> Expr:
@@ -253,7 +258,7 @@ class Walk:
         return [kept("own_word", self.bits[kind - 1, self.own_line * WORDS + w], "uint32") for w in range(WORDS)]
 
     def spot(self, first: Expr) -> Spot:
-        """Where the values of a line lie."""
+        """Where the values of a line lie that has any."""
         number = kept("number", first + self._shift)
         return Spot(kept("skip", T.bitwise_and(number, self.s.unit - 1)),
                     kept("unit_at", T.bitwise_and(number, -self.s.unit)))  # fmt: skip
