@@ -38,6 +38,7 @@ from splatc.runtime.tensor_map import ALIGNMENT
 from splatc.runtime.tensors import dtype_name
 
 WARPS = 8  # rows of a softmax that a block has
+BLOCKS, MOST_PARTS = 4, 8  # of sddmm: blocks for each multiprocessor, and blocks that share a row tile to get there
 
 Loader = Callable[[KernelSpec, Gpu], tuple[Function, ...]]
 
@@ -115,10 +116,14 @@ class GpuProducts:
             remember(structure.ready, key, self._upload(tile_tables(structure, heads, transposed)))
         tables, arrays = structure.ready[key]
         works = len(arrays["work"])
-        values: dict[str, float] = {**numbers, "works": works, "total": int(structure.bases(heads)[-1])}
+        parts = 1
+        if function.name.startswith(SDDMM_FUNCTION):  # results of a part are its own
+            busy = BLOCKS * self._gpu.driver.multiprocessors(self._gpu.ordinal)
+            parts = min(max(busy // (batch * works), 1), MOST_PARTS)
+        values: dict[str, float] = {**numbers, "works": works, "parts": parts, "total": int(structure.bases(heads)[-1])}
         for name, x in tensors.items():
             values |= {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("batch", "head", "seq")) if x.ndim == 4}
-        self._start(function, batch * works, {**values, **tables_at(tables, arrays)}, tables, tensors)
+        self._start(function, batch * works * parts, {**values, **tables_at(tables, arrays)}, tables, tensors)
 
     def _rows(self, function: Function, structure: Structure, batch: int, heads: int,
               tensors: Mapping[str, Any]) -> None:  # fmt: skip

@@ -1,8 +1,9 @@
 """values[q, k] = factor * <q_q, k_k> for the elements of a mask, in ACSR order.
 
-A block multiplies 64 queries by 64 keys at a time. The products leave through shared memory, each warp's 16 lines by
-itself: there a line lies as it will in memory, without what the mask does not hold, and in the same place among 16
-bytes. Threads then store 16 bytes of a line each; its ends, whose 16 bytes it shares with others, value by value.
+A block multiplies 64 queries by 64 keys at a time; several may share the column tiles of a row tile. The products leave
+through shared memory, each warp's 16 lines by itself: there a line lies as it will in memory, without what the mask
+does not hold, and in the same place among 16 bytes. Threads then store 16 bytes of a line each; its ends, whose 16
+bytes it shares with others, value by value.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,6 +15,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, registers, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
@@ -47,10 +49,10 @@ def sddmm(spec: KernelSpec):
             I.func_name(NAME)
             q, k = Rows("q", s), Rows("k", s)
             values, walk = value_array("values", s), Walk(s)
-            factor = I.arg("factor", I.float32())
+            factor, parts = I.arg("factor", I.float32()), int_arg("parts")
             I.device_entry()
             with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
-                smem_bytes = _Block(s, q, k, values, walk, factor).run()
+                smem_bytes = _Block(s, q, k, values, walk, factor).run(parts)
     return builder.get().with_attr("global_symbol", NAME), smem_bytes
 
 
@@ -58,9 +60,9 @@ class _Block:
     def __init__(self, s: Sizes, q: Rows, k: Rows, values: Expr, walk: Walk, factor: Expr) -> None:
         self.s, self.q, self.k, self.values, self.walk, self.factor = s, q, k, values, walk, factor
 
-    def run(self) -> int:
+    def run(self, parts: Expr) -> int:
         s, w = self.s, self.walk
-        w.start()
+        w.start(parts)
         line_bytes = LANES * s.pitch * s.item_bytes
         stages = s.stages(s.tile_bytes + line_bytes, s.tile_bytes)
         pool = T.SMEMPool()

@@ -225,9 +225,12 @@ class Walk:
         self.bits = table("bits", "uint32", WORDS * LANES)
         self.bases = table("bases", "int64", 1)
 
-    def start(self) -> None:
-        """Find the block's row tile."""
+    def start(self, parts: Expr = None) -> None:
+        """Find the block's row tile or, with ``parts`` blocks for each, its part of the column tiles there."""
         index = I.cta_id([self.blocks])
+        part = None
+        if parts is not None:
+            index, part = kept("whole", T.truncdiv(index, parts)), kept("part", T.truncmod(index, parts))
         self.thread = I.thread_id([THREADS])
         self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
         self.own_line = let("own_line", self.warp * WARP_LINES + self.lane % WARP_LINES)
@@ -235,6 +238,10 @@ class Walk:
         row = kept("work_row", index - self.batch * self.works)
         self.head, self.item = (kept(name, self.work[row, i]) for i, name in enumerate(("head", "item")))
         self.begin, self.count = (kept(name, self.items[self.item, i]) for i, name in enumerate(("begin", "count")))
+        if part is not None:
+            skipped = kept("skipped", T.truncdiv(self.count * part, parts))
+            self.begin = kept("part_begin", self.begin + skipped)
+            self.count = kept("part_count", T.truncdiv(self.count * (part + 1), parts) - skipped)
         origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
         self._shift = kept("shift", T.bitwise_and(T.cast(origin, "int32"), self.s.unit - 1))
         self.base = kept("base", origin - wide(self._shift), "int64")  # a unit begins there
