@@ -17,21 +17,21 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, registers, store, when
+from splatc.codegen.hopper.emit import Expr, do, registers, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.unfused.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     WARP_LINES,
+    OwnLine,
     Rows,
     Sizes,
     Spot,
     Walk,
-    below,
     from_lane,
-    has,
     kept,
     ones,
+    ranks,
     sizes_of,
     value_array,
 )
@@ -77,8 +77,7 @@ class _Block:
             self.q.ask(w.positions, w.item, w.thread)
             self.q.copy(self.q.base(w.batch, w.head), self.q_tile, 0, w.thread)
             self.k_base = self.k.base(w.batch, w.shared_head)
-            self.first = Cell("own_first", w.first[w.begin, w.own_line])  # of the next tile's line
-            self.kind = Cell("kind", w.entries[w.begin, 1])
+            self.own = OwnLine(w)
             first_row = w.warp * WARP_LINES + w.lane // 4  # of the thread's two
             self.row_place = kept("row_place", first_row * s.pitch)
             w.pipeline(stages, self.k, lambda entry: None, self.copy, self.arrived, self.tile)
@@ -99,10 +98,10 @@ class _Block:
         """The values of a tile."""
         w, s = self.walk, self.s
         self.scores.issue(self.q_desc, at_stage("k_now", self.k_desc, stage, s.tile_bytes))
-        first, kind = kept("first", self.first()), kept("kind_now", self.kind())
-        later = kept("later", w.known(entry + 1))
-        self.first.set(w.first[later, w.own_line])
-        self.kind.set(w.entries[later, 1])
+        own = self.own
+        first, kind, count = kept("first", own.first()), kept("kind_now", own.kind()), own.count()
+        words = [kept("word_now", word(), "uint32") for word in own.words]
+        own.read(w.known(entry + 1))
         meanwhile()
         wait_products(0)
         self.scores.fence()
@@ -113,8 +112,6 @@ class _Block:
                 do(T.cuda.warp_sync())
                 self.store_whole(first)
             with I.Else():
-                words = w.own_words(kind)
-                count = kept("own_count", ones(words[0]) + ones(words[1]))
                 self.stage_some(first, words, count)
                 do(T.cuda.warp_sync())
                 self.store_some(first, count)
@@ -125,20 +122,21 @@ class _Block:
         """The scores of the thread's two rows to their lines."""
         for r in range(2):
             _, place = self.row(first, r)
-            for i, c, value in self.stored(r):
-                store(self.lines, place + 8 * i + self.column + c, value)
+            for i in range(LANES // 8):
+                for c, value in enumerate(self.stored(r, i)):
+                    store(self.lines, place + 8 * i + self.column + c, value)
 
     def stage_some(self, first: Expr, words: list[Expr], count: Expr) -> None:
         """The same of what the mask holds. The rest goes behind a line's values: there is room where some are not."""
         for r in range(2):
             own, place = self.row(first, r)
-            held, mine = [from_lane(word, own) for word in words], from_lane(count, own)
-            held = [kept("held", word, "uint32") for word in held]
-            mine, before = kept("line_count", mine), kept("before", ones(held[0]))
-            for i, c, value in self.stored(r):
-                word, bit = held[i // 4], T.cast(8 * (i % 4) + self.column + c, "uint32")
-                rank = ones(T.bitwise_and(word, below(bit))) + (before if i >= 4 else 0)
-                store(self.lines, place + T.Select(has(word, bit), rank, mine), value)
+            held = [kept("held", from_lane(word, own), "uint32") for word in words]
+            last, before = kept("line_count", from_lane(count, own)), kept("before", ones(held[0]))
+            for i in range(LANES // 8):
+                bit = T.cast(8 * (i % 4) + self.column, "uint32")
+                places = ranks(held[i // 4], bit, before if i >= 4 else 0)
+                for (mine, number), value in zip(places, self.stored(r, i), strict=True):
+                    store(self.lines, place + T.Select(mine, number, last), value)
 
     @property
     def column(self) -> Expr:
@@ -151,12 +149,10 @@ class _Block:
         spot = self.walk.spot(from_lane(first, own))
         return own, kept("place", self.row_place + 8 * r * self.s.pitch + spot.skip)
 
-    def stored(self, r: int) -> Iterator[tuple[int, int, Expr]]:
-        """(eight columns, which of two, value as it is stored) of the thread's row r, times the factor."""
-        for i in range(LANES // 8):
-            values = [self.scores.s[4 * i + 2 * r + c] * self.factor for c in range(2)]
-            for c, value in enumerate(split(words_of(values, self.s.dtype), self.s.dtype)):
-                yield i, c, value
+    def stored(self, r: int, i: int) -> list[Expr]:
+        """The thread's two scores of its row r and the i-th eight columns, times the factor, as values are stored."""
+        values = [self.scores.s[4 * i + 2 * r + c] * self.factor for c in range(2)]
+        return split(words_of(values, self.s.dtype), self.s.dtype)
 
     # -- lines to memory -----------------------------------------------------------------------------------------------
 

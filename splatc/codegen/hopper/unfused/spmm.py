@@ -17,23 +17,23 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, let, store, when
+from splatc.codegen.hopper.emit import Expr, do, let, store, when
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
 from splatc.codegen.hopper.unfused.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     WARP_LINES,
     WORDS,
+    OwnLine,
     Rows,
     Sizes,
     TurnedRows,
     Walk,
-    below,
     copy_unit,
     from_lane,
-    has,
     kept,
     ones,
+    ranks,
     sizes_of,
     value_array,
 )
@@ -93,32 +93,25 @@ class _Block:
         self.out.clear()
         with when(w.count > 0):
             self.y_base = self.y.base(w.batch, w.shared_head)
-            self.first = Cell("own_first", w.first[w.begin, w.own_line])  # of the tile to copy next
-            self.kind = Cell("kind", w.entries[w.begin, 1])
-            w.pipeline(stages, self.y, self.ask, self.copy, self.arrived, self.tile)
+            self.own = OwnLine(w)
+            w.pipeline(stages, self.y, self.own.read, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
-
-    def ask(self, entry: Expr) -> None:
-        """Begin to read where the lines of a tile are."""
-        self.first.set(self.walk.first[entry, self.walk.own_line])
-        self.kind.set(self.walk.entries[entry, 1])
 
     def copy(self, entry: Expr, stage: Expr) -> None:
         """The rows of y, the lines, and what says where their values are."""
         w = self.walk
         self.y.copy(self.y_base, self.y_tiles, stage * self.s.tile_items, w.thread)
-        first, kind = self.first(), self.kind()
+        first, kind = self.own.first(), self.own.kind()
         with when(T.EQ(w.thread, 0)):
             store(self.kinds, stage, kind)
         with I.If(T.EQ(kind, 0)):
             with I.Then():
                 self.copy_lines(first, stage)
             with I.Else():
-                words = w.own_words(kind)
-                self.copy_lines(first, stage, kept("own_count", ones(words[0]) + ones(words[1])))
+                self.copy_lines(first, stage, self.own.count())
                 with when(w.lane < WARP_LINES):
-                    for i, word in enumerate(words):
-                        store(self.words, (stage * LANES + w.own_line) * WORDS + i, word)
+                    for i, word in enumerate(self.own.words):
+                        store(self.words, (stage * LANES + w.own_line) * WORDS + i, word())
 
     def copy_lines(self, first: Expr, stage: Expr, count: Expr = None) -> None:
         """The warp's lines of a tile, as many units of each as its values touch. count: values of the lane's own line,
@@ -163,30 +156,34 @@ class _Block:
 
     def take(self, stage: Expr, whole: bool) -> None:
         """A tile's values to the registers of A. whole: every line has all keys."""
-        if self.s.rounds:
-            for j in range(LANES // 2):
-                value = T.reinterpret("float32", self.value(stage, score_of(j), whole))
-                do(T.ptx["cvt.rn.tf32.f32"](self.out.p[j], value))
-            return
-        for j in range(LANES // 4):
-            low, high = (T.cast(self.value(stage, 2 * j + c, whole), "uint32") for c in range(2))
-            store(self.out.p, j, T.bitwise_or(low, T.shift_left(high, T.uint32(16))))
+        for pair in range(LANES // 4):
+            low, high = self.values_of_pair(stage, pair, whole)
+            if self.s.rounds:
+                for c, value in enumerate((low, high)):
+                    place = self.out.p[score_of(2 * pair + c)]  # where a register goes, the one there comes from
+                    do(T.ptx["cvt.rn.tf32.f32"](place, T.reinterpret("float32", value)))
+            else:
+                low, high = (T.cast(value, "uint32") for value in (low, high))
+                store(self.out.p, pair, T.bitwise_or(low, T.shift_left(high, T.uint32(16))))
 
-    def value(self, stage: Expr, register: int, whole: bool) -> Expr:
-        """Of the row and the column that this accumulator of a thread would be of (products.py)."""
+    def values_of_pair(self, stage: Expr, pair: int, whole: bool) -> list[Expr]:
+        """The values of a row in two neighbouring columns: those of a thread's accumulators 2 pair and 2 pair + 1."""
         w = self.walk
-        row = w.warp * 16 + w.lane // 4 + register // 2 % 2 * 8
-        column = register // 4 * 8 + w.lane % 4 * 2 + register % 2
-        line, key = (row, column) if self.queries_are_rows else (column, row)
-        at = stage * LANES + line
-        place = self.places[at]
-        if whole:
-            return self.lines[place + key]
-        bit = T.cast(key % 32, "uint32")
-        word = self.words[at * WORDS + key // 32]
-        before = T.Select(key >= 32, ones(self.words[at * WORDS]), 0)
-        number = before + ones(T.bitwise_and(word, below(bit)))
-        return T.Select(has(word, bit), self.lines[place + number], T.cast(0, self.s.stored))
+        row = w.warp * 16 + w.lane // 4 + pair % 2 * 8
+        column = pair // 2 * 8 + w.lane % 4 * 2
+        lines, key = ([row], column) if self.queries_are_rows else ([column, column + 1], row)
+        values = []
+        for line in lines:
+            at = stage * LANES + line
+            place = self.places[at]
+            count = 2 // len(lines)
+            if whole:
+                values += [self.lines[place + key + c] for c in range(count)]
+                continue
+            word, before = self.words[at * WORDS + key // 32], T.Select(key >= 32, ones(self.words[at * WORDS]), 0)
+            for held, number in ranks(word, T.cast(key % 32, "uint32"), before)[:count]:
+                values.append(T.Select(held, self.lines[place + number], T.cast(0, self.s.stored)))
+        return values
 
     def write(self, out: Expr, heads: Expr, rows: Expr, factor: Expr) -> None:
         """The rows of out, (batch, heads, rows, dim), that exist."""

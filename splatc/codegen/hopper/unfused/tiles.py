@@ -27,6 +27,7 @@ THREADS = 128  # a warpgroup
 LANES = 64  # rows and columns of a tile
 WARP_LINES = LANES // (THREADS // 32)
 WORDS = LANES // 32  # of a line's bits
+ALL = 0xFFFFFFFF
 UNIT_BYTES = 16  # of one copy
 MOST_STAGES = 3
 
@@ -260,10 +261,6 @@ class Walk:
         """The entry, or the row tile's last one: what is read ahead has to exist."""
         return T.min(entry, self.begin + self.count - 1)
 
-    def own_words(self, kind: Expr) -> list[Expr]:
-        """The bits of the lane's own line, in a tile that has some."""
-        return [kept("own_word", self.bits[kind - 1, self.own_line * WORDS + w], "uint32") for w in range(WORDS)]
-
     def spot(self, first: Expr) -> Spot:
         """Where the values of a line lie that has any."""
         number = kept("number", first + self._shift)
@@ -273,12 +270,11 @@ class Walk:
     def pipeline(self, stages: int, rows: Rows, ask: Callable[[Expr], None], copy: Callable[[Expr, Expr], None],
                  arrived: Callable[[Expr, Expr], None],
                  use: Callable[[Expr, Expr, Callable[[], None]], None]) -> None:  # fmt: skip
-        """For every entry, in this order: ask(entry), which begins to read what copies of it need, as ``rows`` do;
-        copy(entry, stage), ``stages`` - 1 entries ahead; arrived(number of the entry, stage), by each thread when its
-        copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once to start later copies, and is
-        done with shared memory when it ends."""
+        """For every entry, in this order: ask(entry), but for the first one, which begins to read what copies of it
+        need, as ``rows`` do; copy(entry, stage), ``stages`` - 1 entries ahead; arrived(number of the entry, stage), by
+        each thread when its copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once to start
+        later copies, and is done with shared memory when it ends."""
         rows.ask(self.columns, self.entries[self.begin, 0], self.thread)
-        ask(self.begin)
         column = Cell("column", self.entries[self.known(self.begin + 1), 0])  # of the entry to ask for next
 
         def copy_and_ask(entry: Expr, stage: Expr) -> None:
@@ -305,6 +301,36 @@ class Walk:
                 commit_copies()
 
             use(kept("entry", self.begin + number), stage, meanwhile)
+
+
+class OwnLine:
+    """What the tables say of the lane's own line in a tile, read one tile ahead: the number of its ``first`` value; the
+    tile's ``kind`` (0: whole lines); the ``words`` of its bits, all of them set in a whole line."""
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+        begin = walk.begin
+        self.kind, self._next_kind = (Cell("kind", walk.entries[walk.known(begin + i), 1]) for i in range(2))
+        self.first = Cell("own_first", walk.first[begin, walk.own_line])
+        self.words = [Cell("own_word", self._word(w), "uint32") for w in range(WORDS)]
+
+    def read(self, entry: Expr) -> None:
+        """Go on to the next entry of the row tile."""
+        walk = self._walk
+        self.kind.set(self._next_kind())
+        self._next_kind.set(walk.entries[walk.known(entry + 1), 1])
+        self.first.set(walk.first[entry, walk.own_line])
+        for w, cell in enumerate(self.words):
+            cell.set(self._word(w))
+
+    def count(self) -> Expr:
+        """How many bits there are."""
+        return kept("own_count", ones(self.words[0]()) + ones(self.words[1]()))
+
+    def _word(self, w: int) -> Expr:
+        kind = self.kind()
+        word = self._walk.bits[T.max(kind - 1, 0), self._walk.own_line * WORDS + w]
+        return T.if_then_else(kind > 0, word, T.uint32(ALL))
 
 
 @dataclass(frozen=True)
@@ -339,3 +365,10 @@ def has(word: Expr, bit: Expr) -> Expr:
 def ones(word: Expr) -> Expr:
     """How many bits a word has, as int32."""
     return T.cast(T.popcount(word), "int32")
+
+
+def ranks(word: Expr, bit: Expr, before: Expr) -> list[tuple[Expr, Expr]]:
+    """For a bit and the next one: (whether the word has it, ``before`` and how many of its bits are below)."""
+    rank = kept("rank", before + ones(T.bitwise_and(word, below(bit))))
+    held = kept("has", T.bitwise_and(T.shift_right(word, bit), T.uint32(1)), "uint32")
+    return [(T.NE(held, T.uint32(0)), rank), (has(word, bit + T.uint32(1)), rank + T.cast(held, "int32"))]
