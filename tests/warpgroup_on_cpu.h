@@ -8,6 +8,14 @@ constexpr int kWarpgroup = 128;
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t((unsigned char*)p - pool_buf_ptr); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_cuda_warp_sync() { warp_barrier[threadIdx.x / 32]->arrive_and_wait(); }
+inline int tvm_builtin_cuda_any_sync(unsigned, int value) {
+  int any = 0, base = threadIdx.x / 32 * 32;
+  lane_int[threadIdx.x] = value;
+  tvm_builtin_cuda_warp_sync();
+  for (int i = 0; i < 32; ++i) any |= lane_int[base + i];
+  tvm_builtin_cuda_warp_sync();
+  return any != 0;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Copies happen at once: that their data may come late is what a GPU must show.

@@ -47,24 +47,28 @@ class ValueTiles:
 
 
 def value_tiles(values: ValueTables, queries_are_rows: bool) -> ValueTiles:
-    """The tiles of a walk over a mask or, where queries are columns, over the transposed mask."""
+    """The tiles of a walk over a mask or, where queries are columns, over the transposed mask, an item's in order."""
     t = values.tables
     entries = t.entries[: t.items[:, 4].sum()].astype(np.int64)  # without the one that stands for none
     item = np.empty(len(entries), np.int64)
     for i, (begin, count) in enumerate(t.items[:, 3:5].tolist()):
         item[begin : begin + count] = i
     origins, column = np.unique(entries[:, [0, 1, 2, 5]], axis=0, return_inverse=True)
+    column = column.ravel()
     columns = column_positions(t.col_views, origins[:, :3], origins[:, 3], t.gather.shape[1])
+    lowest = np.where(columns < 0, columns.max(initial=0) + 1, columns).min(1)
+    by_key = np.lexsort((lowest[column], t.items[item, 3]))  # of each item: a line's tiles follow each other
+    entries, item, column = entries[by_key], item[by_key], column[by_key]
     held = _by_line(t.bits, queries_are_rows)
     kind, held = _incomplete_lines(entries[:, 4], held, t.positions[item] >= 0, queries_are_rows)
-    lanes = t.positions[item] if queries_are_rows else columns[column.ravel()]
+    lanes = t.positions[item] if queries_are_rows else columns[column]
     some = np.concatenate([np.ones((1, held.shape[1]), bool), held.any(2)])[kind]  # which lines have elements
     return ValueTiles(
         items=np.ascontiguousarray(t.items[:, 3:5]),
         positions=t.positions,
-        entries=np.stack([column.ravel(), kind], 1).astype(np.int32),
+        entries=np.stack([column, kind], 1).astype(np.int32),
         columns=columns.astype(np.int32),
-        first=np.where(some & (lanes >= 0), values.first[: len(entries)], NONE).astype(np.int32),
+        first=np.where(some & (lanes >= 0), values.first[by_key], NONE).astype(np.int32),
         bits=np.packbits(held, axis=2, bitorder="little").view(np.uint32),
     )
 

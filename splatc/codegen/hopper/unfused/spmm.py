@@ -60,7 +60,7 @@ def _spmm(spec: KernelSpec, name: str, queries_are_rows: bool):
             y = (TurnedRows if s.rounds else Rows)("y", s)
             values, out = value_array("values", s), value_array("out", s)
             heads, rows = (I.arg(word, I.int32()) for word in ("heads", "rows"))  # of out
-            walk = Walk(s)
+            walk = Walk(align=s.unit)
             factor = I.arg("factor", I.float32())
             I.device_entry()
             with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
@@ -79,11 +79,12 @@ class _Block:
         """Sum up."""
         s, w = self.s, self.walk
         w.start()
-        line_bytes = LANES * (s.pitch * s.item_bytes + 4 * (1 + WORDS)) + 4
+        self.pitch = LANES + s.unit  # of lines in shared memory: room for one that begins inside a unit
+        line_bytes = LANES * (self.pitch * s.item_bytes + 4 * (1 + WORDS)) + 4
         stages = s.stages(0, s.tile_bytes + line_bytes)
         pool = T.SMEMPool()
         self.y_tiles = pool.alloc((stages * s.tile_items,), s.stored, align=1024)
-        self.lines = pool.alloc((stages * LANES * s.pitch,), s.stored, align=16)
+        self.lines = pool.alloc((stages * LANES * self.pitch,), s.stored, align=16)
         self.places = pool.alloc((stages * LANES,), "int32", align=16)  # where the values of each line begin
         self.words = pool.alloc((stages * LANES * WORDS,), "uint32", align=16)
         self.kinds = pool.alloc((stages,), "int32", align=4)
@@ -94,6 +95,11 @@ class _Block:
         with when(w.count > 0):
             self.y_base = self.y.base(w.batch, w.shared_head)
             self.own = OwnLine(w)
+            # Neighbouring lanes copy a unit of a line each: this lane's, in memory and in shared memory.
+            self.unit = kept("unit", w.lane % s.units)
+            self.unit_base = kept("unit_base", w.base + wide(self.unit * s.unit), "int64")
+            line = w.warp * WARP_LINES + w.lane // s.units
+            self.unit_place = kept("unit_place", line * self.pitch + self.unit * s.unit)
             w.pipeline(stages, self.y, self.own.read, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
 
@@ -117,19 +123,20 @@ class _Block:
         """The warp's lines of a tile, as many units of each as its values touch. count: values of the lane's own line,
         default: all keys of whole lines."""
         s, w = self.s, self.walk
-        lines = kept("lines_at", stage * (LANES * s.pitch))
+        lines = kept("lines_at", stage * (LANES * self.pitch))
         for i in range(0, WARP_LINES, 32 // s.units):
             line = i + w.lane // s.units
             begins = kept("begins", from_lane(first, line))
             spot, wanted = w.spot(begins), begins >= 0
             if count is not None:
                 mine = kept("line_count", from_lane(count, line))
-                wanted = T.And(wanted, w.unit * s.unit < spot.skip + mine)
-            self.copy_unit(lines + w.unit_place + i * s.pitch, w.unit_base + wide(spot.at), wanted)
+                wanted = T.And(wanted, self.unit * s.unit < spot.skip + mine)
+            self.copy_unit(lines + self.unit_place + i * self.pitch, self.unit_base + wide(spot.at), wanted)
         with when(w.lane < WARP_LINES):
             spot = w.spot(first)
-            place = kept("own_place", lines + w.own_line * s.pitch)
-            wanted = T.And(first >= 0, spot.skip + (LANES if count is None else count) > LANES)
+            place = kept("own_place", lines + w.own_line * self.pitch)
+            count = T.Select(first >= 0, LANES, 0) if count is None else count
+            wanted = spot.skip + count > LANES
             self.copy_unit(place + LANES, w.base + wide(spot.at + LANES), wanted)  # what is left of it
             store(self.places, stage * LANES + w.own_line, place + spot.skip)
 

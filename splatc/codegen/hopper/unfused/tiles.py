@@ -28,7 +28,7 @@ LANES = 64  # rows and columns of a tile
 WARP_LINES = LANES // (THREADS // 32)
 WORDS = LANES // 32  # of a line's bits
 ALL = 0xFFFFFFFF
-UNIT_BYTES = 16  # of one copy
+UNIT_BYTES, SECTOR_BYTES = 16, 32  # of one copy; of what memory is written by
 MOST_STAGES = 3
 
 
@@ -78,9 +78,9 @@ class Sizes:
         return self.tile_bytes // self.item_bytes
 
     @property
-    def pitch(self) -> int:
-        """Values from one line to the next in shared memory: room for one that begins inside a copy."""
-        return LANES + self.unit
+    def sector(self) -> int:
+        """Values of what memory is written by at least."""
+        return SECTOR_BYTES // self.item_bytes
 
     def stages(self, fixed: int, each: int) -> int:
         """How many stages of ``each`` bytes fit beside ``fixed`` others. Raises Unsupported for less than two."""
@@ -213,11 +213,11 @@ class Walk:
     begin; total: int64, values of a batch entry. group: heads that share one of the rows copied for column tiles.
 
     A warp has 16 lines of every tile. Two lanes know each of them: what they read of the tables, others have from them.
-    In shared memory there are 64 lines, ``pitch`` values apart.
     """
 
-    def __init__(self, s: Sizes) -> None:
-        self.s = s
+    def __init__(self, align: int) -> None:
+        """align: places in memory are told from multiples of so many values on."""
+        self._align = align
         self.blocks, self.works, self.group = map(int_arg, ("blocks", "works", "group"))
         self.total = I.arg("total", I.int64())
         self.work, self.items, self.entries = (table(name, "int32", 2) for name in ("work", "items", "entries"))
@@ -244,13 +244,8 @@ class Walk:
             self.begin = kept("part_begin", self.begin + skipped)
             self.count = kept("part_count", T.truncdiv(self.count * (part + 1), parts) - skipped)
         origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
-        self._shift = kept("shift", T.bitwise_and(T.cast(origin, "int32"), self.s.unit - 1))
-        self.base = kept("base", origin - wide(self._shift), "int64")  # a unit begins there
-        # Of a line, neighbouring lanes move a unit each: this lane's, and where it is in shared memory.
-        unit = kept("unit", self.lane % self.s.units)
-        self.unit, self.unit_base = unit, kept("unit_base", self.base + wide(unit * self.s.unit), "int64")
-        line = self.warp * WARP_LINES + self.lane // self.s.units
-        self.unit_place = kept("unit_place", line * self.s.pitch + unit * self.s.unit)
+        self._shift = kept("shift", T.bitwise_and(T.cast(origin, "int32"), self._align - 1))
+        self.base = kept("base", origin - wide(self._shift), "int64")
 
     @property
     def shared_head(self) -> Expr:
@@ -264,8 +259,8 @@ class Walk:
     def spot(self, first: Expr) -> Spot:
         """Where the values of a line lie that has any."""
         number = kept("number", first + self._shift)
-        return Spot(kept("skip", T.bitwise_and(number, self.s.unit - 1)),
-                    kept("unit_at", T.bitwise_and(number, -self.s.unit)))  # fmt: skip
+        return Spot(kept("skip", T.bitwise_and(number, self._align - 1)),
+                    kept("spot_at", T.bitwise_and(number, -self._align)))  # fmt: skip
 
     def pipeline(self, stages: int, rows: Rows, ask: Callable[[Expr], None], copy: Callable[[Expr, Expr], None],
                  arrived: Callable[[Expr, Expr], None],
@@ -304,14 +299,15 @@ class Walk:
 
 
 class OwnLine:
-    """What the tables say of the lane's own line in a tile, read one tile ahead: the number of its ``first`` value; the
-    tile's ``kind`` (0: whole lines); the ``words`` of its bits, all of them set in a whole line."""
+    """What the tables say of the lane's own line in a tile, read ahead: the number of its ``first`` value, and that of
+    the next tile; the tile's ``kind`` (0: whole lines); the ``words`` of its bits, all of them set in a whole line."""
 
     def __init__(self, walk: Walk) -> None:
         self._walk = walk
         begin = walk.begin
         self.kind, self._next_kind = (Cell("kind", walk.entries[walk.known(begin + i), 1]) for i in range(2))
-        self.first = Cell("own_first", walk.first[begin, walk.own_line])
+        self.first, self.next_first = (
+            Cell("own_first", walk.first[walk.known(begin + i), walk.own_line]) for i in range(2))  # fmt: skip
         self.words = [Cell("own_word", self._word(w), "uint32") for w in range(WORDS)]
 
     def read(self, entry: Expr) -> None:
@@ -319,13 +315,15 @@ class OwnLine:
         walk = self._walk
         self.kind.set(self._next_kind())
         self._next_kind.set(walk.entries[walk.known(entry + 1), 1])
-        self.first.set(walk.first[entry, walk.own_line])
+        self.first.set(self.next_first())
+        self.next_first.set(walk.first[walk.known(entry + 1), walk.own_line])
         for w, cell in enumerate(self.words):
             cell.set(self._word(w))
 
     def count(self) -> Expr:
-        """How many bits there are."""
-        return kept("own_count", ones(self.words[0]()) + ones(self.words[1]()))
+        """How many values it has."""
+        bits = ones(self.words[0]()) + ones(self.words[1]())
+        return kept("own_count", T.Select(self.first() >= 0, bits, 0))
 
     def _word(self, w: int) -> Expr:
         kind = self.kind()
@@ -335,8 +333,8 @@ class OwnLine:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a line's values lie in memory: from number ``skip`` on of what begins ``at`` values behind Walk.base, where
-    16 bytes begin."""
+    """Where a line's values lie in memory: from number ``skip`` on of what begins ``at`` values behind Walk.base, both
+    of them aligned."""
 
     skip: Expr
     at: Expr
