@@ -50,7 +50,8 @@ def test_positions_within_the_extents_exist(length, step, lanes):
 
 @given(st.integers(1, 700), st.integers(1, 200), st.sampled_from([64, 128, 192]))
 def test_tiles_of_rows_have_parts_of_64_lanes(length, step, lanes):
-    for view in (contiguous(length, lanes), residue(length, step, lanes)):
+    recur = blocks(length, step, step // 3, min(step - step // 3, 64), lanes, lanes // 64)
+    for view in (contiguous(length, lanes), residue(length, step, lanes), recur):
         origin = origins(view, np.arange(tile_count(view)))
         whole, (box, move) = view.positions(origin), view.sub_box(lanes // 64)
         for i in range(lanes // 64):
@@ -111,20 +112,23 @@ def position_of(view: View, line: np.ndarray, u: np.ndarray) -> np.ndarray:
     return u // view.box[0] * view.strides[1] + view.offset + u % view.box[0]
 
 
+def recurring(length: int, lanes: int, draw: st.DrawFn) -> View:
+    size = draw(st.integers(2, 20))
+    return blocks(length, size, draw(st.integers(0, size - 1)), draw(st.integers(1, size)), lanes)
+
+
 @st.composite
 def seen_through(draw):
     """A mask without a remainder, and any two views, not the ones that the compiler would choose."""
     pattern, q_len, kv_len = draw(library.sized_patterns(100, 3))
     lanes = draw(st.sampled_from([32, 64]))
     step = draw(st.integers(1, 12))
-    rows = residue(q_len, step, lanes) if draw(st.booleans()) else contiguous(q_len, lanes)
+    rows = draw(st.sampled_from([contiguous(q_len, lanes), residue(q_len, step, lanes), recurring(q_len, lanes, draw)]))
     kind = draw(st.sampled_from(["contiguous", "residue", "blocks"]))
     if kind == "residue":
         cols = residue(kv_len, step if draw(st.booleans()) else draw(st.integers(1, 12)), lanes)
     elif kind == "blocks":
-        size = draw(st.integers(2, 20))
-        offset, width = draw(st.integers(0, size - 1)), draw(st.integers(1, size))
-        cols = blocks(kv_len, size, offset, width, lanes)
+        cols = recurring(kv_len, lanes, draw)
     else:
         cols = contiguous(kv_len, lanes)
     return pattern, q_len, kv_len, rows, cols
@@ -146,7 +150,7 @@ def test_pieces_and_tiles_are_the_same_through_any_view(case):
             q, k = position_of(rows, row_line, u), position_of(cols, col_line, np.arange(start, stop))
             held[q, k] += 1
     np.testing.assert_array_equal(held, mask)
-    if cols.kind == "residue" and cols.step != rows.step:
+    if cols.kind == "residue" and (rows.kind, rows.step) != ("residue", cols.step):
         return  # never chosen: a tile holds lines of one step
     tiles = cover(q_len, kv_len, (Region(rows, cols, pieces[shown], BlockBits.none()),), every_row=True)
     np.testing.assert_array_equal(elements(tiles), mask)
@@ -212,12 +216,26 @@ def test_a_pass_has_as_many_column_views_as_the_kernel():
     assert counts == sorted(counts) and counts[0] < counts[-1]  # each view less costs tiles
 
 
-@pytest.mark.usefixtures("eager_views")
 def test_rows_have_as_many_views_as_the_kernel():
     acsr = ACSR.from_pattern(P.strided(7), 1000)
     for most, kind in ((1, "contiguous"), (2, "residue")):
         ((_, tiles),) = run_passes(lower(acsr), Schedule(max_row_views=most)).domains
         assert isinstance(tiles, Cover) and tiles.rows.kind == kind and len(tiles.rows.shown) == most
+
+
+@pytest.mark.parametrize("length", [2000, 2048, 2200])
+def test_rows_that_recur_are_side_by_side(length):
+    """The keys that all later blocks attend to, seen from the keys: few full row tiles, in a pass of their own."""
+    pattern = (P.causal() & P.fixed(128, 16)).transposed()
+    acsr = ACSR.from_pattern(pattern, length)
+    program = run_passes(lower(acsr), Schedule(128, 64, max_row_views=2, max_col_views=4))
+    kinds = [tiles.rows.kind for _, tiles in program.domains]
+    assert kinds == ["contiguous", "blocks"]
+    np.testing.assert_array_equal(sum(elements(tiles) for _, tiles in program.domains), pattern.dense(length, length))
+    recurring = program.domains[1][1]
+    assert len(recurring.items) == -(-(length // 128) // 8)
+    assert (recurring.entries[:, 5] == 0).any()  # tiles that eight strips fill together are full
+    assert tile_area(acsr) < 2 * acsr.nnz
 
 
 @pytest.mark.parametrize("name", library.NAMES)

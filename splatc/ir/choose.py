@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.formats.acsr import ACSR
-from splatc.formats.fold import unnest
+from splatc.formats.fold import owners, unnest
 from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import (
     COL,
@@ -20,6 +20,7 @@ from splatc.formats.strips import (
     DCOL,
     DCOUNT,
     DWIDTH,
+    FIELDS,
     ROW,
     ROWS,
     STRIDE,
@@ -31,7 +32,7 @@ from splatc.ir.cover import Grid, tiles_of
 from splatc.ir.patches import patch_region
 from splatc.ir.program import Region, Regions
 from splatc.ir.see import Seen, see_some
-from splatc.ir.views import View, blocks, contiguous, residue
+from splatc.ir.views import PART, View, blocks, contiguous, residue
 
 MAX_STEPS = 4  # candidate residue views, by how many elements have that stride
 MAX_PASSES = 3
@@ -41,6 +42,7 @@ FEW_TILES = 1 << 15
 CLEARLY = 2
 MANY_TILES = 1 << 20
 PASS_TILES = 1.0  # what a further pass over a row tile costs (reload q, o and lse), in tiles
+UNSEEN = 1e15  # the price of a piece under views that cannot show it
 SPAN_COST = 0.02  # what a partly filled tile costs more than a full one, in tiles
 
 
@@ -78,7 +80,8 @@ def _strided_views(acsr: ACSR, plain: Region, max_rows: int | None, max_cols: in
             row_views.append(rows)
         col_views.append(residue(acsr.kv_len, step, plain.cols.lanes))
     col_views += _block_views(strips, acsr.kv_len, plain.cols.lanes, least)
-    if len(col_views) == 1:
+    row_views += _block_rows(table, acsr.q_len, plain.rows.lanes, least)
+    if len(col_views) == len(row_views) == 1:
         return (plain,)
     costs = {rows: _cheapest(table, rows, col_views, max_cols) for rows in row_views}
     used = _cheapest_set(costs, acsr)
@@ -91,6 +94,8 @@ def _strided_views(acsr: ACSR, plain: Region, max_rows: int | None, max_cols: in
             remainder = acsr.remainder if rows.kind == "contiguous" and c == 0 else BlockBits.none()
             if mine.any() or len(remainder.rows):
                 regions.append(Region(rows, cols, table[mine], remainder))
+    if regions[0].rows.kind == "blocks":  # the first pass writes every row
+        return (plain,)
     plain_tiles = costs[plain.rows][0].sum()
     limit = MANY_TILES if by_cost.min(0).sum() * CLEARLY > plain_tiles else FEW_TILES
     return _fewest_tiles(acsr, tuple(regions), (plain,)) if plain_tiles < limit else tuple(regions)
@@ -143,16 +148,32 @@ def _block_views(strips: Ints, length: int, lanes: int, least: int) -> list[View
     return [view for view in found if view.extents[1]]
 
 
+def _block_rows(table: Ints, length: int, lanes: int, least: int) -> list[View]:
+    """Views for rows that recur every so many: one for each (step, offset, number of rows) of a repetition."""
+    parts = max(lanes // PART, 1)
+    elements = np.bincount(owners(table), element_counts(unnest(table)), len(table))
+    kinds, votes = [], []
+    for extent in range(len(FIELDS), table.shape[1], 1 + len(FIELDS)):  # of a repetition, followed by its steps
+        step, rows = table[:, extent + 1 + ROW], table[:, ROWS]
+        recurs = (table[:, extent] > 1) & (step > rows) & (rows <= min(lanes // 2, lanes // parts))
+        recurs &= table[:, extent + 1 + ROWS] == 0
+        kinds.append(np.stack([step, table[:, ROW] % np.maximum(step, 1), rows], axis=1)[recurs])
+        votes.append(elements[recurs])
+    best = _most_voted(np.concatenate(kinds), np.concatenate(votes), least)
+    found = [blocks(length, size, offset, width, lanes, parts) for size, offset, width in best]
+    return [view for view in found if view.extents[1]]
+
+
 def _cheapest(table: Ints, rows: View, col_views: list[View],
               most: int | None) -> tuple[NDArray[np.float64], Ints]:  # fmt: skip
     """(cost, column view) of each piece under a row view, in tiles."""
-    costs = np.full((len(col_views), len(table)), np.inf)
+    costs = np.full((len(col_views), len(table)), UNSEEN)
     for c, cols in enumerate(col_views):
-        if cols.kind == "residue" and cols.step != rows.step:
+        if cols.kind == "residue" and (rows.kind, rows.step) != ("residue", cols.step):
             continue
         some = _candidates(table, cols)
         shown, seen = see_some(table[some], rows, cols)
-        costs[c, some[shown]] = estimate(seen, Grid.of(rows), Grid.of(cols), len(shown))
+        costs[c, some[shown]] = estimate(seen, rows, Grid.of(cols), len(shown))
     if most is not None:
         _limit(costs, col_views, most)
     return costs.min(0), costs.argmin(0)
@@ -169,7 +190,7 @@ def _limit(costs: NDArray[np.float64], col_views: list[View], most: int) -> None
     while room := [c for c in wanted if c not in kept and size[c] <= most - sum(size[k] for k in kept)]:
         best = costs[kept].min(0)
         kept.append(max(room, key=lambda c: float((best - np.minimum(best, costs[c])).sum())))
-    costs[[c for c in range(len(col_views)) if c not in kept]] = np.inf
+    costs[[c for c in range(len(col_views)) if c not in kept]] = UNSEEN
 
 
 def _candidates(table: Ints, cols: View) -> Ints:
@@ -181,30 +202,42 @@ def _candidates(table: Ints, cols: View) -> Ints:
     return np.flatnonzero(shown)
 
 
-def estimate(seen: Seen, rows: Grid, cols: Grid, pieces: int) -> NDArray[np.float64]:
-    """An estimate of the tiles that each piece needs (float): row tiles of a strip times the column tiles of one."""
+def estimate(seen: Seen, rows: View, cols: Grid, pieces: int) -> NDArray[np.float64]:
+    """An estimate of the tiles that each piece needs (float): row tiles of a strip times the column tiles of one.
+
+    Strips that share their row tiles need no more than the widest of them needs in all rows of the piece.
+    """
     s = seen.strips
-    row_tiles = s[:, ROWS] / rows.b1
-    t = np.minimum(s[:, ROWS], rows.b1) - 1
+    side = Grid.of(rows).b1
+    row_tiles = s[:, ROWS] / side
+    t = np.minimum(s[:, ROWS], side) - 1
     count = s[:, COUNT] + s[:, DCOUNT] * (s[:, ROWS] - 1) / 2
     reach = s[:, STRIDE] * np.maximum(count - 1, 0) + s[:, WIDTH] + s[:, DWIDTH] * (s[:, ROWS] - 1) / 2
     hull = reach + np.abs(s[:, DCOL]) * t
-    cost = np.maximum(row_tiles, 1 / rows.b2) * (hull / cols.b1 + SPAN_COST)
+    cost = np.maximum(row_tiles, 1 / rows.box[1]) * (hull / cols.b1 + SPAN_COST)
     cost = np.maximum(cost / cols.b2, 1 / (rows.lanes * cols.b2))
     total = np.zeros(pieces)
     np.add.at(total, seen.piece, cost)
-    return total
+    if rows.kind == "residue" or not len(s):  # rows of many lines
+        return total
+    first, last, widest = np.full(pieces, s[:, ROW].max()), np.zeros(pieces, np.int64), np.zeros(pieces)
+    np.minimum.at(first, seen.piece, s[:, ROW])
+    np.maximum.at(last, seen.piece, s[:, ROW] + s[:, ROWS])
+    np.maximum.at(widest, seen.piece, hull / cols.b1 + SPAN_COST)
+    together: NDArray[np.float64] = ((last - first) / side + 1) * widest / cols.b2
+    return np.minimum(total, together)
 
 
 def _cheapest_set(costs: dict[View, tuple[NDArray[np.float64], Ints]], acsr: ACSR) -> tuple[View, ...]:
-    """The cheapest set of row views; the smaller of equals (contiguous is in it if bits remain)."""
+    """The cheapest set of row views; the smaller of equals. Contiguous is in it if bits remain; the first one shows
+    every row."""
     views = list(costs)
     if len(views) == 1:
         return (views[0],)
     prices: dict[tuple[int, ...], float] = {}  # of the members of the poset, smaller sets first
     for size in range(1, MAX_PASSES + 1):
         for chosen in combinations(range(len(views)), size):
-            if len(acsr.remainder.rows) and 0 not in chosen:
+            if (len(acsr.remainder.rows) and 0 not in chosen) or views[chosen[0]].kind == "blocks":
                 continue
             cheapest = np.stack([costs[views[i]][0] for i in chosen])
             best = cheapest.argmin(0)

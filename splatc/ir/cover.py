@@ -86,8 +86,11 @@ def tile_count(view: View) -> int:
 
 
 def _valid_lanes(view: View) -> Ints:
-    """Positions that exist in each tile of a contiguous or residue axis."""
+    """Positions that exist in each tile of an axis; not of patches."""
     grid = Grid.of(view)
+    if view.kind == "blocks":
+        whole = np.clip(view.extents[1] - np.arange(grid.across) * view.box[1], 0, view.box[1])
+        return np.asarray(whole * (view.extents[0] - view.offset))
     first = grid.first_line(np.arange(tile_count(view) // grid.across))
     along = np.arange(grid.across) * grid.b1
     counts = np.zeros((len(first), grid.across), np.int64)
@@ -114,6 +117,7 @@ def cover(q_len: int, kv_len: int, regions: tuple[Region, ...], every_row: bool)
         if seen is None:
             raise AssertionError(f"view {region.cols} does not show the region's pieces")
         full, spans = _fragments(seen, Grid.of(rows), Grid.of(region.cols), lanes_valid)
+        full, spans = _filled_together(full, spans, lanes_valid, region.cols.lanes)
         view = cols.index(region.cols)
         runs.append(np.insert(full, 1, view, axis=1))
         partial.append(np.insert(spans, 1, view, axis=1))
@@ -192,6 +196,17 @@ def _fragments(seen: Seen, rows: Grid, cols: Grid, lanes_valid: Ints) -> tuple[I
                stride[owner], count[owner], dcount[owner]]  # fmt: skip
     spans = np.stack(columns, axis=1)
     return full, _clip_combs(spans, cols.b1) if cols.b2 == 1 else _clip_lines(spans, inside[owner], cols.b1)
+
+
+def _filled_together(full: Ints, spans: Ints, lanes_valid: Ints, lanes_k: int) -> tuple[Ints, Ints]:
+    """(full, spans), where tiles that several strips fill between them are full tiles too."""
+    tile, which = np.unique(spans[:, :2], axis=0, return_inverse=True)
+    which = which.ravel()
+    wide = (spans[:, 4] == 0) & (spans[:, 6] == lanes_k) & (spans[:, 9] == 1) & ~spans[:, [5, 7, 10]].any(axis=1)
+    lanes = np.bincount(which, spans[:, 3] * wide, len(tile))
+    filled = lanes == lanes_valid[tile[:, 0]]
+    more = np.insert(tile[filled], 2, [[1], [0]], axis=1)
+    return np.concatenate([full, more]), spans[~filled[which]]
 
 
 def _spread(strips: Ints, size: int) -> tuple[Ints, Ints]:

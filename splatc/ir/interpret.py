@@ -155,12 +155,16 @@ def _region_elements(pieces: NDArray[np.int64], rows: View, cols: View) -> tuple
         runs = unit_runs(row_runs(seen.strips[i : i + 1]))
         owner, j = ramp(runs.stop - runs.start)
         u, w = runs.row[owner], runs.start[owner] + j
-        found_q.append(u * rows.strides[0] + seen.row_line[i] * rows.strides[1])
-        if cols.kind == "blocks":
-            found_k.append(w // cols.box[0] * cols.step + cols.offset + w % cols.box[0])
-        else:
-            found_k.append(w * cols.strides[0] + seen.col_line[i] * cols.strides[1])
+        found_q.append(_positions(rows, u, seen.row_line[i]))
+        found_k.append(_positions(cols, w, seen.col_line[i]))
     return np.concatenate(found_q), np.concatenate(found_k)
+
+
+def _positions(view: View, u: Ints, line: int) -> Ints:
+    """Of coordinates (line, u)."""
+    if view.kind == "blocks":
+        return u // view.box[0] * view.step + view.offset + u % view.box[0]
+    return u * view.strides[0] + line * view.strides[1]
 
 
 def _attend(domain: Domain, q: Float, k: Float, v: Float, scale: float, score: Score,

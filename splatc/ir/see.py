@@ -1,7 +1,7 @@
 """Pieces seen through a view: the same strips in view coordinates, where a strided piece has become an interval.
 
 In view coordinates a position is (line, u): contiguous views have one line; a residue view has one line a residue and u
-counts inside the class; a blocks view has one line whose u runs over the chosen columns of block after block.
+counts inside the class; a blocks view has one line whose u runs over the chosen positions of block after block.
 """
 
 from __future__ import annotations
@@ -50,16 +50,17 @@ def see(pieces: Ints, rows: View, cols: View) -> Seen | None:
 
 
 def see_some(pieces: Ints, rows: View, cols: View) -> tuple[Ints, Seen]:
-    """(the pieces that a column view can show, what they look like), under a row view; neither is a view of patches."""
-    strips, row_line, piece = _see_rows(pieces, rows)
+    """(the pieces that both views can show, what they look like); neither is a view of patches."""
+    visible = _rows_fit(pieces, rows) if rows.kind == "blocks" else np.arange(len(pieces))
+    strips, row_line, piece = _see_rows(pieces[visible], rows)
     if cols.kind == "contiguous":
-        return np.arange(len(pieces)), Seen(strips, row_line, np.zeros(len(strips), np.int64), piece)
+        return visible, Seen(strips, row_line, np.zeros(len(strips), np.int64), piece)
     fits = _residues_fit(strips, cols) if cols.kind == "residue" else _blocks_fit(strips, cols)
-    shown = np.ones(len(pieces), bool)
+    shown = np.ones(len(visible), bool)
     shown[piece[~fits]] = False
     some = shown[piece]
     out, col_line = (_see_residues if cols.kind == "residue" else _see_blocks)(strips[some], cols)
-    return np.flatnonzero(shown), Seen(out, row_line[some], col_line, (np.cumsum(shown) - 1)[piece[some]])
+    return visible[shown], Seen(out, row_line[some], col_line, (np.cumsum(shown) - 1)[piece[some]])
 
 
 def _see_lines(pieces: Ints, rows: View, cols: View) -> Seen | None:
@@ -94,6 +95,10 @@ def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:
         owner = owners(pieces)
         return unnest(pieces), np.zeros(len(owner), np.int64), owner
     step = view.step
+    if view.kind == "blocks":
+        owner, strips = owners(pieces), unnest(pieces)
+        strips[:, ROW] = strips[:, ROW] // step * view.box[0] + strips[:, ROW] % step - view.offset
+        return strips, np.zeros(len(owner), np.int64), owner
     width = len(FIELDS)
     # a repetition with this row step already walks down one residue class: it becomes the rows of the new strips
     kept = np.zeros((len(pieces), 1 + width), np.int64)
@@ -118,6 +123,15 @@ def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:
         out[:, field] += strips[:, slope] * i
         out[:, slope] = np.where(walking, kept[:, 1 + field], strips[:, slope] * step)
     return out, row % step, piece
+
+
+def _rows_fit(pieces: Ints, view: View) -> Ints:
+    """The pieces whose every strip lies on the chosen rows of one block."""
+    strips, piece = unnest(pieces), owners(pieces)
+    inside = strips[:, ROW] % view.step - view.offset
+    fits = (inside >= 0) & (view.offset + inside + strips[:, ROWS] <= view.extents[0])
+    fits &= strips[:, ROW] // view.step < view.extents[1]
+    return np.setdiff1d(np.arange(len(pieces)), piece[~fits])
 
 
 def _residues_fit(strips: Ints, view: View) -> NDArray[np.bool_]:

@@ -121,12 +121,13 @@ def residue(length: int, step: int, lanes: int) -> View:
     return View("residue", length, (-(-length // step), step, 1), (step, 1, length), (b1, lanes // b1, 1))
 
 
-def blocks(length: int, size: int, offset: int, width: int, lanes: int) -> View:
+def blocks(length: int, size: int, offset: int, width: int, lanes: int, parts: int = 1) -> View:
     """Positions size*a + offset + j, 0 <= j < width, seen as (offset + j, a), of blocks that hold all of them.
 
-    The side of a box is the width rounded up to divide a tile; lanes beyond the width lie outside the extents.
+    The side of a box is the width rounded up to divide a tile, or its ``parts``; lanes beyond the width lie outside the
+    extents.
     """
-    b1 = next(b for b in range(width, lanes + 1) if lanes % b == 0)
+    b1 = next(b for b in range(width, lanes + 1) if lanes // parts % b == 0)
     number = max((length - offset - width) // size + 1, 0)
     return View("blocks", length, (offset + width, number, 1), (1, size, length), (b1, lanes // b1, 1), offset)
 
