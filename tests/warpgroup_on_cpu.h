@@ -67,6 +67,14 @@ inline void tvm_builtin_ptx_cvt_tf32_f32_rn_tf32_f32(uint32_t& d, float x) {
   memcpy(&d, &x, 4);
   d = (d + 0xFFF + (d >> 13 & 1)) & 0xFFFFE000;
 }
+inline void tvm_builtin_ptx_st_vec_shared_v2_f32(uint32_t to, float a, float b) {
+  float* x = (float*)(pool_buf_ptr + to);
+  x[0] = a, x[1] = b;
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v2_f32(float& a, float& b, uint32_t from) {
+  const float* x = (const float*)(pool_buf_ptr + from);
+  a = x[0], b = x[1];
+}
 inline void tvm_builtin_ptx_ld_vec_shared_v4_f32(float& a, float& b, float& c, float& d, uint32_t from) {
   const float* x = (const float*)(pool_buf_ptr + from);
   a = x[0], b = x[1], c = x[2], d = x[3];
@@ -117,15 +125,22 @@ template <typename T> float at_descriptor(uint64_t d, int row, int column) {
   return value_at<T>(pool_buf_ptr + at);
 }
 
-inline uint32_t a_words[kWarpgroup][64];
+inline std::barrier<> team_barrier[2] = {std::barrier<>(kWarpgroup), std::barrier<>(kWarpgroup)};
+inline void sync_team() { team_barrier[threadIdx.x / kWarpgroup].arrive_and_wait(); }
+inline void tvm_builtin_ptx_bar_sync_count_sync(uint32_t barrier, uint32_t threads) {
+  if (barrier != threadIdx.x / kWarpgroup + 1 || threads != kWarpgroup) abort();
+  sync_team();
+}
+inline uint32_t a_words[2][kWarpgroup][64];
 // One statement of `steps` products of 64 x n x (32 bytes) on d: a is a descriptor a step or, in registers, 4 words.
 template <typename T, typename A>
 void wgmma(float** d, int n, const A* a, const uint64_t* b, int steps, bool b_transposed, bool fresh) {
   constexpr bool registers = sizeof(A) == 4;
   constexpr int depth = 32 / sizeof(T), in_word = 4 / sizeof(T);
   int thread = threadIdx.x % kWarpgroup, row = thread / 32 * 16 + thread % 32 / 4, quad = thread % 4;
-  if (registers) memcpy(a_words[thread], a, 16 * steps);
-  __syncthreads();
+  auto& words = a_words[threadIdx.x / kWarpgroup];
+  if (registers) memcpy(words[thread], a, 16 * steps);
+  sync_team();
   for (int i = 0; i < n / 2; ++i) {
     int m = row + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * quad + i % 2;
     float sum = fresh ? 0 : *d[i];
@@ -134,7 +149,7 @@ void wgmma(float** d, int n, const A* a, const uint64_t* b, int steps, bool b_tr
         float x;
         if (registers) {  // word 2 (k's half) + m / 8 % 2 of the thread that has the row, and k among its quad's
           int owner = m / 16 * 32 + m % 8 * 4 + k / in_word % 4, word = 4 * step + k / (depth / 2) * 2 + m / 8 % 2;
-          x = value_at<T>((char*)&a_words[owner][word] + k % in_word * sizeof(T));
+          x = value_at<T>((char*)&words[owner][word] + k % in_word * sizeof(T));
         } else {
           x = at_descriptor<T>(a[step], m, k);
         }
@@ -142,5 +157,5 @@ void wgmma(float** d, int n, const A* a, const uint64_t* b, int steps, bool b_tr
       }
     *d[i] = sum;
   }
-  __syncthreads();
+  sync_team();
 }

@@ -25,6 +25,7 @@ from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_pr
 from splatc.codegen.hopper.unfused.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
+    THREADS,
     WARP_LINES,
     OwnLine,
     Rows,
@@ -46,7 +47,7 @@ BLOCKS = 5  # of a multiprocessor, that registers should allow
 
 
 def sddmm(spec: KernelSpec):
-    """(the function, not lowered, its bytes of dynamic shared memory)."""
+    """(the function, not lowered, threads of a block, its bytes of dynamic shared memory)."""
     s = sizes_of(spec)
     with IRBuilder() as builder:
         with I.prim_func():
@@ -57,7 +58,7 @@ def sddmm(spec: KernelSpec):
             I.device_entry()
             with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
                 smem_bytes = _Block(s, q, k, values, walk, factor).run(parts)
-    return builder.get().with_attr("global_symbol", NAME), smem_bytes
+    return builder.get().with_attr("global_symbol", NAME), THREADS, smem_bytes
 
 
 class _Block:

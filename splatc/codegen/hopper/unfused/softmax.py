@@ -34,7 +34,7 @@ ROWS = THREADS // 32  # of a block
 
 
 def softmax(spec: KernelSpec):
-    """The function, not lowered."""
+    """(the function, not lowered, threads of a block, its bytes of dynamic shared memory)."""
     s = sizes_of(spec)
     with IRBuilder() as builder:
         with I.prim_func():
@@ -42,11 +42,11 @@ def softmax(spec: KernelSpec):
             values, p, lse = value_array("values", s), value_array("p", s), table("lse", "float32", 1)
             with _row(s) as row:
                 _forward(row, values, p, lse)
-    return builder.get().with_attr("global_symbol", FORWARD)
+    return builder.get().with_attr("global_symbol", FORWARD), THREADS, 0
 
 
 def softmax_backward(spec: KernelSpec):
-    """The function, not lowered."""
+    """(the function, not lowered, threads of a block, its bytes of dynamic shared memory)."""
     s = sizes_of(spec)
     with IRBuilder() as builder:
         with I.prim_func():
@@ -55,7 +55,7 @@ def softmax_backward(spec: KernelSpec):
             ds = value_array("ds", s)
             with _row(s) as row:
                 _backward(row, p, dp, dlse, ds)
-    return builder.get().with_attr("global_symbol", BACKWARD)
+    return builder.get().with_attr("global_symbol", BACKWARD), THREADS, 0
 
 
 class Row:

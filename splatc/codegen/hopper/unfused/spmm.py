@@ -1,8 +1,9 @@
 """out[q] = factor * sum over k of values[q, k] y[k], of values in ACSR order; transposed: out[k], over q of y[q].
 
-For every tile a block copies 64 rows of y, and the lines of the tile as they lie in memory, from the 16 bytes on in
-which each begins. Threads pick the tile's values out of the lines, where the bits say that they are, into the registers
-that are operand A of wgmma. Transposed, lines are of the columns: the same copies, read across.
+Two warpgroups of a block have half of a row tile's column tiles each. For every tile one copies 64 rows of y, and the
+lines of the tile as they lie in memory, from the 16 bytes on in which each begins. Threads pick the tile's values out of
+the lines, where the bits say that they are, into the registers that are operand A of wgmma. Transposed, lines are of the
+columns: the same copies, read across.
 
 A value that is not finite reaches those rows of out that share a tile with it.
 """
@@ -17,11 +18,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Expr, do, let, store, when
+from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
 from splatc.codegen.hopper.unfused.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
+    THREADS,
     WARP_LINES,
     WORDS,
     OwnLine,
@@ -39,11 +41,12 @@ from splatc.codegen.hopper.unfused.tiles import (
 )
 from splatc.codegen.kernel import SPMM_FUNCTION, SPMM_TRANSPOSED_FUNCTION, KernelSpec
 
-BLOCKS = 4  # of a multiprocessor, that registers should allow
+TEAMS = 2  # warpgroups that share the column tiles of a row tile, where they fit
+WARPGROUPS = 4  # of a multiprocessor, that registers should allow
 
 
 def spmm(spec: KernelSpec):
-    """(the function, not lowered, its bytes of dynamic shared memory)."""
+    """(the function, not lowered, threads of a block, its bytes of dynamic shared memory)."""
     return _spmm(spec, SPMM_FUNCTION, queries_are_rows=True)
 
 
@@ -63,31 +66,36 @@ def _spmm(spec: KernelSpec, name: str, queries_are_rows: bool):
             walk = Walk(align=s.unit)
             factor = I.arg("factor", I.float32())
             I.device_entry()
-            with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
-                block = _Block(s, y, values, walk, queries_are_rows)
+            block = _Block(s, y, values, walk, queries_are_rows)
+            blocks = WARPGROUPS // block.teams if s.dim <= 64 else 1
+            with I.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks}):
                 smem_bytes = block.run()
-                block.write(out, heads, rows, factor)
-    return builder.get().with_attr("global_symbol", name), smem_bytes
+                block.add_up()
+                with when(T.EQ(walk.team, 0)):
+                    block.write(out, heads, rows, factor)
+    return builder.get().with_attr("global_symbol", name), block.teams * THREADS, smem_bytes
 
 
 class _Block:
     def __init__(self, s: Sizes, y: Rows, values: Expr, walk: Walk, queries_are_rows: bool) -> None:
         self.s, self.y, self.values, self.walk = s, y, values, walk
         self.queries_are_rows = queries_are_rows
+        self.pitch = LANES + s.unit  # of lines in shared memory: room for one that begins inside a unit
+        self.stage_bytes = s.tile_bytes + LANES * (self.pitch * s.item_bytes + 4 * (1 + WORDS)) + 4
+        self.teams = TEAMS if s.fits(0, TEAMS * self.stage_bytes) else 1
 
     def run(self) -> int:
         """Sum up."""
         s, w = self.s, self.walk
-        w.start()
-        self.pitch = LANES + s.unit  # of lines in shared memory: room for one that begins inside a unit
-        line_bytes = LANES * (self.pitch * s.item_bytes + 4 * (1 + WORDS)) + 4
-        stages = s.stages(0, s.tile_bytes + line_bytes)
+        w.start(teams=self.teams)
+        self.stages = s.stages(0, self.teams * self.stage_bytes)
+        places = self.teams * self.stages
         pool = T.SMEMPool()
-        self.y_tiles = pool.alloc((stages * s.tile_items,), s.stored, align=1024)
-        self.lines = pool.alloc((stages * LANES * self.pitch,), s.stored, align=16)
-        self.places = pool.alloc((stages * LANES,), "int32", align=16)  # where the values of each line begin
-        self.words = pool.alloc((stages * LANES * WORDS,), "uint32", align=16)
-        self.kinds = pool.alloc((stages,), "int32", align=4)
+        self.y_tiles = pool.alloc((places * s.tile_items,), s.stored, align=1024)
+        self.lines = pool.alloc((places * LANES * self.pitch,), s.stored, align=16)
+        self.places = pool.alloc((places * LANES,), "int32", align=16)  # where the values of each line begin
+        self.words = pool.alloc((places * LANES * WORDS,), "uint32", align=16)
+        self.kinds = pool.alloc((places,), "int32", align=4)
         pool.commit()
         self.out = TurnedOutput(s.dim, LANES) if s.rounds else Output(s.dtype, s.dim, LANES)
         self.y_desc = descriptor("y_desc", self.y_tiles, 0, self.out.leading)
@@ -100,7 +108,7 @@ class _Block:
             self.unit_base = kept("unit_base", w.base + wide(self.unit * s.unit), "int64")
             line = w.warp * WARP_LINES + w.lane // s.units
             self.unit_place = kept("unit_place", line * self.pitch + self.unit * s.unit)
-            w.pipeline(stages, self.y, self.own.read, self.copy, self.arrived, self.tile)
+            w.pipeline(self.stages, self.y, self.own.read, self.copy, self.arrived, self.tile)
         return int(pool.max_offset)
 
     def copy(self, entry: Expr, stage: Expr) -> None:
@@ -191,6 +199,28 @@ class _Block:
             for held, number in ranks(word, T.cast(key % 32, "uint32"), before)[:count]:
                 values.append(T.Select(held, self.lines[place + number], T.cast(0, self.s.stored)))
         return values
+
+    def add_up(self) -> None:
+        """The first warpgroup's sums become those of all, by way of the places of the others' rows of y."""
+        w = self.walk
+        for team in range(1, self.teams):
+            do(T.cuda.cta_sync())  # tensor cores read there no more
+            with when(T.EQ(w.team, team)):
+                for i in range(0, self.out.count, 2):
+                    do(T.ptx["st.shared.v2.f32"](self.pair_at(team, i), self.out.o[i], self.out.o[i + 1]))
+            do(T.cuda.cta_sync())
+            with when(T.EQ(w.team, 0)):
+                pair = registers("pair", 2)
+                for i in range(0, self.out.count, 2):
+                    do(T.ptx["ld.shared.v2.f32"](pair[0], pair[1], self.pair_at(team, i)))
+                    for c in range(2):
+                        store(self.out.o, i + c, self.out.o[i + c] + pair[c])
+
+    def pair_at(self, team: int, i: int) -> Expr:
+        """Where a warpgroup leaves a thread's accumulators i and i + 1."""
+        s = self.s
+        number = i * THREADS + self.walk.thread * 2
+        return self.y_tiles.ptr_to([team * self.stages * s.tile_items + number * (4 // s.item_bytes)])
 
     def write(self, out: Expr, heads: Expr, rows: Expr, factor: Expr) -> None:
         """The rows of out, (batch, heads, rows, dim), that exist."""

@@ -1,7 +1,7 @@
 """What the products share: tables of tiles, copies of the rows that a table lists, tiles in shared memory.
 
-A block is a warpgroup with one row tile of one head; it walks over the column tiles. Copies of the next tiles are under
-way while it works at one: cp.async, whose places in shared memory are a ring of ``stages``.
+A block has a row tile of one head; its warpgroups, one or more, walk over the column tiles. Copies of the next tiles
+are under way while a warpgroup works at one: cp.async, whose places in shared memory are a ring of ``stages``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -30,6 +30,7 @@ WORDS = LANES // 32  # of a line's bits
 ALL = 0xFFFFFFFF
 UNIT_BYTES, SECTOR_BYTES = 16, 32  # of one copy; of what memory is written by
 MOST_STAGES = 3
+RESERVED = 1024  # bytes of shared memory for alignment
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,14 @@ class Sizes:
         return SECTOR_BYTES // self.item_bytes
 
     def stages(self, fixed: int, each: int) -> int:
-        """How many stages of ``each`` bytes fit beside ``fixed`` others. Raises Unsupported for less than two."""
-        most = (SMEM_BYTES - 1024 - fixed) // each
-        if most < 2:
+        """How many stages of ``each`` bytes to have beside ``fixed`` others. Raises Unsupported if two do not fit."""
+        if not self.fits(fixed, each):
             raise Unsupported(f"rows of {self.dim} {self.dtype} do not fit the shared memory of sm_90a twice")
-        return min(most, MOST_STAGES)
+        return min((SMEM_BYTES - RESERVED - fixed) // each, MOST_STAGES)
+
+    def fits(self, fixed: int, each: int) -> bool:
+        """Whether there is room for two stages."""
+        return fixed + 2 * each <= SMEM_BYTES - RESERVED
 
 
 def sizes_of(spec: KernelSpec) -> Sizes:
@@ -212,7 +216,8 @@ class Walk:
     work: int32 (works, 2) head, item; the grid is ``blocks`` = batch * works. bases: int64, where each head's values
     begin; total: int64, values of a batch entry. group: heads that share one of the rows copied for column tiles.
 
-    A warp has 16 lines of every tile. Two lanes know each of them: what they read of the tables, others have from them.
+    Each warpgroup has ``stages`` places of its own in shared memory. A warp has 16 lines of every tile. Two lanes know
+    each of them: what they read of the tables, others have from them.
     """
 
     def __init__(self, align: int) -> None:
@@ -226,13 +231,17 @@ class Walk:
         self.bits = table("bits", "uint32", WORDS * LANES)
         self.bases = table("bases", "int64", 1)
 
-    def start(self, parts: Expr = None) -> None:
-        """Find the block's row tile or, with ``parts`` blocks for each, its part of the column tiles there."""
-        index = I.cta_id([self.blocks])
+    def start(self, parts: Expr = None, teams: int = 1) -> None:
+        """Find the block's row tile; and the part of its column tiles that this warpgroup has, where ``parts`` blocks
+        or ``teams`` warpgroups of a block share them."""
+        index, thread = I.cta_id([self.blocks]), I.thread_id([teams * THREADS])
         part = None
         if parts is not None:
             index, part = kept("whole", T.truncdiv(index, parts)), kept("part", T.truncmod(index, parts))
-        self.thread = I.thread_id([THREADS])
+        self.teams, self.team, self.thread = teams, T.int32(0), thread
+        if teams > 1:
+            self.team, self.thread = kept("team", thread // THREADS), kept("team_thread", thread % THREADS)
+            parts, part = T.int32(teams), self.team
         self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
         self.own_line = let("own_line", self.warp * WARP_LINES + self.lane % WARP_LINES)
         self.batch = kept("batch", T.truncdiv(index, self.works))
@@ -255,6 +264,13 @@ class Walk:
     def known(self, entry: Expr) -> Expr:
         """The entry, or the row tile's last one: what is read ahead has to exist."""
         return T.min(entry, self.begin + self.count - 1)
+
+    def sync(self) -> None:
+        """All threads of the warpgroup."""
+        if self.teams > 1:
+            do(T.ptx.bar.sync(T.cast(self.team + 1, "uint32"), T.uint32(THREADS)))
+        else:
+            do(T.cuda.cta_sync())
 
     def spot(self, first: Expr) -> Spot:
         """Where the values of a line lie that has any."""
@@ -280,19 +296,20 @@ class Walk:
 
         for ahead in range(stages - 1):
             with when(ahead < self.count):
-                copy_and_ask(kept("next", self.begin + ahead), T.int32(ahead))
+                copy_and_ask(kept("next", self.begin + ahead), self.team * stages + ahead)
             commit_copies()
         with loop(self.count) as number:
-            stage = kept("stage", number % stages)
+            stage = kept("stage", self.team * stages + number % stages)
             do(T.ptx.cp.async_.wait_group(stages - 2))
             arrived(number, stage)
             do(T.ptx.fence.proxy.async_.shared__cta())  # tensor cores may read them
-            do(T.cuda.cta_sync())  # all copies of this entry are there; all threads are done with the one before
+            self.sync()  # all copies of this entry are there; all threads are done with the one before
 
             def meanwhile() -> None:
                 later = number + (stages - 1)
                 with when(later < self.count):
-                    copy_and_ask(kept("next", self.begin + later), kept("next_stage", later % stages))
+                    stage = kept("next_stage", self.team * stages + later % stages)
+                    copy_and_ask(kept("next", self.begin + later), stage)
                 commit_copies()
 
             use(kept("entry", self.begin + number), stage, meanwhile)
