@@ -1,9 +1,9 @@
 """out[q] = factor * sum over k of values[q, k] y[k], of values in ACSR order; transposed: out[k], over q of y[q].
 
 Two warpgroups of a block have half of a row tile's column tiles each. For every tile one copies 64 rows of y, and the
-lines of the tile as they lie in memory, from the 16 bytes on in which each begins. Threads pick the tile's values out of
-the lines, where the bits say that they are, into the registers that are operand A of wgmma. Transposed, lines are of the
-columns: the same copies, read across.
+lines of the tile as they lie in memory, from the 16 bytes on in which each begins. Threads pick the tile's values out
+of the lines, where the bits say that they are, into the registers that are operand A of wgmma. Transposed, lines are of
+the columns: the same copies, read across.
 
 A value that is not finite reaches those rows of out that share a tile with it.
 """
