@@ -7,6 +7,7 @@
 Importing splatc loads neither torch nor TVM; they come with the first use that needs them.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from splatc import patterns
@@ -17,28 +18,27 @@ if TYPE_CHECKING:
     from splatc import nn as nn
     from splatc import sparsify as sparsify
     from splatc.integrations.torch import patch, patch_sdpa
+    from splatc.reordered import reorder
     from splatc.runtime.scores import SparseScores
     from splatc.runtime.unfused import sddmm, softmax, spmm
 
-__all__ = ["SparseScores", "analyze", "attention", "compile", "patch", "patch_sdpa", "patterns", "sddmm", "softmax",
-           "spmm"]  # fmt: skip
+__all__ = ["SparseScores", "analyze", "attention", "compile", "patch", "patch_sdpa", "patterns", "reorder", "sddmm",
+           "softmax", "spmm"]  # fmt: skip
+
+MODULES = ("jax", "nn", "sparsify")  # imported when asked for: they import torch or JAX
+HOMES = {  # as what these need is
+    "splatc.integrations.torch": ("patch", "patch_sdpa"),
+    "splatc.reordered": ("reorder",),
+    "splatc.runtime.unfused": ("SparseScores", "sddmm", "softmax", "spmm"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("jax", "nn", "sparsify"):  # jax imports JAX, nn imports torch
-        from importlib import import_module
-
+    if name in MODULES:
         return import_module(f"splatc.{name}")
-    if name in ("SparseScores", "sddmm", "softmax", "spmm"):
-        from splatc.runtime import unfused
-
-        return getattr(unfused, name)
-    if name in ("patch", "patch_sdpa"):
-        from splatc.integrations import torch
-
-        return getattr(torch, name)
+    for home, names in HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("splatc")
+        return import_module("importlib.metadata").version("splatc")
     raise AttributeError(f"module 'splatc' has no attribute {name!r}")

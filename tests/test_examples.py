@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OTHERS = re.compile("show|dfss|gpt|listops|side_by_side|mistral|video|ten_minutes")  # shared; with own tests
+OTHERS = re.compile("show|dfss|gpt|listops|lra|side_by_side|mistral|video|ten_minutes")  # shared, or with own tests
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if not OTHERS.search(p.stem))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)

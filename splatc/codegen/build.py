@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
-from splatc.codegen.kernel import BACKWARD, FORWARD, SDDMM, SOFTMAX, SPMM, KernelSpec
+from splatc.codegen.kernel import BACKWARD, FORWARD, PRODUCTS, SDDMM, SOFTMAX, SPMM, KernelSpec
 from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
@@ -129,9 +129,15 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
 
 def emit(spec: KernelSpec) -> Emitted:
     """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
+    if spec.role in PRODUCTS:
+        from splatc.codegen.hopper.unfused.kernels import product_hopper
+
+        return product_hopper(spec)
     if spec.role != FORWARD:
-        if spec.kernel != "hopper":
-            raise Unsupported(f"there is no kernel for gradients of {spec.name} on {spec.target}: use the target cpu")
+        if spec.kernel == "portable":
+            from splatc.codegen.cuda_backward import gradients_cuda
+
+            return gradients_cuda(spec)
         from splatc.codegen.hopper.backward.kernels import gradients_hopper
 
         return gradients_hopper(spec)
