@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
-from splatc.codegen.kernel import BACKWARD, FORWARD, SDDMM, SOFTMAX, SPMM, KernelSpec
+from splatc.codegen.kernel import BACKWARD, COMPRESSED, FORWARD, SDDMM, SOFTMAX, SPMM, KernelSpec
 from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
@@ -132,6 +132,10 @@ def emit(spec: KernelSpec) -> Emitted:
     if spec.role != FORWARD:
         if spec.kernel != "hopper":
             raise Unsupported(f"there is no kernel for gradients of {spec.name} on {spec.target}: use the target cpu")
+        if spec.role in COMPRESSED:
+            from splatc.codegen.hopper.compressed.kernels import compressed_hopper
+
+            return compressed_hopper(spec)
         from splatc.codegen.hopper.backward.kernels import gradients_hopper
 
         return gradients_hopper(spec)
