@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from splatc import jax as jax
     from splatc import nn as nn
     from splatc import sparsify as sparsify
+    from splatc.runtime.compressed import CompressedScores, nm_scores
     from splatc.runtime.scores import SparseScores
     from splatc.runtime.unfused import sddmm, softmax, spmm
 
-__all__ = ["SparseScores", "analyze", "attention", "compile", "patterns", "sddmm", "softmax", "spmm"]
+__all__ = ["CompressedScores", "SparseScores", "analyze", "attention", "compile", "nm_scores", "patterns", "sddmm",
+           "softmax", "spmm"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from splatc.runtime import unfused
 
         return getattr(unfused, name)
+    if name in ("CompressedScores", "nm_scores"):
+        from splatc.runtime import compressed
+
+        return getattr(compressed, name)
     if name == "__version__":
         from importlib.metadata import version
 

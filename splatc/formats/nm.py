@@ -105,7 +105,8 @@ def to_registers(words: NDArray[np.uint16]) -> NDArray[np.uint32]:
     whole[..., :rows, :count] = words
     parts = np.moveaxis(whole.reshape(*front, row_tiles, 4, 2, 8, key_tiles, 2, 4), -5, 0)
     low, high = np.moveaxis(parts, (-3, -6, -2, -5, -4, -1), range(-6, 0))
-    return (low | high << np.uint32(16)).reshape(*front, key_tiles, row_tiles, 2, 128)
+    joined: NDArray[np.uint32] = low | high << np.uint32(16)
+    return joined.reshape(*front, key_tiles, row_tiles, 2, 128)
 
 
 def from_registers(words: NDArray[Any], rows: int, count: int) -> NDArray[np.uint16]:

@@ -27,5 +27,5 @@ def compressed_hopper(spec: KernelSpec) -> Emitted:
         function, smem_bytes = (sddmm if spec.role == COMPRESSED_SDDMM else spmm)(s)
         made = [(function, s.threads, smem_bytes)]
     named = [(str(function.attrs["global_symbol"]), function, threads, smem) for function, threads, smem in made]
-    return Emitted(tvm.IRModule({name: function for name, function, *_ in named}),
-                   tuple(DeviceFunction(f"{name}_kernel", threads, smem) for name, _, threads, smem in named))  # fmt: skip
+    functions = tuple(DeviceFunction(f"{name}_kernel", threads, smem) for name, _, threads, smem in named)
+    return Emitted(tvm.IRModule({name: function for name, function, *_ in named}), functions)

@@ -1,7 +1,7 @@
 """Sizes of the kernels, and what they share: items of work, roles of warps.
 
-A block is ``warpgroups`` warpgroups that compute 64 rows each and one warp that copies for them. Blocks stay: each takes
-every ``blocks``-th item, a tile of rows of a head, and walks over its tiles of keys.
+A block is ``warpgroups`` warpgroups that compute 64 rows each and one warp that copies for them. Blocks stay: each
+takes every ``blocks``-th item, a tile of rows of a head, and walks over its tiles of keys.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -131,7 +131,7 @@ class Walk:
 
     @contextmanager
     def each(self) -> Iterator[Item]:
-        """This block's items."""
+        """The block's items."""
         number = Cell("item", self.index)
         with I.While(number() < self.items):
             pair = let("pair", T.truncdiv(number(), self.row_tiles))
