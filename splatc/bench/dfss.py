@@ -1,4 +1,4 @@
-"""DFSS in three kernels against dense attention in three, as its paper has it: batch 48 (4096: 24), 4 heads of 64, bf16.
+"""DFSS in three kernels against dense attention in three, in the setting of its paper: 48 (24) x 4 heads of 64, bf16.
 
     python -m splatc.bench.dfss --json dfss.json
 
