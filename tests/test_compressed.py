@@ -109,36 +109,34 @@ def test_order_of_registers() -> None:
 # -- launches, with a twin of the kernels ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", [(1, 1), (17, 3), (70, 130)])
 def test_what_the_kernels_see(lengths: tuple[int, int]) -> None:
+    """Shared key heads, lengths that are no multiples of anything, tensors that are not contiguous."""
     from tests.compressed_on_cpu import Twin
 
     twin = Twin()
-    for heads, kv_heads in ((2, 2), (4, 2)):
-        q, k, v = (torch.from_numpy(x) for x in draw(*lengths, heads, kv_heads))
-        strided = k.transpose(1, 2).contiguous().transpose(1, 2), v.expand(2, 2, 2, *v.shape[1:])[0, 1]
-        for keys, of_keys in ((k, v), strided):
-            values, metadata = twin.scores(q, keys, 0.25)
-            want = splatc.nm_scores(q, k, scale=0.25, enable_gqa=True)
-            assert torch.equal(values, want.values) and torch.equal(metadata, want.metadata)
-            p = twin.softmax(values, False)
-            assert torch.allclose(p.float(), want.softmax().values.float(), atol=1e-3) and p is not values
-            assert twin.softmax(values, True) is values and torch.equal(values, p)
-            o = twin.spmm(p, metadata, of_keys)
-            wanted = want.softmax().spmm(v, enable_gqa=True)
-            assert oracle.relative_error(o.double().numpy(), wanted.double().numpy()) < 5e-3
+    q, k, v = (torch.from_numpy(x) for x in draw(*lengths, 2, 1))
+    want = splatc.nm_scores(q, k, scale=0.25, enable_gqa=True)
+    wide_v = torch.cat([v, v], 3)[..., :16]
+    values, metadata = twin.scores(q.transpose(1, 2).contiguous().transpose(1, 2), k, 0.25)
+    assert torch.equal(values, want.values) and torch.equal(metadata, want.metadata)
+    p = twin.softmax(values, False)
+    assert torch.allclose(p.float(), want.softmax().values.float(), atol=1e-3) and p is not values
+    assert twin.softmax(values, True) is values and torch.equal(values, p)
+    o, wanted = twin.spmm(p, metadata, wide_v), want.softmax().spmm(v, enable_gqa=True)
+    assert oracle.relative_error(o.double().numpy(), wanted.double().numpy()) < 5e-3
 
 
 def test_tall_tiles_and_empty_tensors() -> None:
     from tests.compressed_on_cpu import Twin
 
     twin = Twin()
-    q, k, v = (torch.from_numpy(x) for x in draw(300, 20, 4, 4, batch=1))
+    q, k, v = (torch.from_numpy(x) for x in draw(260, 20, 4, 4, batch=1))
     values, metadata = twin.scores(q, k, 1.0)
     assert twin.driver.launched[-1][0] == f"{COMPRESSED_SDDMM}_16_256_0"  # 8 tiles for 3 multiprocessors
     assert torch.equal(metadata, splatc.nm_scores(q, k, scale=1.0).metadata)
     twin.spmm(twin.softmax(values, True), metadata, v)
-    for q_len, kv_len in ((0, 20), (300, 0)):
+    for q_len, kv_len in ((0, 20), (260, 0)):
         values, metadata = twin.scores(q[:, :, :q_len], k[:, :, :kv_len], 1.0)
         o = twin.spmm(twin.softmax(values, False), metadata, v[:, :, :kv_len])
         assert o.shape == (1, 4, q_len, 16) and not o.any()
@@ -176,15 +174,15 @@ def test_selection_and_metadata(kind: str, tmp_path: Path) -> None:
     run = emitted_selection(kind, tmp_path)
     random = np.random.default_rng(len(kind))
     codes: set[int] = set()
-    for case in range(16):
+    for case in range(8):
         scores = random.standard_normal((16, 128)).astype(np.float32)
         if case % 4 == 1:
-            scores = np.round(scores * 2) / 2
+            scores = np.round(scores * 2)
         if case % 4 == 2:
-            scores[random.random(scores.shape) < (0.5, 0.9)[case % 8 // 4]] = -np.inf
+            scores[random.random(scores.shape) < (0.5, 0.9)[case // 4]] = -np.inf
         if case == 3:
             scores = np.where(random.random(scores.shape) < 0.5, -0.0, 0.0).astype(np.float32)
-        count = 128 if case < 8 else int(random.integers(1, 128))
+        count = 128 if case < 4 else int(random.integers(1, 128))
         codes |= check_warp(run, scores, count, 0.37 if case % 2 else 1.0, kind)
     assert codes == {4, 8, 12, 9, 13, 14}
 

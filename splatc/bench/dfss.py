@@ -61,7 +61,7 @@ def measure(length: int) -> Record:
     made = [splatc.nm_scores(q, k).softmax() for q, k, _ in inputs]
     scores = [torch.bmm(q, k.mT) for q, k, _ in flat]
     of_ours = {
-        "sddmm": seconds(lambda i: splatc.nm_scores(*inputs[i][:2])),
+        "sddmm": seconds(lambda i: splatc.nm_scores(inputs[i][0], inputs[i][1])),
         "softmax": seconds(lambda i: made[i].softmax(in_place=True)),
         "spmm": seconds(lambda i: made[i].spmm(inputs[i][2])),
         "all": seconds(ours),
@@ -93,8 +93,8 @@ def seconds(call: Callable[[int], Any]) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e-3 / ROUNDS)
-    return statistics.median(samples[1:])
+        samples.append(float(start.elapsed_time(end)) * 1e-3 / ROUNDS)
+    return float(statistics.median(samples[1:]))
 
 
 def error(q: Any, k: Any, v: Any) -> float:
