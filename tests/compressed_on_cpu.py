@@ -90,7 +90,7 @@ def _sddmm(spec: KernelSpec, pair: int, row: int, **given: Any) -> None:
         k = np.empty_like(slots)
         k[slot_keys(TILE_KEYS)] = slots
         s = (q @ k.T * np.float32(given["scale"])).astype(np.float16).astype(np.float32)
-        s[:, max(given["kv_len"] - j * TILE_KEYS, 0) :] = -np.inf
+        s[:, max(given["kv_len"] - j * TILE_KEYS, 0) :] = -np.inf * given["scale"]
         made = encode(s, Pruning(2, 4))
         last = batch * given["values_step"] + head
         for i in range(0, spec.tile_m, WARP_ROWS):

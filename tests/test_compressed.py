@@ -116,7 +116,9 @@ def test_what_the_kernels_see(lengths: tuple[int, int]) -> None:
 
     twin = Twin()
     q, k, v = (torch.from_numpy(x) for x in draw(*lengths, 2, 1))
-    want = splatc.nm_scores(q, k, scale=0.25, enable_gqa=True)
+    for scale in (-0.25, 0.0, 0.25):
+        want = splatc.nm_scores(q, k, scale=scale, enable_gqa=True)
+        assert all(map(torch.equal, twin.scores(q, k, scale), (want.values, want.metadata)))
     wide_v = torch.cat([v, v], 3)[..., :16]
     values, metadata = twin.scores(q.transpose(1, 2).contiguous().transpose(1, 2), k, 0.25)
     assert torch.equal(values, want.values) and torch.equal(metadata, want.metadata)

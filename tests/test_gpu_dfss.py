@@ -86,6 +86,14 @@ def test_softmax_of_every_width(kv_len: int) -> None:
     assert ((got - want).abs() <= want * 2**-8 + 1e-30).all()
 
 
+def test_any_scale() -> None:
+    q, k, _ = (whole(x) for x in draw(100, 101, 64, "float16"))
+    for scale in (-0.25, 0.0):
+        got = splatc.nm_scores(q, k, scale=scale, enable_gqa=True)
+        want = splatc.nm_scores(q.cpu(), k.cpu(), scale=scale, enable_gqa=True)
+        assert torch.equal(got.values.cpu(), want.values) and torch.equal(got.metadata.cpu(), want.metadata)
+
+
 def test_memory() -> None:
     q, k, v = draw(2048, 2048, 64, "bfloat16", 4, 4)
     splatc.nm_scores(q, k).softmax(in_place=True).spmm(v)

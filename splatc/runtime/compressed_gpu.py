@@ -51,6 +51,8 @@ class CompressedKernels:
                                device=q.device)  # fmt: skip
         if not values.numel():
             return values, metadata
+        if scale <= 0:  # the kernel masks before it scales; exact: what is scaled is q
+            q, scale = q.neg() if scale else q.mul(0), -scale or 1.0
         q, k = mapped(q), mapped(padded_keys(k) if kv_len % GROUP else k)
         key = COMPRESSED_SDDMM, q.shape, q.stride(), k.shape, k.stride(), q.dtype, scale
         if key not in self._ready:
