@@ -106,43 +106,63 @@ def test_order_of_registers() -> None:
             assert word >> (row % 16 // 8 * 16) & 0xFFFF == words[1, row, c]
 
 
-# -- launches, with a twin of the kernels ------------------------------------------------------------------------------
+# -- the generated kernels, run on the CPU by the code that launches them on a GPU -------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (17, 3), (70, 130)])
-def test_what_the_kernels_see(lengths: tuple[int, int]) -> None:
-    """Shared key heads, lengths that are no multiples of anything, tensors that are not contiguous."""
-    from tests.compressed_on_cpu import Twin
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    pytest.importorskip("tvm")
+    from tests.compressed_on_cpu import Emulated
 
-    twin = Twin()
-    q, k, v = (torch.from_numpy(x) for x in draw(*lengths, 2, 1))
-    for scale in (-0.25, 0.0, 0.25):
-        want = splatc.nm_scores(q, k, scale=scale, enable_gqa=True)
-        assert all(map(torch.equal, twin.scores(q, k, scale), (want.values, want.metadata)))
-    wide_v = torch.cat([v, v], 3)[..., :16]
-    values, metadata = twin.scores(q.transpose(1, 2).contiguous().transpose(1, 2), k, 0.25)
+    return Emulated()
+
+
+def check(gpu: Any, q: Any, k: Any, v: Any, scale: float, o_within: float = 5e-3) -> None:
+    """All three, of tensors that are whole numbers: values and metadata bit by bit."""
+    want = splatc.nm_scores(q, k, scale=scale, enable_gqa=True)
+    values, metadata = gpu.scores(q, k, scale)
     assert torch.equal(values, want.values) and torch.equal(metadata, want.metadata)
-    p = twin.softmax(values, False)
-    assert torch.allclose(p.float(), want.softmax().values.float(), atol=1e-3) and p is not values
-    assert twin.softmax(values, True) is values and torch.equal(values, p)
-    o, wanted = twin.spmm(p, metadata, wide_v), want.softmax().spmm(v, enable_gqa=True)
-    assert oracle.relative_error(o.double().numpy(), wanted.double().numpy()) < 5e-3
+    p, probs = gpu.softmax(values, False), want.softmax()
+    assert torch.allclose(p.float(), probs.values.float(), rtol=2**-7, atol=1e-6) and p is not values
+    assert gpu.softmax(values, True) is values and torch.equal(values, p)
+    o, wanted = gpu.spmm(p, metadata, v), probs.spmm(v, enable_gqa=True)
+    assert oracle.relative_error(o.double().numpy(), wanted.double().numpy()) < o_within
 
 
-def test_tall_tiles_and_empty_tensors() -> None:
-    from tests.compressed_on_cpu import Twin
+@pytest.mark.parametrize("lengths", [(1, 1), (17, 3), (130, 300)])
+def test_lengths_and_shared_heads(gpu: Any, lengths: tuple[int, int]) -> None:
+    """Lengths that are no multiples of anything, tensors that are not contiguous, any scale."""
+    q, k, v = ((torch.from_numpy(x) * 4).bfloat16() for x in draw(*lengths, 2, 1))
+    strided = q.transpose(1, 2).contiguous().transpose(1, 2), k, torch.cat([v, v], 3)[..., :16]
+    for scale in (0.3, -0.25, 0.0) if lengths[0] < 100 else (0.3,):
+        check(gpu, *strided, scale)
 
-    twin = Twin()
-    q, k, v = (torch.from_numpy(x) for x in draw(260, 20, 4, 4, batch=1))
-    values, metadata = twin.scores(q, k, 1.0)
-    assert twin.driver.launched[-1][0] == f"{COMPRESSED_SDDMM}_16_256_0"  # 8 tiles for 3 multiprocessors
-    assert torch.equal(metadata, splatc.nm_scores(q, k, scale=1.0).metadata)
-    twin.spmm(twin.softmax(values, True), metadata, v)
-    for q_len, kv_len in ((0, 20), (260, 0)):
-        values, metadata = twin.scores(q[:, :, :q_len], k[:, :, :kv_len], 1.0)
-        o = twin.spmm(twin.softmax(values, False), metadata, v[:, :, :kv_len])
-        assert o.shape == (1, 4, q_len, 16) and not o.any()
-    assert len(twin.driver.launched) == 3
+
+def test_head_dims_types_and_tall_tiles(gpu: Any) -> None:
+    """136 columns are three chunks; 8 tiles of 256 rows are enough for 3 multiprocessors."""
+    q, k, v = (torch.from_numpy(x) * 4 for x in draw(40, 132, 2, 2, dim=136, batch=1))
+    check(gpu, q, k, v, 0.1)
+    q, k, v = (torch.from_numpy(x) * 4 for x in draw(260, 20, 4, 4, batch=1))
+    check(gpu, q, k, v, 0.3)
+    names = [name for name, *_ in gpu.driver.launched[-4:]]
+    assert "m256" in names[0] and "m256" in names[-1]
+
+
+@pytest.mark.parametrize("kv_len", [16, 250, 500, 1000, 2000, 4000, 4500])
+def test_softmax_of_every_width(gpu: Any, kv_len: int) -> None:
+    x = torch.randn(1, 1, 3, 8 * -(-kv_len // 16)).mul(3).half()
+    x[..., 1, 8:] = -torch.inf
+    assert torch.allclose(gpu.softmax(x, False).float(), torch.softmax(x.float(), -1), rtol=2e-3, atol=1e-7)
+
+
+def test_empty_tensors(gpu: Any) -> None:
+    q, k, v = (torch.from_numpy(x) for x in draw(30, 20))
+    launched = len(gpu.driver.launched)
+    for q_len, kv_len in ((0, 20), (30, 0)):
+        values, metadata = gpu.scores(q[:, :, :q_len], k[:, :, :kv_len], 1.0)
+        o = gpu.spmm(gpu.softmax(values, False), metadata, v[:, :, :kv_len])
+        assert o.shape == (2, 2, q_len, 16) and not o.any()
+    assert len(gpu.driver.launched) == launched
 
 
 # -- the emitted code --------------------------------------------------------------------------------------------------
