@@ -22,7 +22,7 @@ from tests.test_hopper_pruning import INTRINSICS, without_assembly
 HEADER = Path(__file__).with_name("compressed_on_cpu.h")
 PRODUCT = re.compile(r"void (splatc_wgmma_m64n(\d+)k\d+_f32_(\w+?)_\w+?_x(\d+)(\w*))\(([^)]*)\)")
 OWN = re.compile(
-    r"__forceinline__ __device__ void ((?:splatc_(?:select|encode|finish)|tvm_builtin_ptx_cvt)\w*)\(.*?\}$",
+    r"__forceinline__ __device__ void ((?:splatc_(?:select|exchange|finish)|tvm_builtin_ptx_cvt)\w*)\(.*?\}$",
     re.DOTALL | re.MULTILINE,
 )
 TYPES: dict[str, Any] = {"f16": "half", "bf16": "nv_bfloat16", "pointer": ctypes.c_void_p, "int32": ctypes.c_int32,

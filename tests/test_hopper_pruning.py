@@ -78,11 +78,6 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
   return out;
 }
 template <typename T> uint32_t bits_of(float x) { T t(x); uint16_t bits; std::memcpy(&bits, &t, 2); return bits; }
-template <typename T> float value_of(uint16_t bits) { T t; std::memcpy(&t, &bits, 2); return float(t); }
-template <typename T> uint32_t not_less(uint32_t x, uint32_t y) {  // a mask of 16 bits for each half
-  uint32_t low = value_of<T>(x) >= value_of<T>(y), high = value_of<T>(x >> 16) >= value_of<T>(y >> 16);
-  return low * 0xFFFF | high * 0xFFFF0000;
-}
 inline uint32_t lane_word[kMaxThreads];
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
   return exchange(lane_word, value, int(threadIdx.x ^ mask));
@@ -95,8 +90,6 @@ ASSEMBLY = {  # what the instructions do, of their operands in turn
     "prmt.b32 %0, %1, %2, %3;": "{0} = __byte_perm({1}, {2}, {3});",
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "{0} = bits_of<nv_bfloat16>({1}) << 16 | bits_of<nv_bfloat16>({2});",
     "cvt.rn.f16x2.f32 %0, %1, %2;": "{0} = bits_of<half>({1}) << 16 | bits_of<half>({2});",
-    "set.ge.u32.bf16x2 %0, %1, %2;": "{0} = not_less<nv_bfloat16>({1}, {2});",
-    "set.ge.u32.f16x2 %0, %1, %2;": "{0} = not_less<half>({1}, {2});",
 }
 
 

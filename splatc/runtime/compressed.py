@@ -107,10 +107,10 @@ def nm_scores(q: Any, k: Any, n: int = 2, m: int = 4, *, scale: float | None = N
     """The n largest of every m consecutive scores scale * <q_i, k_j> of each query i, compressed; 2:4 only.
 
     q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim): torch tensors or NumPy arrays, float16 or bfloat16,
-    on a Hopper GPU with dims that are multiples of 8. Scores are summed in float32, scaled and rounded to their type,
-    then selected; of equal ones the lower key stays. Where NaN is among four, which two stay is undefined. scale:
-    default 1/sqrt(dim). enable_gqa: allow fewer key heads. No gradients. Raises InvalidInput for what does not fit,
-    Unsupported for what there is no kernel for.
+    on a Hopper GPU with dims that are multiples of 8. Scores are summed in float32 and selected so; of equal ones the
+    lower key stays. What is kept is rounded to the type of q. Where NaN is among four, which two stay is undefined.
+    scale: default 1/sqrt(dim). enable_gqa: allow fewer key heads. No gradients. Raises InvalidInput for what does not
+    fit, Unsupported for what there is no kernel for.
     """
     shape = check_call(q, k, k, "bhsd", enable_gqa)
     number = check_scale(scale, shape.head_dim)
@@ -124,7 +124,7 @@ def nm_scores(q: Any, k: Any, n: int = 2, m: int = 4, *, scale: float | None = N
     if (gpu := _gpu_of(q)) is not None:
         return CompressedScores(*gpu.scores(q, k, number), shape.kv_len)
     keys = _wide(k).repeat(shape.heads // shape.kv_heads, axis=1)
-    scores = _wide(_like(_wide(q) @ keys.swapaxes(-1, -2) * np.float32(number), q))
+    scores = _wide(q) @ keys.swapaxes(-1, -2) * np.float32(number)
     compressed = nm.encode(scores, PRUNING)
     metadata: Any = nm.to_registers(compressed.words).view(np.int32)
     if is_torch(q):

@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.block import int_arg, start_block
 from splatc.codegen.hopper.combine import array, wide
-from splatc.codegen.hopper.compressed.select16 import Selection
+from splatc.codegen.hopper.compressed.selection import Selection
 from splatc.codegen.hopper.compressed.sizes import WARP_ROWS, Item, Sizes, Walk
 from splatc.codegen.hopper.copies import (
     GroupedMaps,
