@@ -22,6 +22,7 @@ from splatc.codegen.hopper.products import PTX_TYPE
 from splatc.codegen.kernel import COMPRESSED_SOFTMAX, SOFTMAX_THREADS, SOFTMAX_UNIT
 
 NAME = f"splatc_{COMPRESSED_SOFTMAX}"
+NEG_INF_PAIR = {"float16": 0xFC00FC00, "bfloat16": 0xFF80FF80}
 
 
 def softmax(dtype: str, lanes: int, units: int | None):
@@ -54,18 +55,18 @@ class _Row:
         self._first = let("first", wide(number) * wide(width))
         self.units = let("units", T.if_then_else(number < rows, T.truncdiv(width, SOFTMAX_UNIT), 0))
 
-    def read(self, array: Expr, unit: Expr, values: Expr, first: int = 0) -> None:
-        """values[first:] = a unit, -inf behind the row's end."""
-        words = registers("words", 4, "uint32")
-        with I.If(unit < self.units):
-            with I.Then():
-                do(T.ptx["ld.global.v4.b32"](*(words[i] for i in range(4)), array.ptr_to([self._at(unit)])))
-                for i in range(4):
-                    for c, one in enumerate(unpack(words[i], self.dtype)):
-                        store(values, first + 2 * i + c, one)
-            with I.Else():
-                for i in range(SOFTMAX_UNIT):
-                    store(values, first + i, T.float32(NEG_INF))
+    def read(self, array: Expr, units: list[Expr], values: Expr) -> None:
+        """values = these units, -inf behind the row's end; all are asked for before the first is waited for."""
+        words = registers("words", 4 * len(units), "uint32")
+        for u, unit in enumerate(units):
+            four = range(4 * u, 4 * u + 4)
+            for i in four:
+                store(words, i, T.uint32(NEG_INF_PAIR[self.dtype]))
+            with when(unit < self.units):
+                do(T.ptx["ld.global.v4.b32"](*(words[i] for i in four), array.ptr_to([self._at(unit)])))
+        for i in range(4 * len(units)):
+            for c, one in enumerate(unpack(words[i], self.dtype)):
+                store(values, 2 * i + c, one)
 
     def write(self, array: Expr, unit: Expr, values: list[Expr]) -> None:
         words = registers("rounded", 4, "uint32")
@@ -88,8 +89,8 @@ class _Row:
 def _in_registers(row: _Row, units: int, x: Expr, p: Expr) -> None:
     count = SOFTMAX_UNIT * units
     values = registers("values", count)
-    for u in range(units):
-        row.read(x, row.lane + row.lanes * u, values, SOFTMAX_UNIT * u)
+    mine = [row.lane + row.lanes * u for u in range(units)]
+    row.read(x, mine, values)
     top, total = Cell("top", values[0], "float32"), Cell("total", T.float32(0.0), "float32")
     for i in range(1, count):
         top.set(T.max(top(), values[i]))
@@ -100,8 +101,8 @@ def _in_registers(row: _Row, units: int, x: Expr, p: Expr) -> None:
         total.set(total() + values[i])
     row.over_lanes(total, lambda a, b: a + b)
     inverse = let("inverse", _inverse(total()))
-    for u in range(units):
-        row.write(p, row.lane + row.lanes * u, [values[SOFTMAX_UNIT * u + i] * inverse for i in range(SOFTMAX_UNIT)])
+    for u, unit in enumerate(mine):
+        row.write(p, unit, [values[SOFTMAX_UNIT * u + i] * inverse for i in range(SOFTMAX_UNIT)])
 
 
 def _wide(row: _Row, x: Expr, p: Expr) -> None:
@@ -111,7 +112,7 @@ def _wide(row: _Row, x: Expr, p: Expr) -> None:
     def each(body: Callable[[Expr], None]) -> None:
         unit = Cell("unit", row.lane)
         with I.While(unit() < row.units):
-            row.read(x, unit(), values)
+            row.read(x, [unit()], values)
             body(unit())
             unit.set(unit() + row.lanes)
 
