@@ -50,6 +50,7 @@ PATTERNS: dict[str, tuple[Any, int]] = {
     "prefix": (P.prefix(12), N),
     "documents": (P.documents([20, 9, 27, 8]) & P.causal(), N),
     "neighborhood_2d": (P.neighborhood((8, 8), 3), N),
+    "neighborhood_clamped": (P.neighborhood((8, 8), 5, border="clamp"), N),
     "neighborhood_dilated": (P.neighborhood((8, 8), 3, dilation=2), N),
     "neighborhood_3d": (P.neighborhood((4, 4, 4), 3, causal=(True, False, False)), N),
     "block_mask": (P.block_mask(["1000", "1100", "0010", "1011"], 16), N),

@@ -1,15 +1,19 @@
-"""Trains SPION's ListOps model: dense, dense and then by the patterns found in it, and with fixed patterns.
+"""Trains SPION's model on ListOps, or on files of another task of the Long Range Arena: dense, dense and then by the
+patterns found in it, and with fixed patterns.
 
     python examples/listops.py                    # a GPU: the published sizes, 30,000 steps a mode; hours
     python examples/listops.py --modes dense,spion-CF --steps 3000
     python examples/listops.py --small            # a CPU: short expressions, minutes
+    python examples/listops.py --speed 2048,8192  # no training: steps timed at these lengths (listops_speed.py)
+    python examples/listops.py --task text --data ~/data   # also retrieval, image: files that you have (lra_data.py)
 
 Data is made from the grammar (listops_data.py) once and kept in --out, as are checkpoints: a run that was cut short, by
 --budget-seconds or by hand, is continued by the same command. Figures go to listops.json, curves to listops.png, maps
-behind patterns to listops_maps/. Exit code 1: a run failed.
+behind patterns to listops_maps/ (or another task's name). Exit code 1: a run failed.
 
-Published (arXiv:2309.12578): L 2048, batch 256, AdamW 7e-4, OneCycle that starts again at the change, values of
-gradients cut at 1, an evaluation every 500 steps, blocks of 64, quantile 0.98 (C: density 0.04), change below 15%.
+Published for ListOps (arXiv:2309.12578; other tasks: PLANS): L 2048, batch 256, AdamW 7e-4, OneCycle that starts again
+at the change, values of gradients cut at 1, an evaluation every 500 steps, blocks of 64, quantile 0.98 (C: density
+0.04), change below 15%.
 """
 
 from __future__ import annotations
@@ -27,24 +31,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import listops_speed
+import lra_data
 import numpy as np
 import torch
 from listops_data import Grammar, dataset
-from listops_model import MODES, Classifier, Size
+from listops_model import MODES, PEERS, Classifier, Size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch.nn.functional import cross_entropy
 
-from splatc.sparsify import SpionSchedule
+from splatc.sparsify import SpionSchedule, layer_costs
 
 WARM = 3  # steps after a start or a change that are not timed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and on how much. filter: of SPION's maps."""
+    """What is trained, and on how much (files of a task: all they have). filter: of SPION's maps."""
 
+    task: str = "listops"
     size: Size = Size()  # noqa: RUF009 (frozen)
     grammar: Grammar = Grammar()  # noqa: RUF009
     examples: int = 96_000
@@ -61,14 +68,24 @@ class Plan:
     seed: int = 0
 
 
-SMALL = Plan(Size(length=64, layers=2, block=8), Grammar(4, 60, 4, 4), examples=1000, tests=100, batch=8, steps=48,
-             evaluate=8, rate=2e-3, quantile=0.8, density=0.3, filter=7, change=0.5)  # fmt: skip
+PLANS = {  # as published
+    "listops": Plan(),
+    "text": Plan("text", Size(4096, 2, words=lra_data.WORDS, classes=2), batch=32, evaluate=200, rate=1e-4,
+                 quantile=0.99, density=0.03),
+    "retrieval": Plan("retrieval", Size(4096, 2, words=lra_data.WORDS, classes=2, pairs=True), batch=32, steps=40_000,
+                      evaluate=200, rate=3e-4, quantile=0.99, density=0.021),
+    "image": Plan("image", Size(1024, 2, block=32, words=lra_data.WORDS), batch=128, steps=10_000, rate=1e-4,
+                  quantile=0.96),
+}  # fmt: skip
+SMALL = Plan("listops", Size(length=64, layers=2, block=8), Grammar(4, 60, 4, 4), examples=1000, tests=100, batch=8,
+             steps=48, evaluate=8, rate=2e-3, quantile=0.8, density=0.3, filter=7, change=0.5)  # fmt: skip
 
 
 @dataclass
 class Run:
     """One training. seconds: of each step. accuracy: (steps done, share of tests that are right). changed: the step of
-    the change to patterns; densities: shares of blocks, of each layer, since then."""
+    the change to patterns; densities: shares of blocks, of each layer, since then. costs: of attention, at the end, by
+    layer (``splatc.sparsify.costs.Costs``)."""
 
     mode: str
     losses: list[float] = field(default_factory=list)
@@ -76,6 +93,7 @@ class Run:
     accuracy: list[tuple[int, float]] = field(default_factory=list)
     changed: int | None = None
     densities: list[float] = field(default_factory=list)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: str | None = None
 
     def step_ms(self, changed: bool) -> float:
@@ -93,8 +111,10 @@ class Run:
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def load_data(plan: Plan, folder: Path, progress: Progress) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(tokens, values) to train and to test on, made or found in a file of these settings."""
+def load_data(plan: Plan, source: Path, folder: Path, progress: Progress) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(tokens, values) to train and to test on: of ListOps made, or found in a file of these settings."""
+    if plan.task != "listops":
+        return lra_data.load(plan.task, source, plan.size.length)
     settings = json.dumps([asdict(plan.grammar), plan.size.length, plan.examples, plan.tests, plan.seed])
     path = folder / "listops_data.npz"
     if path.exists():
@@ -123,17 +143,17 @@ class Trainer:
     def __init__(self, mode: str, plan: Plan, device: str, folder: Path) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self.device, self.run = plan, device, Run(mode)
-        self.checkpoint = folder / f"listops_{mode}.pt"
+        self.checkpoint = folder / f"{plan.task}_{mode}.pt"
         self.model = Classifier(plan.size, mode, plan.prune_to).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), plan.rate)
         self.rate = self._one_cycle()
         self.schedule = None
-        if mode.startswith("spion-"):
-            variant = mode.removeprefix("spion-")
+        family, _, variant = mode.partition("-")
+        if family in ("spion", "flex"):
             self.schedule = SpionSchedule(
                 self.model, block=plan.size.block, quantile=plan.quantile, filter=plan.filter, variant=variant,
                 density=plan.density if variant == "C" else None, change=plan.change, on_switch=self._changed,
-                pictures=folder / "listops_maps" / mode,
+                pictures=folder / f"{plan.task}_maps" / mode,
             )  # fmt: skip
         self.settings = json.dumps(asdict(plan) | {"device": device.partition(":")[0]}, sort_keys=True)
 
@@ -207,6 +227,12 @@ class Trainer:
         self.model.train()
         self.run.accuracy.append((len(self.run.losses), right / len(tokens)))
 
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Of each layer's attention, as it is now, on one sequence."""
+        itemsize = 2 if self.device.startswith("cuda") else 4
+        found = layer_costs(self.model, self.plan.size.length, itemsize)
+        return {name: one.to_dict() for name, one in found.items()}
+
     def _autocast(self) -> Any:
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda"))
 
@@ -238,7 +264,8 @@ def train(trainer: Trainer, data: Any, deadline: float, shown: Callable[[Run], N
 
 def table(runs: list[Run]) -> Table:
     """What each run came to."""
-    out = Table("mode", "steps", "loss", "accuracy", "changed at", "density", "ms a step", "after the change")
+    out = Table(Column("mode", no_wrap=True), "steps", "loss", "accuracy", "changed at", "density", "fewer ops",
+                "ms a step", "then", caption="fewer ops: of attention; then: after the change")  # fmt: skip
     for run in runs:
         if run.failed:
             out.add_row(run.mode, str(len(run.losses)), f"failed: {run.failed}")
@@ -246,7 +273,8 @@ def table(runs: list[Run]) -> Table:
         tail = f"{statistics.fmean(run.losses[-20:]):.3f}" if run.losses else "-"
         right = f"{run.accuracy[-1][1]:.1%}" if run.accuracy else "-"
         density = f"{statistics.fmean(run.densities):.1%}" if run.densities else "-"
-        out.add_row(run.mode, str(len(run.losses)), tail, right, str(run.changed or "-"), density,
+        fewer = f"{statistics.fmean(one['fewer_operations'] for one in run.costs.values()):.1f}x" if run.costs else "-"
+        out.add_row(run.mode, str(len(run.losses)), tail, right, str(run.changed or "-"), density, fewer,
                     f"{run.step_ms(False):.1f}", f"{run.step_ms(True):.1f}")  # fmt: skip
     return out
 
@@ -276,16 +304,26 @@ def draw(runs: list[Run], path: Path) -> None:
     out.savefig(path, dpi=130)
 
 
+def numbers(text: str) -> list[int]:
+    """ "2048,8192" as whole numbers."""
+    return [int(word) for word in text.split(",")]
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="2 layers, 64 tokens, 48 steps: for a CPU")
-    parser.add_argument("--modes", default=",".join(MODES), help=f"of {', '.join(MODES)}, comma-separated")
+    parser.add_argument("--task", choices=PLANS, default="listops")
+    parser.add_argument("--data", type=Path, help="folder with the files of a task other than ListOps")
+    parser.add_argument("--small", action="store_true", help="ListOps with 2 layers, 64 tokens, 48 steps: for a CPU")
+    parser.add_argument("--modes", default=",".join(MODES),
+                        help=f"comma-separated, by default {','.join(MODES)}; also {', '.join(PEERS)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for results")
     for name in ("steps", "batch", "evaluate", "examples", "tests", "seed"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--prune-to", choices=("-inf", "zero"), help="what pruned scores become")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="stop, and save, after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--speed", type=numbers, metavar="LENGTHS", help="time steps of untrained models instead")
+    parser.add_argument("--tokens", type=int, default=65536, help="of a batch, with --speed")
     parser.add_argument("--fresh", action="store_true", help="forget earlier checkpoints")
     return parser.parse_args()
 
@@ -302,7 +340,9 @@ def one_run(mode: str, plan: Plan, chosen: argparse.Namespace, data: Any, deadli
         trainer = Trainer(mode, plan, chosen.device, chosen.out)
         if not chosen.fresh and trainer.resume():
             progress.console.print(f"{mode}: continued after step {len(trainer.run.losses)}")
-        return trainer.run, train(trainer, data, deadline, shown)
+        complete = train(trainer, data, deadline, shown)
+        trainer.run.costs = trainer.costs()
+        return trainer.run, complete
     except Exception as error:
         run = trainer.run if trainer else Run(mode)
         run.failed = f"{type(error).__name__}: {error}"[:300]
@@ -313,17 +353,25 @@ def main() -> int:
     """0, or 1 if a run failed."""
     chosen = options()
     modes = [word for word in chosen.modes.split(",") if word]
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        sys.exit(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if unknown := [mode for mode in modes if mode not in (*MODES, *PEERS)]:
+        sys.exit(f"--modes: {unknown[0]!r} is none of {', '.join((*MODES, *PEERS))}")
     names = "steps", "batch", "evaluate", "examples", "tests", "seed", "prune_to"
     given = {name: getattr(chosen, name) for name in names}
-    plan = replace(SMALL if chosen.small else Plan(), **{name: x for name, x in given.items() if x is not None})
+    if chosen.task != "listops" and (chosen.small or chosen.data is None):
+        sys.exit(f"--task {chosen.task} needs --data, a folder with its files, and has no --small")
+    base = SMALL if chosen.small else PLANS[chosen.task]
+    plan = replace(base, **{name: x for name, x in given.items() if x is not None})
     chosen.out.mkdir(parents=True, exist_ok=True)
+    if chosen.speed:
+        return listops_speed.main(plan.size, chosen.speed, chosen.tokens, chosen.device, chosen.out)
     deadline = time.monotonic() + chosen.budget_seconds
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        data = load_data(plan, chosen.out, progress)
+        try:
+            data = load_data(plan, chosen.data, chosen.out, progress)
+        except lra_data.DataError as error:
+            sys.exit(f"--data: {error}")
         done = [one_run(mode, plan, chosen, data, deadline, progress) for mode in modes]
     runs = [run for run, _ in done]
     console = Console()
@@ -332,9 +380,9 @@ def main() -> int:
     if chosen.device != "cpu":
         found["gpu"] = torch.cuda.get_device_name()
     found["runs"] = [run.to_dict() for run in runs]
-    (chosen.out / "listops.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(runs, chosen.out / "listops.png")
-    console.print(f"wrote listops.json and listops.png to {chosen.out}")
+    (chosen.out / f"{plan.task}.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(runs, chosen.out / f"{plan.task}.png")
+    console.print(f"wrote {plan.task}.json and {plan.task}.png to {chosen.out}")
     if not all(complete for _, complete in done):
         console.print("out of time: the same command goes on from here")
     return int(any(run.failed for run in runs))

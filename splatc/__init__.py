@@ -7,6 +7,8 @@
 Importing splatc loads neither torch nor TVM; they come with the first use that needs them.
 """
 
+from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from splatc import patterns
@@ -16,29 +18,30 @@ if TYPE_CHECKING:
     from splatc import jax as jax
     from splatc import nn as nn
     from splatc import sparsify as sparsify
+    from splatc.integrations.torch import patch, patch_sdpa
+    from splatc.reordered import reorder
     from splatc.runtime.compressed import CompressedScores, nm_scores
     from splatc.runtime.scores import SparseScores
     from splatc.runtime.unfused import sddmm, softmax, spmm
 
-__all__ = ["CompressedScores", "SparseScores", "analyze", "attention", "compile", "nm_scores", "patterns", "sddmm",
-           "softmax", "spmm"]  # fmt: skip
+__all__ = ["CompressedScores", "SparseScores", "analyze", "attention", "compile", "nm_scores", "patch", "patch_sdpa",
+           "patterns", "reorder", "sddmm", "softmax", "spmm"]  # fmt: skip
+
+MODULES = ("jax", "nn", "sparsify")  # imported when asked for: they import torch or JAX
+HOMES = {  # as what these need is
+    "splatc.integrations.torch": ("patch", "patch_sdpa"),
+    "splatc.reordered": ("reorder",),
+    "splatc.runtime.compressed": ("CompressedScores", "nm_scores"),
+    "splatc.runtime.unfused": ("SparseScores", "sddmm", "softmax", "spmm"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("jax", "nn", "sparsify"):  # jax imports JAX, nn imports torch
-        from importlib import import_module
-
+    if name in MODULES:
         return import_module(f"splatc.{name}")
-    if name in ("SparseScores", "sddmm", "softmax", "spmm"):
-        from splatc.runtime import unfused
-
-        return getattr(unfused, name)
-    if name in ("CompressedScores", "nm_scores"):
-        from splatc.runtime import compressed
-
-        return getattr(compressed, name)
+    for home, names in HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
     if name == "__version__":
-        from importlib.metadata import version
-
         return version("splatc")
     raise AttributeError(f"module 'splatc' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
 from splatc.codegen.kernel import (
     FORWARD,
     KernelSpec,
+    by_tensor_cores,
     gradient_spec,
     kernel_spec,
     no_gradients,
@@ -46,6 +47,8 @@ from splatc.runtime.tuned import tuned_tiles
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from splatc.runtime.gradients_portable import PortableGradients
 
 After = Callable[[str, Program], None]
 
@@ -110,12 +113,20 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         lengths = q_len, kv_len
         return known if lengths == (known.q_len, known.kv_len) else make_plan(pattern, *lengths, known.spec, after)
 
-    def gradients(plan: Planner) -> Gradients | GpuGradients:
-        if first.spec.kernel == "hopper":
+    def portable_plan(q_len: int, kv_len: int) -> Plan:
+        return make_plan(pattern, q_len, kv_len, gradient_spec(first.spec), after)
+
+    def gradients(plan: Planner) -> Gradients | GpuGradients | PortableGradients:
+        if first.spec.kernel == "cpu":
+            return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
+        if by_tensor_cores(first.spec):
             sources = Sources(row_plan, transposed_plan, gradient_spec(first.spec), two_walks(first.spec)[1:])
             walks = "two" if only_two_walks(first.spec) else Config.from_env().gradient_walks
             return GpuGradients(sources, found, layout, cap, walks)
-        return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
+        from splatc.runtime.gradients_portable import PortableGradients  # seldom needed
+
+        rows = plan if first.spec.kernel == "portable" else portable_plan
+        return PortableGradients(found(gradient_spec(first.spec)), rows, transposed_plan, layout, cap)
 
     return CompiledAttention(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))
 

@@ -39,6 +39,8 @@ def good() -> Results:
             ours = 0.0351 * dim / 128 if name == "strided64" else shape.flops(int(0.1 * 8192**2)) / 550e9
             found.records.append(record("patterns", name, ours, ours * 5, shape))
         found.records.append(record("shapes", "nat2d_13", 0.1, 0.7, Shape(8192, dim)))
+        found.records.append(record("shapes", "half_in_one_row", 0.12, 1.0, Shape(16384, dim)))
+        found.records.append(record("shapes", "even_rows", 0.1, 1.0, Shape(16384, dim)))
         for length in (8192, 16384):
             found.records += [record("dense", name, 1.0, 1.0, Shape(length, dim)) for name in ("full", "causal")]
     long = Shape(32768, 128, 1, 64, 8)

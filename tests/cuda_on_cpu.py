@@ -14,9 +14,12 @@ HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 CTYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "int64_t": ctypes.c_int64}
 
 
-def kernel_text(source: str) -> tuple[str, list[tuple[str, str]]]:
-    """The kernel definition in a generated .cu, and its parameters as (type, name)."""
-    start = source.rindex('extern "C" __global__')
+ATTENTION = "splatc_attention_kernel"
+
+
+def kernel_text(source: str, kernel: str) -> tuple[str, list[tuple[str, str]]]:
+    """The definition of a kernel in a generated .cu, and its parameters as (type, name)."""
+    start = source.rindex('extern "C" __global__', 0, source.rindex(f" {kernel}("))
     signature = source[start : source.index("{", start)]
     inside = signature[signature.rindex("(") + 1 : signature.rindex(")")]
     parameters = [parameter.strip().rpartition(" ") for parameter in inside.split(",")]
@@ -24,24 +27,25 @@ def kernel_text(source: str) -> tuple[str, list[tuple[str, str]]]:
     return source[start:end], [(kind, name) for kind, _, name in parameters]
 
 
-def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = ()) -> Callable[..., None]:
+def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = (),
+                   kernel: str = ATTENTION) -> Callable[..., None]:  # fmt: skip
     """A function launch(grid, **arguments by parameter name); arrays are NumPy (16-bit ones as uint16) or addresses.
 
     Raises CalledProcessError if g++ refuses the source.
     """
-    text, parameters = kernel_text(source)
+    text, parameters = kernel_text(source, kernel)
     declared = ", ".join(f"{kind.replace('__restrict__', '')} {name}" for kind, name in parameters)
     names = ", ".join(name for _, name in parameters)
-    (folder / "kernel.cpp").write_text(
+    (folder / f"{kernel}.cpp").write_text(
         f'#include "{HEADER}"\n#define uint unsigned int\n#define uchar unsigned char\n'
         "inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }\n"
         f'{text}\nextern "C" void launch(int grid, {declared}) {{\n'
-        f"  run_grid(grid, 256, [=] {{ splatc_attention_kernel({names}); }});\n}}\n"
+        f"  run_grid(grid, 256, [=] {{ {kernel}({names}); }});\n}}\n"
     )
-    library = folder / "kernel.so"
+    library = folder / f"{kernel}.so"
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *flags]
     subprocess.run(
-        [*command, str(folder / "kernel.cpp"), "-o", str(library)], check=True, capture_output=True
+        [*command, str(folder / f"{kernel}.cpp"), "-o", str(library)], check=True, capture_output=True
     )
     entry = ctypes.CDLL(str(library)).launch
 

@@ -68,16 +68,25 @@ LIBRARY: dict[str, Make] = {
     "block_mask": lambda q, kv: _blocks(q, kv, 20, 12),
     "mask": _matrix,
     "complement": lambda q, kv: ~(P.window(15, 15) | P.global_cols(3)),
+    "after": lambda q, kv: P.after(3, P.dilated(20, 8, 4) | P.fixed(9, 2)) | P.global_cols(3),
     "two_residues": lambda q, kv: P.strided(6) | P.fixed(9, 2),
     "empty": lambda q, kv: P.window(-2000, 2005),
     "empty_rows": lambda q, kv: P.causal() & P.window(-10, 60) | P.causal("bottom_right") & P.global_cols(0),
 }
+
+
+def _clamped(grid: tuple[int, ...]) -> Pattern:
+    return P.neighborhood(grid, tuple(5 if n >= 5 else 1 for n in grid), border="clamp")
+
+
 # those that need q_len == kv_len
 SQUARE: dict[str, Make] = {
     "document_ids": lambda q, kv: P.documents(ids=np.arange(q) // 13 % 4),
     "neighborhood_1d": lambda q, kv: P.neighborhood((q,), 7, 2),
     "neighborhood_2d": lambda q, kv: P.neighborhood(grid_of(q, 2), 5),
     "neighborhood_2d_causal": lambda q, kv: P.neighborhood(grid_of(q, 2), (3, 4), (1, 2), (False, True)),
+    "neighborhood_2d_clamped": lambda q, kv: _clamped(grid_of(q, 2)),
+    "patches": lambda q, kv: P.after(1, P.neighborhood(grid_of(max(q - 1, 1), 2), 3)) | P.global_rows(1),
     "neighborhood_3d": lambda q, kv: P.neighborhood(grid_of(q, 3), 3, (1, 1, 2)),
 }
 ALL = {**LIBRARY, **SQUARE}

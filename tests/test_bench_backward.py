@@ -74,6 +74,18 @@ def test_tile_lists(n):
         assert mask.mean() == 0.0625
 
 
+@pytest.mark.parametrize("n", [300, 2048])
+def test_half_in_one_row(n):
+    q = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    blocks = []
+    for case in cases.half_in_one_row(n):
+        mask = case.mask_mod("cpu")(0, 0, *q).numpy()
+        assert (case.pattern.dense(n) == mask).all()
+        blocks.append(mask[::128, ::128].sum(1))
+    rows = -(-n // 128)
+    assert sorted(blocks[0]) == [1] * (rows - 1) + [rows] and (blocks[1] == 2).all()
+
+
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 

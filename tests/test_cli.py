@@ -281,8 +281,8 @@ def test_dump_the_kernel_for_gradients(cli):
     assert code == 0 and "attention_backward_cpu_d16_float32" in out
     code, out, _ = cli("dump", *options, "--arch", "sm_90a", "--dtype", "bfloat16")
     assert code == 0 and "splatc_gradient_columns" in out
-    code, _, err = cli("dump", *options, "--arch", "sm_80")
-    assert code == 1 and "on GPUs gradients need the Hopper kernel" in err
+    code, out, _ = cli("dump", *options, "--arch", "sm_80")
+    assert code == 0 and "splatc_gradient_dq" in out and "splatc_gradient_dkv" in out
 
 
 def test_dump_one_of_the_kernels_for_gradients(cli):

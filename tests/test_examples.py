@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import json
 import re
 import runpy
 import shlex
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OTHERS = re.compile("show|dfss|gpt|listops")  # what examples share; those that train have tests of their own
+OTHERS = re.compile("show|dfss|gpt|listops|lra|side_by_side|mistral|video|ten_minutes")  # shared, or with own tests
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if not OTHERS.search(p.stem))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -52,6 +53,26 @@ def test_example(path, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "tiles " in printed and "error " in printed
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 500
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("example", ["mistral", "video", "ten_minutes"])
+def test_models_side_by_side(example, tmp_path, monkeypatch):
+    """Tiny ones; what we compute is what the others do, and the table says so."""
+    for library in ("torch",) if example == "video" else ("torch", "transformers"):
+        pytest.importorskip(library)
+    path = ROOT / "examples" / f"{example}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--tiny"])
+    monkeypatch.setenv("OUT_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
+    rows = json.loads((tmp_path / f"{example}.json").read_text())
+    if example == "ten_minutes":  # untrained, the two models are as good
+        assert abs(rows[0]["test loss"] - rows[1]["test loss"]) < 0.1
+    else:
+        compared = [row[key] for row in rows for key in row if key.startswith("to ")]
+        assert len(compared) >= 2 and 0 < max(compared) < 1e-5
+    assert all(row[key] > 0 for row in rows for key in row if key.endswith(", ms"))
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)

@@ -34,7 +34,7 @@ from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.compile import best_plan
 from splatc.errors import CompileError, InvalidInput, Unsupported
-from splatc.ir.score import score_of
+from splatc.ir.score import Score, score_of
 
 HOPPER = Target("cuda", "sm_90a")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
@@ -91,6 +91,9 @@ GRADIENTS += [
         (64, "float16", True, 64, True), (64, "bfloat16", False, 112, False), (128, "bfloat16", False, 64, False),
         (128, "float16", False, 128, True), (128, "bfloat16", True, 112, True))
 ]  # fmt: skip
+BIASED = [spec_of(64, alibi=True), spec_of(128, **EVERYTHING), spec_of(256, alibi=True, dropout=True),
+          spec_of(192, dtype="float16", relative=True, block=True, dropout=True)]  # fmt: skip
+GRADIENTS += [replace(two_walks(one)[0], learning=Score(one.score.biases)) for one in BIASED]
 FUNCTIONS = {BACKWARD: 5, ROWS: 3, COLUMNS: 2, DV_ALONE: 2, DK_ALONE: 2}
 
 
@@ -130,8 +133,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
     for dim, names in ((192, EVERYTHING), (208, ("relative", "block"))):
+        rows = two_walks(spec_of(dim, **dict.fromkeys(names, True)))[0]
         with pytest.raises(Unsupported, match="nor the registers"):
-            row_shape_of(two_walks(spec_of(dim, **dict.fromkeys(names, True)))[0])
+            row_shape_of(replace(rows, learning=Score(rows.score.biases)))
     with pytest.raises(Unsupported, match="nor the registers"):
         gradient_shape(replace(two_walks(spec_of(256))[1], tile_n=128))
     with pytest.raises(Unsupported, match="two walks"):

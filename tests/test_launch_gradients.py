@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from splatc import oracle
 from splatc import patterns as P
 from splatc.codegen.build import device_source, emit
 from splatc.codegen.costs import Costs
 from splatc.codegen.emitted import parse_signatures
+from splatc.codegen.hopper.backward.shape import DISTANCE_BITS
 from splatc.codegen.kernel import KernelSpec, gradient_spec, kernel_spec, two_walks
 from splatc.codegen.target import Target
 from splatc.compile import best_plan, make_plan
@@ -192,35 +194,46 @@ def test_the_faster_way() -> None:
     assert chosen(P.full(), "two") == "two" and chosen(P.window(256, 0), "one") == "one"
 
 
-def test_terms_reach_every_kernel(tmp_path: Path) -> None:
-    """Launches know every parameter that generated functions have (else VerifyError), and fill in those of terms."""
-    forward = kernel_spec(D, DV, "float16", HOPPER, score_of(False, True, True, True, True, True))
-    driver = FakeDriver({}, {}, sms=3)
-    gpu = fake_gpu(driver, FakeTorch())
+class Recorder:
+    """Gradients whose kernels do nothing, of two heads, 300 queries and as many keys."""
 
-    def find(spec: KernelSpec) -> Kernel:
-        built = tmp_path / spec.role
-        built.mkdir()
+    def __init__(self, folder: Path, forward: KernelSpec) -> None:
+        self.driver, self.folder = FakeDriver({}, {}, sms=3), folder
+        gpu = fake_gpu(self.driver, FakeTorch())
+        sources = Sources(lambda q_len, kv_len: best_plan(MIXED, q_len, kv_len, two_walks(forward)[0]),
+                          lambda kv_len, q_len: make_plan(MIXED.transposed(), kv_len, q_len, gradient_spec(forward)),
+                          gradient_spec(forward), two_walks(forward)[1:])  # fmt: skip
+        self.gradients = GpuGradients(sources, self.find, "bhsd", 0.0, "two", lambda _: gpu)
+
+    def find(self, spec: KernelSpec) -> Kernel:
+        built = self.folder / spec.name
+        built.mkdir(exist_ok=True)
         functions = []
         for name, parameters in signatures(spec).items():
-            unique = f"{spec.role} {name}"
-            driver.parameters[unique], driver.kernels[unique] = parameters, lambda grid, **values: None
+            unique = f"{spec.name} {name}"
+            self.driver.parameters[unique], self.driver.kernels[unique] = parameters, lambda grid, **values: None
             functions.append({"name": unique, "threads": 128, "smem_bytes": 1024, "parameters": parameters})
         write_built(built, functions)
         return Kernel(spec, built)
 
-    sources = Sources(lambda q_len, kv_len: best_plan(MIXED, q_len, kv_len, two_walks(forward)[0]),
-                      lambda kv_len, q_len: make_plan(MIXED.transposed(), kv_len, q_len, gradient_spec(forward)),
-                      gradient_spec(forward), two_walks(forward)[1:])  # fmt: skip
-    gradients = GpuGradients(sources, find, "bhsd", 0.0, "two", lambda _: gpu)
-    q, k, v, o, do = (torch.randn(1, 2, 300, dim).half() for dim in (D, D, DV, DV, DV))
+    def __call__(self, terms: Terms, learning: tuple[bool, ...] | None = None) -> tuple[Any, dict[str, Any]]:
+        """(the gradients, the arguments of the last walk over rows)."""
+        q, k, v, o, do = (torch.randn(1, 2, 300, dim).half() for dim in (D, D, DV, DV, DV))
+        shape = Shape(1, 2, 2, 300, 300, D, DV, "float16", "cuda:0")
+        got = self.gradients(shape, q, k, v, o, torch.randn(1, 2, 300), do, None, 0.1, terms, learning)
+        return got, [values for name, _, values in self.driver.launched if "rows_kernel" in name][-1]
+
+
+def test_terms_reach_every_kernel(tmp_path: Path) -> None:
+    """Launches know every parameter that generated functions have (else VerifyError), and fill in those of terms."""
+    forward = kernel_spec(D, DV, "float16", HOPPER, score_of(False, True, True, True, True, True))
+    machine = Recorder(tmp_path, forward)
     terms = Terms(torch.rand(2), torch.randn(2, 41), torch.randn(2, 5, 5), torch.randn(2), torch.tensor([7]),
                   block_size=64, shift=3, dropout_p=0.25)  # fmt: skip
-    lse = torch.randn(1, 2, 300)
-    shape = Shape(1, 2, 2, 300, 300, D, DV, "float16", "cuda:0")
-    got = gradients(shape, q, k, v, o, lse, do, None, 0.1, terms)
+    got, _ = machine(terms)
     assert [x.shape for x in got[3:]] == [x.shape for x in terms.learnable]
-    walked = [values for name, _, values in driver.launched if "rows_kernel" in name or "columns_kernel" in name]
+    launched = machine.driver.launched
+    walked = [values for name, _, values in launched if "rows_kernel" in name or "columns_kernel" in name]
     assert len(walked) >= 2
     for values in walked:
         assert values["relative_ptr"] == terms.relative_bias.data_ptr() and values["reach"] == 20
@@ -233,6 +246,48 @@ def test_terms_reach_every_kernel(tmp_path: Path) -> None:
     assert len({values["queue_ptr"] for values in walked}) == len(walked)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_gradients_of_slopes_do_not_see_the_rounding_of_o(sinks: bool) -> None:
+    """What the kernel leaves when delta is of a rounded O, in NumPy: the gradient is that of the O that was rounded."""
+    heads, length, dim = 2, 100, 16
+    rng = np.random.default_rng(0)
+    q, k, v, do = rng.standard_normal((4, 1, heads, length, dim))
+    dlse, mask = rng.standard_normal((1, heads, length)), P.causal().dense(length)
+    mask[7] = False
+    options = {"sinks": rng.standard_normal(heads)} if sinks else {}
+    terms = Terms(alibi_slopes=np.array([0.02, 0.3]), **options)
+    o, lse = oracle.attention(q, k, v, mask, terms=terms)
+    wanted = oracle.gradients(q, k, v, mask, do, dlse, terms=terms)[3]
+    far = np.abs(np.arange(length) - np.arange(length)[:, None])
+    scores = q @ k.swapaxes(2, 3) / dim**0.5 - terms.alibi_slopes[:, None, None] * far
+    probs = np.exp(scores - np.where(np.isneginf(lse), 0, lse)[..., None]) * mask
+    delta = (do * o.round(1)).sum(-1) - dlse
+    ds = probs * (do @ v.swapaxes(2, 3) - delta[..., None])
+    rounded = -(ds * far).sum((0, 2, 3))
+    tensors = Terms(**{name: torch.from_numpy(x) for name, x in vars(terms).items() if isinstance(x, np.ndarray)})
+    shape = Shape(1, heads, heads, length, length, dim, dim, "float16", "cuda:0")
+    biases = BiasGradients(tensors, ("alibi_slopes",), shape, *(torch.from_numpy(x).float() for x in (do, v, dlse)))
+    tables, slopes = biases.powers.double().numpy()
+    biases.sums["slope_sums"] += torch.from_numpy(np.rint(rounded * slopes).astype(np.int64))
+    rows = np.stack([ds.sum(-1) * tables, (probs * far).sum(-1) * 2.0**DISTANCE_BITS], -1)
+    biases.rows += torch.from_numpy(np.rint(rows).astype(np.int64))
+    (got,) = biases.results(torch.from_numpy(lse), torch.from_numpy(delta))
+    assert oracle.relative_error(rounded, wanted) > 1e-3 > 1e-6 > oracle.relative_error(got.numpy(), wanted)
+
+
+def test_what_does_not_learn_costs_nothing(tmp_path: Path) -> None:
+    """The kernel of dQ is the one for the biases that learn; no sums are made for others."""
+    forward = kernel_spec(D, DV, "float16", HOPPER, score_of(False, True, True))
+    machine = Recorder(tmp_path, forward)
+    terms = Terms(torch.rand(2), torch.randn(2, 41))
+    for flags, found in (((True, False), [(2,)]), ((False, True), [(2, 41)]), ((False, False), [])):
+        got, rows = machine(terms, (*flags, False, False))
+        assert [tuple(x.shape) for x in got[3:]] == found
+        assert ("slope_sums_ptr" in rows, "row_sums_ptr" in rows, "relative_sums_ptr" in rows) == (
+            flags[0], flags[0], flags[1])  # fmt: skip
+        assert all(value for name, value in rows.items() if name.endswith("sums_ptr"))
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e-3, 1.0, 1e4])
 def test_sums_of_biases_fit_and_are_precise(factor: float) -> None:
     """The power is within a factor of 4 of the largest with which every sum of score gradients stays below 2^62."""
@@ -241,7 +296,7 @@ def test_sums_of_biases_fit_and_are_precise(factor: float) -> None:
     do *= factor
     shape = Shape(1, 2, 2, 128, 128, 16, 16, "float16", "cuda:0")
     terms = Terms(alibi_slopes=torch.ones(2), relative_bias=torch.zeros(2, 9), dropout_p=0.5)
-    biases = BiasGradients(terms, shape, do, v, torch.zeros(1, 2, 128))
+    biases = BiasGradients(terms, terms.learning(), shape, do, v, torch.zeros(1, 2, 128))
     tables, slopes = biases.powers.double().tolist()
     bound = 128 * 2 * 2 * float(do.norm(dim=-1).max() * v.norm(dim=-1).max())
     if factor == 1e-30:  # no larger ones

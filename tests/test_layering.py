@@ -47,6 +47,7 @@ LAZY = {
     "splatc.runtime.jax_ops": {"jax", "jax_tvm_ffi", "tvm_ffi"},
     "splatc.jax": {"jax", "jax_tvm_ffi", "tvm_ffi"},
     "splatc.distributed*": {"torch"},
+    "splatc.integrations.torch*": {"torch"},
     "splatc.integrations.transformers*": {"torch"},
 }
 LIGHT = {"splatc.codegen.hopper.shape", "splatc.codegen.hopper.backward.shape"}  # all the same

@@ -67,6 +67,10 @@ def test_training(listops, monkeypatch, tmp_path, capsys):
     for mode, run in runs.items():
         assert len(run["losses"]) == 8 and np.isfinite(run["losses"]).all() and run["failed"] is None
         assert [step for step, _ in run["accuracy"]] == [2, 4, 6, 8] and 1.5 < run["losses"][0] < 4
+        for cost in run["costs"].values():  # seven products for six, of what the mode attends to at the end
+            share = cost["pairs"] / cost["dense_pairs"]
+            assert cost["fewer_operations"] == pytest.approx(6 / 7 / share) and cost["dense_pairs"] == 2 * 64**2
+            assert share == 1 if mode == "dense" else share < 0.7
         assert (run["changed"] == 6 and len(run["densities"]) == 2) if "spion" in mode else run["changed"] is None
         if "spion" in mode:  # the third evaluation; equal before it
             assert run["losses"][:6] == pytest.approx(runs["dense"]["losses"][:6], abs=1e-5)
@@ -98,3 +102,45 @@ def test_a_run_goes_on_as_if_nothing_had_happened(listops, tmp_path):
         assert part.run.losses == pytest.approx(whole.run.losses, abs=1e-6)
         assert part.run.changed == 6 and part.schedule.switched and part.schedule.distances == whole.schedule.distances
     assert not example.Trainer("spion-CF", replace(plan, rate=1.0), "cpu", tmp_path).resume()  # of other settings
+
+
+def test_peers_compute_the_same(listops):
+    model = listops.listops_model
+    size = model.Size(length=64, layers=1, block=8)
+    torch.manual_seed(0)
+    wanted = model.Classifier(size, "dense").eval()
+    tokens = torch.randint(1, len(listops.listops_data.WORDS), (2, 64))
+    for mode in model.PEERS:
+        other = model.Classifier(size, mode).eval()
+        other.load_state_dict(wanted.state_dict())
+        assert torch.allclose(other(tokens), wanted(tokens), atol=1e-5), mode
+
+
+def test_blocks_for_flex_attention(listops):
+    from splatc import patterns as P
+
+    peers = importlib.import_module("listops_peers")
+    matrix = np.random.default_rng(0).random((6, 6)) < 0.4
+    blocks = peers.block_mask(P.block_mask(matrix, 8), "cpu")
+    assert (blocks.to_dense()[0, 0].numpy() > 0).tolist() == matrix.tolist() and blocks.shape[-2:] == (48, 48)
+    layer = peers.Flex(16, 2)
+    layer.switch(P.block_mask(matrix, 8))
+    with pytest.raises(Exception, match="gradients on GPUs only"):
+        layer(torch.randn(1, 48, 16))
+
+
+def test_speed(listops, monkeypatch, tmp_path, capsys):
+    speed = importlib.import_module("listops_speed")
+    monkeypatch.setattr(speed, "GENERATED", (128, 1))
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    small = (*TINY[:3], "--speed", "64", "--tokens", "128", "--out", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["listops.py", *small])
+    assert listops.listops.main() == 0
+    saved = json.loads((tmp_path / "listops_speed.json").read_text())
+    assert [(one["length"], one["batch"]) for one in saved["lengths"]] == [(64, 2)]
+    for record in saved["lengths"]:
+        assert [one["how"] for one in record["contestants"]] == ["unfused", "sdpa", "dense", "splatc"]
+        assert len(record["densities"]) == 2 and max(record["densities"]) < 0.4
+        for one in record["contestants"]:
+            assert one["step_ms"] > 0 and one["attention_ms"] > 0 and one["error"] < 1e-5 and one["failed"] is None
+    assert "64 positions, batch 2" in capsys.readouterr().out

@@ -130,6 +130,71 @@ def test_neighborhood(grid, size, dilation, causal):
     assert P.parse(str(p)) == p
 
 
+@pytest.mark.parametrize(
+    "grid, size, dilation, causal",
+    [
+        ((12,), 5, 1, False),
+        ((13,), 3, 4, False),
+        ((11,), 11, 1, False),
+        ((5, 7), (3, 5), 1, False),
+        ((7, 11), (3, 5), (2, 2), False),
+        ((4, 9), (3, 4), (1, 2), (False, True)),
+        ((3, 5, 6), (1, 3, 3), (1, 1, 2), False),
+        ((4, 3, 5), 3, 1, (True, False, False)),
+    ],
+)
+def test_clamped_neighborhood(grid, size, dilation, causal):
+    """Against a direct count: the size nearest positions of a query's residue class, an equal number on both sides
+    where there are enough."""
+    p = P.neighborhood(grid, size, dilation, causal, border="clamp")
+    per = [x if isinstance(x, tuple) else (x,) * len(grid) for x in (size, dilation, causal)]
+
+    def window(x, n, s, d, c):
+        mine = list(range(x % d, n, d))
+        at = mine.index(x)
+        if c:
+            return mine[max(at - s + 1, 0) : at + 1]
+        while s // 2 > at:
+            at += 1
+        while at + s // 2 >= len(mine):
+            at -= 1
+        return mine[at - s // 2 : at + s // 2 + 1]
+
+    def near(q, k):
+        a, b = np.unravel_index(q, grid), np.unravel_index(k, grid)
+        return all(y in window(x, *rest) for x, y, *rest in zip(a, b, grid, *per))
+
+    n = int(np.prod(grid))
+    dense = by_definition(near, n, n)
+    np.testing.assert_array_equal(p.dense(n), dense)
+    assert any(per[2]) or (dense.sum(1) == np.prod(per[0])).all()
+    assert_law(p, n, n)
+    assert_law(p.transposed(), n, n)
+    np.testing.assert_array_equal(p.transposed().dense(n), dense.T)
+    assert P.parse(str(p)) == p != P.neighborhood(grid, size, dilation, causal)
+
+
+@pytest.mark.parametrize(
+    "first, part",
+    [(4, P.causal()), (3, P.fixed(4, 1)), (1, P.dilated(9, 9, 3)), (5, P.global_cols(2) | P.window(1, 0))],
+)
+def test_after(first, part):
+    p = P.after(first, part)
+    for q_len, kv_len in ((13, 13), (9, 14), (14, 7), (3, 1)):
+        expected = np.zeros((q_len, kv_len), bool)
+        if min(q_len, kv_len) > first:
+            expected[first:, first:] = part.dense(q_len - first, kv_len - first)
+        np.testing.assert_array_equal(p.dense(q_len, kv_len), expected)
+        assert_law(p, q_len, kv_len)
+        assert_law(p.transposed(), kv_len, q_len)
+        np.testing.assert_array_equal(p.transposed().dense(kv_len, q_len), expected.T)
+    assert P.parse(str(p)) == p and P.after(0, part) == part
+    grid = P.after(1, P.neighborhood((3, 4), 3))
+    assert grid.own_lengths() == (13, 13)
+    heads = P.after(2, P.per_head([P.causal(), P.full()]))
+    assert heads == P.per_head([P.after(2, P.causal()), P.after(2, P.full())])
+
+
 def test_documents():
     p = P.documents([3, 0, 4, 1])
     of = [0, 0, 0, 2, 2, 2, 2, 3]
@@ -296,6 +361,10 @@ BAD = [
     (lambda: P.neighborhood((4, 4), 3, causal=2), "causal is 2"),
     (lambda: P.neighborhood((4, 4), 3, dilation=0), "dilation is 0"),
     (lambda: P.neighborhood((4, 4), 3).check(15, 15), "16 positions"),
+    (lambda: P.after(1, P.neighborhood((3, 4), 3)).check(14, 14), "12 positions"),
+    (lambda: P.after(4, "causal"), "expected a pattern"),
+    (lambda: P.neighborhood((9, 5), 3, 2, border="clamp"), "no room"),
+    (lambda: P.neighborhood(9, 3, border="shift"), "border"),
     (lambda: P.block_mask([1, 0], 4), "2-D"),
     (lambda: P.block_mask(["01", "1"], 4), "equal length"),
     (lambda: P.block_mask(["02"], 4), "rows of 0 and 1"),

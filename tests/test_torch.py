@@ -194,9 +194,9 @@ def test_copies_of_a_module_share_the_mask():
 
 
 def test_what_has_no_gradients_on_a_gpu_says_so():
-    attend = splatc.compile(PATTERN, seq_len=150, target="sm_90a", dtype="float32", head_dim=64)
-    with pytest.raises(Unsupported, match="on a GPU gradients are computed"):
-        attend(*learnable(d=64))
+    attend = splatc.compile(PATTERN, seq_len=150, target="sm_90a", dtype="float32", head_dim=64, alibi=True)
+    with pytest.raises(Unsupported, match=r"gradients in float32 .* has no alibi"):
+        attend(*learnable(d=64), alibi_slopes=torch.zeros(2))
 
 
 # -- with biases, sinks and dropout ------------------------------------------------------------------------------------
@@ -232,6 +232,10 @@ def test_opcheck_with_terms(wanted):
     torch.library.opcheck(torch_ops.attention_backward,
                           (*plain[:3], o, lse, *grads, attend._handle, None, True, *plain[3:], *numbers),
                           test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))  # fmt: skip
+    flags = [True, False, True, False]
+    *_, dterms = torch_ops.attention_backward(*plain[:3], o, lse, *grads, attend._handle, None, True, *plain[3:],
+                                              *numbers, learning=flags)  # fmt: skip
+    assert [x.shape for x in dterms] == [x.shape for x, flag in zip(plain[3:7], flags) if flag and x is not None]
 
 
 class Biased(torch.nn.Module):  # type: ignore[name-defined,misc]

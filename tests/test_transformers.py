@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -10,15 +12,17 @@ transformers = pytest.importorskip("transformers")
 
 from splatc import patterns as P  # noqa: E402
 from splatc.errors import InvalidInput, Unsupported  # noqa: E402
-from splatc.integrations.transformers import register, set_patterns  # noqa: E402
+from splatc.integrations.transformers import few, register, set_patterns  # noqa: E402
 from splatc.integrations.transformers.tail import tail  # noqa: E402
 
 register()
-SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
-         "eos_token_id": None}  # fmt: skip
+SIZES: dict[str, object] = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
+}  # fmt: skip
 HYBRID = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
-DECODERS = {
+DECODERS: dict[str, dict[str, object]] = {
     "Mistral": {"sliding_window": 9},
     "Gemma2": {**HYBRID, "attn_logit_softcapping": 5.0},
     "Gemma3Text": HYBRID,
@@ -26,12 +30,15 @@ DECODERS = {
     "Llama": {},
     "Qwen3": {},
     "Olmo2": {},
+    "Llama4Text": {"attention_chunk_size": 8, "num_hidden_layers": 4, "num_local_experts": 2, "num_experts_per_tok": 1,
+                   "intermediate_size_mlp": 96},
 }
 LENGTH, PAD = 23, 7
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decoder(name: str):
-    config = getattr(transformers, f"{name}Config")(**SIZES, **DECODERS[name])
+    config = getattr(transformers, f"{name}Config")(**(SIZES | DECODERS[name]))
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
@@ -53,8 +60,21 @@ def both(model, run):
     return eager, run()
 
 
-def close(ours, eager):
-    assert torch.linalg.norm(ours - eager) <= 1e-4 * torch.linalg.norm(eager) + 1e-7
+def close(ours, eager, floor=1e-7):
+    assert torch.linalg.norm(ours - eager) <= 1e-4 * torch.linalg.norm(eager) + floor
+
+
+def gradients_of(model, loss):
+    """Of all parameters, by name."""
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def all_close(ours, eager, floor=1e-7):
+    assert ours.keys() == eager.keys() and eager
+    for name in eager:
+        close(ours[name], eager[name], floor)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -65,28 +85,55 @@ def test_a_decoder_is_the_same_model(name):
         with torch.no_grad():
             padded = [model(ids, attention_mask=m).logits[m.bool()] for m in map(padding, ("left", "right"))]
             generated = model.generate(ids, attention_mask=padding("left"), max_new_tokens=64, do_sample=False)
-        model.zero_grad()
+        left = padding("left")
+        labels = ids.masked_fill(left.cumsum(1) <= 1, -100)  # not the first real token: padding would predict it
         out = model(ids, labels=ids)
-        out.loss.backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        gradients = gradients_of(model, out.loss + model(ids, attention_mask=left, labels=labels).loss)
         return [out.logits.detach(), *padded], generated, gradients
 
     (logits, generated, gradients), (our_logits, our_generated, our_gradients) = both(model, run)
     for ours, eager in zip(our_logits, logits):
         close(ours, eager)
     assert torch.equal(our_generated, generated) and generated.shape[1] == LENGTH + 64
-    assert our_gradients.keys() == gradients.keys() and gradients
-    for n in gradients:
-        close(our_gradients[n], gradients[n])
+    all_close(our_gradients, gradients)
+
+
+def bert(**options):
+    without = ("head_dim", "num_key_value_heads")
+    config = transformers.BertConfig(**{k: v for k, v in SIZES.items() if k not in without}, **options)
+    torch.manual_seed(0)
+    return transformers.BertModel._from_config(config, attn_implementation="eager")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_bert(side):
-    config = transformers.BertConfig(**{k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")})
-    torch.manual_seed(0)
-    model, mask = transformers.BertModel._from_config(config, attn_implementation="eager").eval(), padding(side)
-    eager, ours = both(model, lambda: model(tokens(), attention_mask=mask).last_hidden_state[mask.bool()])
+    model, mask = bert().eval(), padding(side)
+
+    def run():
+        out = model(tokens(), attention_mask=mask).last_hidden_state[mask.bool()]
+        return out.detach(), gradients_of(model, out[:, :3].pow(3).sum())
+
+    (eager, gradients), (ours, our_gradients) = both(model, run)
     close(ours, eager)
+    all_close(our_gradients, gradients, floor=1e-6)  # those of biases of keys are rounding: softmax has none
+
+
+def test_dropout():
+    """Weights are dropped by torch's seed, in training only, and their mean is what is without."""
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.25).train()
+    model.set_attn_implementation("splatc")
+    layer, x = model.encoder.layer[0].attention.self, torch.randn(2, LENGTH, 64)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return layer(x)[0]
+
+    runs = torch.stack([run(seed) for seed in range(100)])
+    assert torch.equal(run(3), runs[3])
+    plain = layer.eval()(x)[0].detach()
+    errors = (runs - plain).flatten(1).norm(dim=1) / torch.linalg.norm(plain)
+    assert errors.min() > 0.3 and torch.linalg.norm(runs.mean(0) - plain) < 0.1 * torch.linalg.norm(plain)
 
 
 def test_vit_and_a_neighbourhood():
@@ -95,10 +142,67 @@ def test_vit_and_a_neighbourhood():
     torch.manual_seed(0)
     model = transformers.ViTModel._from_config(config, attn_implementation="eager").eval()
     pixels = torch.randn(2, 3, 32, 32)
-    eager, ours = both(model, lambda: model(pixels).last_hidden_state)
+
+    def run():
+        out = model(pixels).last_hidden_state
+        return out.detach(), gradients_of(model, out[:, :3].pow(3).sum())
+
+    (eager, gradients), (ours, our_gradients) = both(model, run)
     close(ours, eager)
+    all_close(our_gradients, gradients, floor=1e-6)  # those of biases of keys are rounding: softmax has none
     set_patterns(model, {0: P.global_cols(1) | P.window(4, 4)})
     assert torch.linalg.norm(model(pixels).last_hidden_state - eager) > 1e-3 * torch.linalg.norm(eager)
+
+
+@pytest.mark.parametrize("pattern", [
+    P.causal() & (P.window(3, 0) | P.strided(5)),
+    [P.causal() & P.window(w, 0) for w in (1, 4, 9, 30)],  # of each head
+], ids=["one", "per head"])  # fmt: skip
+def test_a_pattern_is_its_dense_mask(pattern):
+    model, ids = decoder("Llama"), tokens()
+    dense = torch.from_numpy(np.atleast_3d(P.as_pattern(pattern, heads=4).dense(LENGTH)).reshape(-1, LENGTH, LENGTH))
+    additive = torch.zeros(dense.shape).masked_fill(~dense, -float("inf"))[None]
+
+    def run(**given):
+        out = model(ids, labels=ids, **given)
+        return out.logits.detach(), gradients_of(model, out.loss)
+
+    eager, gradients = run(attention_mask=additive)
+    model.set_attn_implementation("splatc")
+    set_patterns(model, {0: pattern, 1: pattern})
+    ours, our_gradients = run()
+    close(ours, eager)
+    all_close(our_gradients, gradients)
+
+
+@pytest.mark.parametrize("pattern", [P.full(), P.causal(), P.window(5, 2), P.causal() & P.strided(7), ~P.causal(),
+                                     P.global_cols(2) | P.window(2, 0),
+                                     P.per_head([P.causal(), P.window(3, 0), P.strided(4), P.full()])])  # fmt: skip
+@pytest.mark.parametrize("q_len, kv_len", [(1, 17), (3, 23)])
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (3.0, True)])
+def test_few_queries(pattern, q_len, kv_len, softcap, sinks):
+    """Against float64, head by head; rows of nothing give 0."""
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len)))
+    logits = torch.randn(4) if sinks else None
+    ours = few.attend(tail(pattern), q, k, v, 0.3, softcap, logits)
+    for h, one in enumerate(P.heads_of(pattern, 4)):
+        s = 0.3 * (q[:, h].double() @ k[:, h // 2].double().mT)
+        s = s if softcap is None else softcap * torch.tanh(s / softcap)
+        s = s.masked_fill(~torch.from_numpy(one.dense(kv_len)[kv_len - q_len :]), -float("inf"))
+        total = s.exp().sum(-1, keepdim=True) + (0 if logits is None else logits[h].double().exp())
+        expected = s.exp() / total.masked_fill(total == 0, 1) @ v[:, h // 2].double()
+        assert torch.linalg.norm(ours[:, h] - expected) <= 1e-6 * (1 + torch.linalg.norm(expected))
+
+
+def test_decode_steps_plan_nothing(monkeypatch):
+    model, ids = decoder("Mistral"), tokens()
+    model.set_attn_implementation("splatc")
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        monkeypatch.setattr(sys.modules["splatc.compile"], "make_plan", None)
+        for _ in range(3):
+            assert model(ids[:, :1], cache=cache).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["Mistral", "GptOss"])
@@ -117,7 +221,7 @@ def test_chunks_after_a_cache(name):
         cache, out = transformers.DynamicCache(config=model.config), []
         with torch.no_grad():
             for chunk in ids.split(8, dim=1):
-                out.append(model(chunk, past_key_values=cache).logits)
+                out.append(model(chunk, cache=cache).logits)
         return torch.cat(out, 1)
 
     eager, ours = both(model, run)

@@ -274,3 +274,17 @@ def test_without_views_everything_is_contiguous(name):
     ((_, tiles),) = program.domains
     assert [view.kind for view in (tiles.rows, *tiles.cols)] == ["contiguous"] * 2
     np.testing.assert_array_equal(elements(tiles), pattern.dense(300))
+
+
+@pytest.mark.parametrize(("grid", "size"), [((32, 64), 9), ((8, 12, 20), 3), ((8, 16, 20), (3, 5, 5))])
+def test_clamped_windows_are_patches_too(grid, size):
+    """Their windows stand still at borders; that hides neither the grid nor how far a query sees."""
+    tiles = []
+    for border in ("cut", "clamp"):
+        n = int(np.prod(grid))
+        acsr = ACSR.from_pattern(P.neighborhood(grid, size, border=border), n, n)
+        program = run_passes(lower(acsr), Schedule(64, 64))
+        covers = [d for _, d in program.domains if isinstance(d, Cover)]
+        assert [cover.rows.kind for cover in covers] == ["patches"]
+        tiles.append(covers[0].tiles)
+    assert tiles[1] < 1.25 * tiles[0]

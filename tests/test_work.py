@@ -133,3 +133,36 @@ def test_costs_of_dtypes() -> None:
     near = costs_of(kernel_spec(128, None, "float32", HOPPER))
     assert far.tile == pytest.approx(near.tile * 96 / 128)
     assert far.tile / (128 * 64) > 2 * costs_of(kernel_spec(96, None, "bfloat16", HOPPER)).tile / (128 * 128)
+
+
+def half_in_one_row(n: int, tile: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Whole tiles: all of one row block and one in every other; two in each."""
+    rows = -(-n // tile)
+    even = np.eye(rows, dtype=bool) | np.roll(np.eye(rows, dtype=bool), 1, axis=1)
+    uneven = np.eye(rows, dtype=bool)
+    uneven[rows // 3] = True
+    return uneven, even
+
+
+@pytest.mark.parametrize("n", [8192, 16384])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_half_of_the_work_in_one_row_block(n: int, head_dim: int) -> None:
+    """Predicted for 16 heads: within 1.3 of as many tiles evenly, as the row is cut into parts."""
+    times = []
+    for blocks in half_in_one_row(n):
+        spec = kernel_spec(head_dim, None, "bfloat16", HOPPER)
+        plan = best_plan(P.block_mask(blocks, 128), n, n, spec)
+        work = work_of(plan.launches(16)[0], 1, costs_of(plan.spec, 132))
+        times.append(work.microseconds)
+        assert len(work.combine) == (0 if times[1:] else 16)
+    assert times[0] <= 1.3 * times[1]
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_half_of_the_work_in_one_row_block_on_a_cpu(workers: int) -> None:
+    """Whole rows, in shares of equal cost: with as many heads as workers or more none has 1.3 times its part."""
+    spec = kernel_spec(64, None, "float32", Target("cpu", "native"))
+    launch = best_plan(P.block_mask(half_in_one_row(4096)[0], 128), 4096, 4096, spec).launches(8)[0]
+    ends = np.concatenate([[0], np.cumsum(launch.cost)])
+    shares = np.diff(ends[launch.chunks(1, workers)])
+    assert shares.max() <= 1.3 * shares.mean()

@@ -130,12 +130,14 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
 def emit(spec: KernelSpec) -> Emitted:
     """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
     if spec.role != FORWARD:
-        if spec.kernel != "hopper":
-            raise Unsupported(f"there is no kernel for gradients of {spec.name} on {spec.target}: use the target cpu")
         if spec.role in COMPRESSED:
             from splatc.codegen.hopper.compressed.kernels import compressed_hopper
 
             return compressed_hopper(spec)
+        if spec.kernel == "portable":
+            from splatc.codegen.cuda_backward import gradients_cuda
+
+            return gradients_cuda(spec)
         from splatc.codegen.hopper.backward.kernels import gradients_hopper
 
         return gradients_hopper(spec)

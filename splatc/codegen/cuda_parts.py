@@ -111,6 +111,18 @@ def mask_scores(g, scores, bits, tile, ty, tx):
 
 
 @T.inline
+def zero_masked(g, first, second, bits, tile, ty, tx):
+    """Put 0 into both where the bit is clear, whatever was there."""
+    for j in T.unroll(g.cols):
+        shift: T.let = T.cast(ty * g.rows % 32, "uint32")
+        word: T.uint32 = T.shift_right(bits[tile, j * SIDE + tx, ty * g.rows // 32], shift)
+        for i in T.unroll(g.rows):
+            if T.bitwise_and(T.shift_right(word, T.cast(i, "uint32")), T.uint32(1)) == T.uint32(0):
+                first[i * g.cols + j] = T.float32(0)
+                second[i * g.cols + j] = T.float32(0)
+
+
+@T.inline
 def update_softmax(g, scores, row_max, row_sum, acc, p_tile, ty, tx):
     """One online softmax step: scores become P, in shared memory; the state moves to the new maximum."""
     top = T.alloc_local((1,), "float32")

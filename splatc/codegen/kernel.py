@@ -16,6 +16,7 @@ FORWARD, BACKWARD = "forward", "backward"
 ROWS, COLUMNS = "backward_rows", "backward_columns"  # a kernel each for dq, and for dk and dv
 DV_ALONE, DK_ALONE = "backward_values", "backward_keys"  # a kernel each for dv and for dk
 GRADIENTS = {BACKWARD: ("dq", "dk", "dv"), ROWS: ("dq",), COLUMNS: ("dk", "dv"), DV_ALONE: ("dv",), DK_ALONE: ("dk",)}
+DQ_FUNCTION, DKV_FUNCTION = "splatc_gradient_dq", "splatc_gradient_dkv"  # of the portable kernel for gradients
 SDDMM, SOFTMAX, SPMM = "sddmm", "softmax", "spmm"  # unfused: a kernel each, over values in ACSR order
 PRODUCTS = SDDMM, SOFTMAX, SPMM
 SDDMM_FUNCTION, SOFTMAX_FUNCTION, SPMM_FUNCTION = (f"splatc_{role}" for role in PRODUCTS)
@@ -44,7 +45,8 @@ class KernelSpec:
     tile_m, tile_n: query rows and key columns of a tile. score: what is done to scores (ir/score.py).
     gather: some column tiles are lists of keys (hopper only). role: "forward", "backward" for the functions that
     compute gradients; on Hopper, where GRADIENTS has them, also those of some of the gradients only. PRODUCTS: one of
-    the three kernels that a fused one replaces (of a softmax, head dims are 1).
+    the three kernels that a fused one replaces (of a softmax, head dims are 1). learning: the biases of ``score`` whose
+    gradients the Hopper kernel for dq sums.
     """
 
     kernel: str
@@ -57,6 +59,7 @@ class KernelSpec:
     score: Score = NO_SCORE
     gather: bool = False
     role: str = FORWARD
+    learning: Score = NO_SCORE
 
     @property
     def softcap(self) -> bool:
@@ -70,7 +73,8 @@ class KernelSpec:
             return f"{self.role}_{self.kernel}_d{self.v_head_dim}_{self.dtype}_m{self.tile_m}n{self.tile_n}"
         what = "attention" if self.role == FORWARD else f"attention_{self.role}"
         dims = f"d{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim != self.head_dim else "")
-        features = "".join(f"_{name}" for name in (*self.score.names, *(("gather",) if self.gather else ())))
+        learning = (f"d{name}" for name in self.learning.names)
+        features = "".join(f"_{name}" for name in (*self.score.names, *learning, *(["gather"] if self.gather else [])))
         return f"{what}_{self.kernel}_{dims}_{self.dtype}_m{self.tile_m}n{self.tile_n}{features}"
 
 
@@ -153,13 +157,17 @@ def not_hopper(head_dim: int, v_head_dim: int, dtype: str, target: Target, allow
 
 def no_gradients(spec: KernelSpec) -> str | None:
     """Why there is no kernel for the gradients of a kernel, None if there is one."""
-    if spec.kernel == "portable":
-        return "on GPUs gradients need the Hopper kernel (sm_90a, head dims that are multiples of 8, 16-bit types)"
     if spec.kernel == "hopper" and spec.score.pruning is not None:
         return f"on a GPU there are none of {spec.score.pruning}"
-    if spec.kernel == "hopper" and spec.dtype == "float32":
-        return "on a GPU gradients are computed in float16 and bfloat16, not in float32"
+    others = [name for name in spec.score.names if name not in ("softcap", "sinks")]
+    if spec.kernel == "hopper" and spec.dtype == "float32" and others:
+        return f"on a GPU gradients in float32 are computed by the portable kernel, which has no {', '.join(others)}"
     return None
+
+
+def by_tensor_cores(spec: KernelSpec) -> bool:
+    """Whether the gradients of a kernel are: those of tf32 are left to the portable kernel."""
+    return spec.kernel == "hopper" and spec.dtype != "float32"
 
 
 def gradient_spec(spec: KernelSpec) -> KernelSpec:
@@ -169,9 +177,12 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
     """
     if (why := no_gradients(spec)) is not None:
         raise Unsupported(why)
-    if spec.kernel != "hopper":
+    if spec.kernel == "cpu":
         return replace(spec, role=BACKWARD)
     score = replace(spec.score, sinks=False)  # LSE has them
+    if not by_tensor_cores(spec):
+        tile_m, tile_n = TILE
+        return replace(spec, kernel="portable", role=BACKWARD, score=score, tile_m=tile_m, tile_n=tile_n, gather=False)
     many = max(spec.head_dim, spec.v_head_dim) <= 64 and not score  # registers for twice the queries
     gradient = replace(spec, role=BACKWARD, score=score, tile_m=128, gather=False)
     return replace(gradient, tile_n=32 if _smallest_tiles(gradient) else 128 if many else 64)
@@ -193,14 +204,14 @@ def two_walks(spec: KernelSpec) -> tuple[KernelSpec, ...]:
 def gradient_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
     """All kernels that the gradients of a kernel may be computed by."""
     one = () if only_two_walks(spec) else (gradient_spec(spec),)
-    return (*one, *(two_walks(spec) if spec.kernel == "hopper" else ()))
+    return (*one, *(two_walks(spec) if by_tensor_cores(spec) else ()))
 
 
 def only_two_walks(spec: KernelSpec) -> bool:
     """Whether gradients take two walks whatever they cost: dQ in sums leaves no registers for biases and dropout, nor
     for wide heads."""
     widest = max(spec.head_dim, spec.v_head_dim)
-    return spec.kernel == "hopper" and (spec.score.positional or widest > WIDEST_IN_ONE_WALK)
+    return by_tensor_cores(spec) and (spec.score.positional or widest > WIDEST_IN_ONE_WALK)
 
 
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:

@@ -112,11 +112,12 @@ def _grid(table: Ints, acsr: ACSR) -> tuple[int, int, int] | None:
         return None
     widths, votes = np.unique(lines[:, STRIDE], return_counts=True)
     width = int(widths[votes.argmax()])
-    steps = np.concatenate(
-        [np.diff(np.unique(lines[:, field])) for field in (ROW, COL)] + [table[:, 9 + 1 :: 10].ravel()]
-    )
-    planes = steps[(steps > width) & (steps % width == 0)]
-    height = int(planes.min()) // width if len(planes) else -(-acsr.q_len // width)
+    repeats = table[:, 9 + 1 :: 10].ravel()  # at clamped borders of planes there are other distances of rows
+    steps = np.concatenate([np.diff(np.unique(lines[:, field])) for field in (ROW, COL)])
+    planes, times = np.unique(repeats[(repeats > width) & (repeats % width == 0)], return_counts=True)
+    apart = steps[(steps > width) & (steps % width == 0)]
+    plane = planes[times.argmax()] if len(planes) else apart.min() if len(apart) else acsr.q_len
+    height = -(-int(plane) // width)
     grid = width, height, -(-acsr.q_len // (width * height))
     return grid if width * height * grid[2] == acsr.q_len else None
 

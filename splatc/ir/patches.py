@@ -46,15 +46,22 @@ def patch_region(pieces: Ints, region: Region, grid: Triple, tile_m: int, tile_n
 
 
 def _reach(seen: Seen, grid: Triple) -> Ints:
-    """How far the keys of one query spread along x, y and z."""
+    """How far the keys of one query spread along x, y and z; strips of the same queries count together."""
     s = seen.strips
-    last = s[:, ROWS] - 1
-    offset, slope = s[:, COL] - s[:, ROW], s[:, DCOL] - 1
-    begin = np.minimum(offset, offset + slope * last)
-    end = np.maximum(offset + s[:, WIDTH], offset + s[:, WIDTH] + (slope + s[:, DWIDTH]) * last)
-    y = seen.col_line % grid[1] - seen.row_line % grid[1]
-    z = seen.col_line // grid[1] - seen.row_line // grid[1]
-    return np.array([end.max() - begin.min(), y.max() - y.min() + 1, z.max() - z.min() + 1])
+    ends = np.stack([np.zeros_like(s[:, ROWS]), s[:, ROWS] - 1], 1)  # the first query of a strip, and the last
+    begin = s[:, COL, None] + s[:, DCOL, None] * ends
+    end = begin + s[:, WIDTH, None] + s[:, DWIDTH, None] * ends
+    queries = np.unique(np.stack([seen.row_line, s[:, ROW], s[:, ROWS]], 1), axis=0, return_inverse=True)[1]
+    y, z = seen.col_line % grid[1], seen.col_line // grid[1]
+    x = _spread(queries, begin, end).max()
+    return np.array([x, _spread(seen.row_line, y, y + 1).max(), _spread(seen.row_line, z, z + 1).max()])
+
+
+def _spread(group: Ints, begin: Ints, end: Ints) -> Ints:
+    """From the least ``begin`` to the greatest ``end`` of each group."""
+    order = np.argsort(group, kind="stable")
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    return np.asarray(np.maximum.reduceat(end[order], first) - np.minimum.reduceat(begin[order], first))
 
 
 def _fragments(pieces: Ints, rows: View, cols: View) -> tuple[Ints, Ints, Ints, Ints]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ class Terms:
     def learnable(self) -> tuple[Any, ...]:
         """What has gradients, None where there is none."""
         return self.alibi_slopes, self.relative_bias, self.block_bias, self.sinks
+
+    def learning(self, flags: Sequence[bool] | None = None) -> tuple[str, ...]:
+        """Of LEARNABLE what is there and has its flag set; None: all that is there."""
+        there = zip(LEARNABLE, self.learnable, flags or (True,) * len(LEARNABLE), strict=True)
+        return tuple(name for name, x, flag in there if flag and x is not None)
 
     @property
     def requires_grad(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,11 @@ class AnyLength:
         return self.compiled(q, k, v, enable_gqa, asked_of(terms)).run(q, k, v, scale, enable_gqa, terms)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
-                 enable_gqa: bool, terms: Terms | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+                 enable_gqa: bool, terms: Terms | None = None,
+                 learning: Sequence[bool] | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
         """The gradients that ``CompiledAttention.backward`` gives: the operator's backward."""
         attend = self.compiled(q, k, v, enable_gqa, asked_of(terms))
-        return attend.backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, terms)
+        return attend.backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, terms, learning)
 
     def compiled(self, q: Any, k: Any, v: Any, enable_gqa: bool = False, asked: Asked = NOTHING) -> CompiledAttention:
         """The compiled mask for tensors like these and what is asked. Raises InvalidInput for what does not fit."""

@@ -23,6 +23,7 @@ from splatc.patterns.library import documents
 from splatc.patterns.matrix import Matrix, Sparse, mask
 from splatc.patterns.neighborhood import neighborhood
 from splatc.patterns.pruned import Pruned, nm
+from splatc.patterns.shifted import after
 from splatc.patterns.text import parse
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Pruned",
     "Sparse",
     "Transposed",
+    "after",
     "as_pattern",
     "bigbird",
     "block_mask",

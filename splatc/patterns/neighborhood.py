@@ -6,66 +6,72 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 
 from splatc.errors import InvalidInput
-from splatc.patterns.base import Bool, Int, Leaf, Lines, Pattern, Transposed, show, whole
+from splatc.patterns.base import Bool, Int, Leaf, Lines, Pattern, Transposed, choice, show, whole
+
+BORDERS = ("cut", "clamp")
+Bounds = tuple[Int, Int]  # of each position of an axis, the first and last of its window, which may lie outside
 
 
 @dataclass(frozen=True, repr=False)
 class Neighborhood(Leaf):
-    """See `neighborhood`. All fields have one entry per axis of the grid."""
+    """See `neighborhood`. All fields but the last have one entry per axis of the grid."""
 
     grid: tuple[int, ...]
     size: tuple[int, ...]
     dilation: tuple[int, ...]
     causal: tuple[bool, ...]
+    border: str = "cut"
 
     name: ClassVar[str] = "neighborhood"
 
-    @property
-    def _reach(self) -> list[tuple[int, int]]:
-        """Per axis (left, right): -left <= offset <= right, in grid positions."""
-        return [
-            ((s - 1) * d, 0) if c else (s // 2 * d, s // 2 * d)
-            for s, d, c in zip(self.size, self.dilation, self.causal, strict=True)
-        ]
+    @cached_property
+    def _bounds(self) -> list[Bounds]:
+        """Of each axis, in grid positions."""
+        axes = zip(self.grid, self.size, self.dilation, self.causal, strict=True)
+        return [_bounds(n, size, step, causal, self.border) for n, size, step, causal in axes]
 
     def member(self, q: Int, k: Int, q_len: int, kv_len: int) -> Bool:
         out: Bool | None = None
-        axes = list(zip(self.grid, self._reach, self.dilation, strict=True))
-        for i, (n, (left, right), step) in reversed(list(enumerate(axes))):
-            # The slowest axis needs no reduction mod n.
-            away = (k % n - q % n) if i else (k - q)
+        for n, (first, last), step in reversed(list(zip(self.grid, self._bounds, self.dilation, strict=True))):
+            x, y = q % n, k % n
             q, k = q // n, k // n
-            near = (away >= -left) & (away <= right)
+            near = (y >= first[x]) & (y <= last[x])
             if step > 1:
-                near &= away % step == 0
+                near &= (y - x) % step == 0
             out = near if out is None else out & near
         assert out is not None
         return out
 
     def lines(self, q_len: int, kv_len: int) -> Lines:
-        return self._window_lines(self._reach, q_len, kv_len)
+        return self._window_lines(self._bounds, q_len, kv_len)
 
     def transposed(self) -> Pattern:
-        return Transposed(self) if any(self.causal) else self
+        return Transposed(self) if any(self.causal) or self.border == "clamp" else self
 
     def transposed_lines(self, q_len: int, kv_len: int) -> Lines:
-        return self._window_lines([(right, left) for left, right in self._reach], q_len, kv_len)
+        axes = zip(self._bounds, self.dilation, self.causal, strict=True)
+        turned = [_turned(bounds, step, self.border == "clamp" and not causal) for bounds, step, causal in axes]
+        return self._window_lines(turned, q_len, kv_len)
 
-    def _window_lines(self, reach: list[tuple[int, int]], q_len: int, kv_len: int) -> Lines:
+    def _window_lines(self, bounds: list[Bounds], q_len: int, kv_len: int) -> Lines:
         # A grid line is a run of the fastest axis. Inside one the mask is a (dilated) window against each
         # grid line in reach, so each pair of lines contributes the visited line's two ends and the window's
-        # two diagonals.
+        # two sides: diagonals where it moves with the query, columns where it is clamped and stands still.
         wide, step = self.grid[-1], self.dilation[-1]
-        left, right = reach[-1]
-        src, dst = self._line_pairs(reach)
-        lo, hi, shift = src * wide, (src + 1) * wide, (dst - src) * wide
-        cols = [np.stack([lo, hi, dst * wide], 1), np.stack([lo, hi, (dst + 1) * wide], 1)]
-        diags = [np.stack([lo, hi, shift - left], 1), np.stack([lo, hi, shift + right + 1], 1)]
+        src, dst = self._line_pairs(bounds)
+        lo, shift = src * wide, (dst - src) * wide
+        cols, diags = [np.stack([lo, lo + wide, at * wide], 1) for at in (dst, dst + 1)], [np.zeros((0, 3), np.int64)]
+        for side in (bounds[-1][0], bounds[-1][1] + 1):
+            for begin, end, moves in _runs(side):
+                at = side[begin] - begin + shift if moves else side[begin] + dst * wide
+                (diags if moves else cols).append(np.stack([lo + begin, lo + end, at], 1))
         hit = np.unique(shift % step).tolist()
         return Lines.of(
             q_len,
@@ -76,15 +82,13 @@ class Neighborhood(Leaf):
             diff_mod=[(step, tuple(hit) + tuple(h + 1 for h in hit))],
         )
 
-    def _line_pairs(self, reach: list[tuple[int, int]]) -> tuple[Int, Int]:
+    def _line_pairs(self, bounds: list[Bounds]) -> tuple[Int, Int]:
         """Indices of the (query, key) grid lines in reach of one another along all axes but the last."""
         src = dst = np.zeros(1, np.int64)
-        axes = list(zip(self.grid, reach, self.dilation, strict=True))[:-1]
-        for n, (left, right), step in axes:
-            y = np.arange(n, dtype=np.int64)[:, None]
-            to = y + np.arange(-left, right + 1, step, dtype=np.int64)[None, :]
-            inside = (to >= 0) & (to < n)
-            y, to = np.broadcast_to(y, to.shape)[inside], to[inside]
+        for n, (first, last), step in list(zip(self.grid, bounds, self.dilation, strict=True))[:-1]:
+            to = first[:, None] + np.arange(0, int((last - first).max()) + 1, step, dtype=np.int64)[None, :]
+            inside = (to >= 0) & (to < n) & (to <= last[:, None])
+            y, to = np.nonzero(inside)[0], to[inside]
             src = (src[:, None] * n + y[None, :]).reshape(-1)
             dst = (dst[:, None] * n + to[None, :]).reshape(-1)
         return src, dst
@@ -107,18 +111,53 @@ class Neighborhood(Leaf):
             out += f", dilation={show(self.dilation[0] if len(set(self.dilation)) == 1 else self.dilation)}"
         if any(self.causal):
             out += f", causal={show(True if all(self.causal) else self.causal)}"
-        return out + ")"
+        return out + (f", border={show(self.border)})" if self.border != "cut" else ")")
 
 
-def neighborhood(grid: Any, size: Any, dilation: Any = 1, causal: Any = False) -> Neighborhood:
+def _bounds(n: int, size: int, step: int, causal: bool, border: str) -> Bounds:
+    """Windows along an axis of n positions. Those of a residue class are clamped as those of an axis of its own."""
+    x = np.arange(n, dtype=np.int64)
+    place, members = x // step, (n - 1 - x % step) // step + 1  # of x in its class, and of the class
+    first = place - (size - 1 if causal else size // 2)
+    if border == "clamp" and not causal:
+        first = np.clip(first, 0, members - size)
+    return x % step + step * first, x % step + step * (place if causal else first + size - 1)
+
+
+def _turned(bounds: Bounds, step: int, clamped: bool) -> Bounds:
+    """Of each key, the first and last query that attends to it."""
+    first, last = bounds
+    x = np.arange(len(first), dtype=np.int64)
+    if not clamped:  # a window that moves with its query, seen from the key
+        return 2 * x - last, 2 * x - first
+    begin, end = x.copy(), x.copy()
+    for r in range(step):  # both sides of windows rise with the queries of a class
+        mine = x[r::step]
+        begin[mine] = r + step * np.searchsorted(last[mine], mine)
+        end[mine] = r + step * (np.searchsorted(first[mine], mine, side="right") - 1)
+    return begin, end
+
+
+def _runs(side: Int) -> list[tuple[int, int, bool]]:
+    """A side of the windows of a line's queries as runs [begin, end) in which it moves with the query, or stands."""
+    change = np.diff(side)
+    breaks = (change != 0) & (change != 1)
+    breaks[1:] |= change[1:] != change[:-1]
+    cuts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(side)]
+    return [(a, b, b - a > 1 and bool(change[a] == 1)) for a, b in pairwise(cuts)]
+
+
+def neighborhood(grid: Any, size: Any, dilation: Any = 1, causal: Any = False, border: str = "cut") -> Neighborhood:
     """Neighbourhood attention (NATTEN, arXiv:2204.07143).
 
     grid: (W,), (H, W) or (D, H, W); position (z, y, x) is (z*H + y)*W + x, and q_len == kv_len == prod(grid).
     size, dilation, causal: one value, or one per axis. Along each axis a query attends to the offsets that
     are multiples of `dilation` from -(size//2)*dilation to (size//2)*dilation (`size` odd), or, on a causal
-    axis, from -(size-1)*dilation to 0. The window is cut at the border of the grid; NATTEN instead shifts a
-    non-causal window inwards so that it keeps `size` keys, so queries near the border differ from it.
+    axis, from -(size-1)*dilation to 0. border: what becomes of a window that sticks out of the grid along an axis
+    that is not causal: "cut", it has fewer keys there; "clamp", as in NATTEN, it is moved inwards, by whole steps, and
+    keeps `size` keys: the axis must have size * dilation positions at least.
     """
+    choice("neighborhood", "border", border, BORDERS)
     axes = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
     if not 1 <= len(axes) <= 3:
         raise InvalidInput(f"neighborhood: grid is {grid!r}, but it must have 1 to 3 axes")
@@ -137,7 +176,13 @@ def neighborhood(grid: Any, size: Any, dilation: Any = 1, causal: Any = False) -
             )
     steps = _per_axis("dilation", dilation, len(axes))
     dilations = tuple(whole("neighborhood", "dilation", d, at_least=1) for d in steps)
-    return Neighborhood(axes, sizes, dilations, tuple(bool(c) for c in causals))
+    for n, s, d, c in zip(axes, sizes, dilations, causals, strict=True):
+        if border == "clamp" and not c and s * d > n:
+            raise InvalidInput(
+                f"neighborhood: an axis of {n} positions has no room for a clamped window of {s} keys,"
+                f" {d} apart: {s * d} positions are needed"
+            )
+    return Neighborhood(axes, sizes, dilations, tuple(bool(c) for c in causals), border)
 
 
 def _per_axis(name: str, value: Any, axes: int) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from splatc.errors import InvalidInput, PatternSyntaxError
-from splatc.patterns import blocks, heads, library, neighborhood, pruned
+from splatc.patterns import blocks, heads, library, neighborhood, pruned, shifted
 from splatc.patterns.base import Pattern, transpose
 from splatc.patterns.reader import Token, Tree, Unreadable, read_tree
 
@@ -42,6 +42,7 @@ NAMES: dict[str, Callable[..., Pattern]] = {
     "neighborhood": neighborhood.neighborhood,
     "nm": pruned.nm,
     "per_head": heads.per_head,
+    "after": shifted.after,
     "transpose": transpose,
 }
 _LITERALS = {"True": True, "False": False, "true": True, "false": False, "None": None}

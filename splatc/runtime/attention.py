@@ -40,6 +40,7 @@ from splatc.runtime.work import work_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from splatc.runtime.gradients_portable import PortableGradients
     from splatc.runtime.scores import SparseScores
 
 ALL = slice(None)
@@ -100,7 +101,7 @@ class CompiledAttention:
     """
 
     def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0,
-                 gradients: Callable[[Planner], Gradients | GpuGradients] | None = None,
+                 gradients: Callable[[Planner], Gradients | GpuGradients | PortableGradients] | None = None,
                  refused: str | None = None) -> None:  # fmt: skip
         """cap: the softcap of scores, 0 for none. gradients(planner of the mask): called at the first backward pass.
         refused: why it must not be, None where there are gradients."""
@@ -190,10 +191,10 @@ class CompiledAttention:
 
         scale: of the scores, default 1/sqrt(head_dim). enable_gqa: allow fewer key/value heads. Returns o like q with
         v_head_dim, and with return_lse also lse (batch, heads, q_len), natural log, float32 (for float64: float64). A
-        row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. On a
-        CPU, and in 16-bit types on a Hopper GPU, both are differentiable. options: alibi_slopes, relative_bias,
-        block_bias, block_size, sinks, bias_align, dropout_p and seed, where this was compiled for them: see
-        ``splatc.runtime.terms.TermOptions``. Raises InvalidInput for tensors that do not fit.
+        row that attends to nothing gives 0 and -inf. Under autocast, tensors are converted to the compiled dtype. Both
+        are differentiable, but for biases and dropout in float32 on a GPU, and for pruning there. options:
+        alibi_slopes, relative_bias, block_bias, block_size, sinks, bias_align, dropout_p and seed, where this was
+        compiled for them: see ``splatc.runtime.terms.TermOptions``. Raises InvalidInput for tensors that do not fit.
         """
         terms = self._terms(q, k, options) if options or self._asks else None
         if hasattr(q, "requires_grad"):  # a torch tensor
@@ -218,16 +219,17 @@ class CompiledAttention:
         return (self._launcher if self._on_gpu else self._run_on_cpu)(q, k, v, scale, enable_gqa, terms)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
-                 enable_gqa: bool, terms: Terms | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
-        """(dq, dk, dv, those of what there is of ``terms.learnable``) for the gradients do of o and dlse of lse (None
-        for zeros); torch tensors, in the compiled layout."""
+                 enable_gqa: bool, terms: Terms | None = None,
+                 learning: Sequence[bool] | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+        """(dq, dk, dv, those of ``terms.learning(learning)``) for the gradients do of o and dlse of lse (None for
+        zeros); torch tensors, in the compiled layout."""
         shape = check_call(q, k, v, self.layout, enable_gqa)
         number = check_scale(scale, shape.head_dim)
-        dq, dk, dv, *of_terms = self.gradients(shape, q, k, v, o, lse, do, dlse, number, terms)
+        dq, dk, dv, *of_terms = self.gradients(shape, q, k, v, o, lse, do, dlse, number, terms, learning)
         return dq, dk, dv, of_terms
 
     @cached_property
-    def gradients(self) -> Gradients | GpuGradients:
+    def gradients(self) -> Gradients | GpuGradients | PortableGradients:
         """What computes gradients; Unsupported where nothing does."""
         if self._make_gradients is None:
             raise Unsupported(f"{self._refused}: {DETACH}")

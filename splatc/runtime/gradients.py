@@ -42,9 +42,10 @@ class Gradients:
         self._ready: dict[tuple[int, ...], tuple[list[_Call], list[_Call]]] = {}
 
     def __call__(self, shape: Shape, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any,
-                 scale: float, terms: Terms | None = None) -> tuple[Any, ...]:  # fmt: skip
+                 scale: float, terms: Terms | None = None,
+                 learning: Sequence[bool] | None = None) -> tuple[Any, ...]:  # fmt: skip
         """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse; then those
-        of what there is of ``terms.learnable``.
+        of ``terms.learning(learning)``.
 
         All but lse and dlse (None for zeros), (batch, heads, q_len), are in the compiled layout; so are the results,
         contiguous and of the dtype of q.
@@ -58,9 +59,12 @@ class Gradients:
         lse, delta = lse.detach().contiguous(), delta.contiguous()
         results = [torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
         writes = [exchange(to_bhsd(x, self._layout)) for x in results]
+        terms = terms or NO_TERMS
         of_terms = self.write(shape, [exchange(x) for x in inputs], lse.numpy(), delta.numpy(), writes, scale,
-                              _in_numpy(terms or NO_TERMS))  # fmt: skip
-        return *(x.to(q.dtype) for x in results), *(torch.from_numpy(x).to(lse.dtype) for x in of_terms)
+                              _in_numpy(terms))  # fmt: skip
+        found = dict(zip(terms.learning(), of_terms, strict=True))
+        of_terms = [torch.from_numpy(found[name]).to(lse.dtype) for name in terms.learning(learning)]
+        return *(x.to(q.dtype) for x in results), *of_terms
 
     def write(self, shape: Shape, inputs: Sequence[Any], lse: Any, delta: Any, results: Sequence[Any], scale: float,
               terms: Terms) -> list[Any]:  # fmt: skip

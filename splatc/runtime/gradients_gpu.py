@@ -11,7 +11,8 @@ from typing import Any
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
 from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
 from splatc.codegen.kernel import GRADIENTS, KernelSpec
-from splatc.ir.terms import NO_TERMS, Terms
+from splatc.ir.score import Score, score_of
+from splatc.ir.terms import LEARNABLE, NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.bias_gradients import ABSENT_SUMS, BiasGradients, without_pairs
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
@@ -44,9 +45,10 @@ class GpuGradients:
         self._uploaded: dict[tuple[Any, ...], tuple[Way, DeviceTables]] = {}
 
     def __call__(self, shape: Shape, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any,
-                 scale: float, terms: Terms | None = None) -> tuple[Any, ...]:  # fmt: skip
+                 scale: float, terms: Terms | None = None,
+                 learning: Sequence[bool] | None = None) -> tuple[Any, ...]:  # fmt: skip
         """The gradients of torch tensors q, k, v, of which o and lse were computed, for those of o and lse; then those
-        of what there is of ``terms.learnable``.
+        of ``terms.learning(learning)``: others cost nothing.
 
         All but lse and dlse (None for zeros), (batch, heads, q_len), are in the compiled layout; so are the results,
         contiguous and of the dtype of q.
@@ -54,20 +56,22 @@ class GpuGradients:
         import torch
 
         dlse = self._zeros(lse) if dlse is None else dlse.detach().to(lse.dtype).contiguous()
+        wanted = (terms or NO_TERMS).learning(learning)
         if not (shape.q_len and shape.kv_len):
-            return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms or NO_TERMS, lse, dlse)
+            return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms or NO_TERMS, wanted, lse, dlse)
         tensors = {name: readable(to_bhsd(x.detach(), self._layout))
                    for name, x in zip(INPUTS, (q, k, v, o, do.to(q.dtype)), strict=False)}  # fmt: skip
         tensors["lse"], tensors["dlse"] = lse.detach().contiguous(), dlse
-        key = shape, *(x.stride() for x in tensors.values()), q.device
+        key = shape, *(x.stride() for x in tensors.values()), q.device, wanted
         if key not in self._ready:
             layouts = {name: layout_of(tensors[name]) for name in INPUTS[:5]}
-            remember(self._ready, key, self._prepare(shape, layouts, q))
+            learns = score_of(False, *(name in wanted for name in LEARNABLE[:-1]))
+            remember(self._ready, key, self._prepare(shape, layouts, q, learns))
         run, addresses = self._ready[key], {name: x.data_ptr() for name, x in tensors.items()}
         if terms is None:
             made = run(addresses, scale)
             return made["dq"], made["dk"], made["dv"]
-        biases = BiasGradients(terms, shape, tensors["do"], tensors["v"], dlse)
+        biases = BiasGradients(terms, wanted, shape, tensors["do"], tensors["v"], dlse)
         made = run(addresses, scale, {**term_values(terms), **biases.values})
         delta = made["statistics"].view(*lse.shape, STATISTICS)[..., 1]
         return made["dq"], made["dk"], made["dv"], *biases.results(lse, delta)
@@ -87,12 +91,12 @@ class GpuGradients:
         with on.torch.on(on.ordinal):
             return self._way(shape, on)[0]
 
-    def _prepare(self, shape: Shape, layouts: dict[str, Layout], q: Any) -> GradientCall:
+    def _prepare(self, shape: Shape, layouts: dict[str, Layout], q: Any, learning: Score) -> GradientCall:
         on = self._find_gpu(q.device.index)
         with on.torch.on(on.ordinal):
             way, tables = self._way(shape, on)
             call = Preparation(on, shape, way, tables, layouts, self._layout, self._cap, int(q.data_ptr()))
-            rows = None if way.rows is None else self._functions(way.rows, on)
+            rows = None if way.rows is None else self._functions(replace(way.rows, learning=learning), on)
             steps = call.steps([self._functions(one, on) for one in way.columns], rows)
             return GradientCall(on, call.sizes(), steps, tables, self._layout)
 
@@ -293,8 +297,10 @@ class GradientCall:
         self._sizes = {name: (*contiguous(*shape), getattr(torch, dtype)) for name, (dtype, shape) in sizes.items()
                        if math.prod(shape)}  # fmt: skip
         self._lock = threading.Lock()
-        self._bounds = {name: self._bound(name, steps) for name in (*INPUTS, *RESULTS, *SCRATCH)}
-        self._queues = [slot for step in steps if (slot := step.arguments.slot(step.holders["queue"])) is not None]
+        names = dict.fromkeys(name for step in steps for name in step.holders if name != "queue")
+        self._bounds = {name: self._bound(name, steps) for name in names}
+        queues = [step.arguments.slot(step.holders["queue"]) for step in steps if "queue" in step.holders]
+        self._queues = [slot for slot in queues if slot is not None]
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._terms = Slots(steps, (*ABSENT, *ABSENT_SUMS))
         self._configs = [config_of(step) for step in steps]
@@ -302,7 +308,7 @@ class GradientCall:
         self._starts = [start_of(config, step) for config, step in zip(self._configs, steps, strict=True)]
 
     def _bound(self, name: str, steps: list[Step]) -> Bound:
-        slots = [step.arguments.slot(step.holders[name]) for step in steps]
+        slots = [step.arguments.slot(step.holders[name]) for step in steps if name in step.holders]
         maps = [one for step in steps for one in step.arguments.maps.values() if one.tensor == name]
         return Bound(self._gpu.driver, slots, maps, -1)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from splatc.codegen.build import FUNCTION, build, load, source_name
-from splatc.codegen.kernel import KernelSpec, not_hopper
+from splatc.codegen.kernel import BACKWARD, KernelSpec, not_hopper
 from splatc.codegen.toolchain import find_compiler
 from splatc.config import Config
 from splatc.errors import Unsupported
@@ -52,8 +52,9 @@ def find_kernel(spec: KernelSpec) -> Kernel:
     """The kernel of a spec, from memory, from the cache on disk or built now."""
     config = Config.from_env()
     if spec.kernel == "portable":
-        why = not_hopper(spec.head_dim, spec.v_head_dim, spec.dtype, spec.target, allow_tf32=False)
-        _say_portable(why or "it was asked for")
+        of_gradients = spec.role == BACKWARD
+        why = not_hopper(spec.head_dim, spec.v_head_dim, spec.dtype, spec.target, allow_tf32=of_gradients)
+        _say_portable(why or ("gradients must be of 16-bit types" if of_gradients else "it was asked for"))
     return _find(spec, config)
 
 
@@ -75,7 +76,8 @@ def key_fields(spec: KernelSpec) -> dict[str, Any]:
     versions = {name: _version(name, module) for name, module in (("apache-tvm", "tvm"), ("apache-tvm-ffi", "tvm_ffi"))}
     machine = f"{platform.system()}-{platform.machine()}"
     compiler = {"cuda": cuda_identity()} if spec.target.kind == "cuda" else {"cpu": cpu_identity()}
-    known = {**asdict(spec), "target": str(spec.target), "score": list(spec.score.names)}  # a step has no fields
+    names = {"score": list(spec.score.names), "learning": list(spec.learning.names)}  # a step has no fields
+    known = {**asdict(spec), "target": str(spec.target), **names}
     return {**known, "codegen": source_fingerprint(), **versions, **compiler, "python": platform.python_version(),
             "machine": machine}  # fmt: skip
 

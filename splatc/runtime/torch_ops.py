@@ -1,16 +1,17 @@
 """splatc's operators in PyTorch: what autograd, torch.compile, torch.export and torch.func see.
 
     splatc::attention(q, k, v, mask, scale, enable_gqa, *terms) -> (o, lse)
-    splatc::attention_backward(q, k, v, o, lse, do, dlse, mask, scale, enable_gqa, *terms) -> (dq, dk, dv, dterms)
+    splatc::attention_backward(q, k, v, o, lse, do, dlse, mask, scale, enable_gqa, *terms, learning) -> (dq, dk, dv,
+        dterms)
 
 ``mask`` is the handle of a CompiledAttention, which has to be alive when an operator runs: whoever calls it holds it,
 as does the autograd graph. A handle means nothing in another process. ``terms`` are the fields of ``Terms``; dterms are
-the gradients of those of its tensors that are there, without the seed.
+the gradients of ``Terms.learning(learning)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from splatc.runtime.handles import find
 from splatc.runtime.tensors import NO_TRANSFORMS, computed_in, dtype_name
 
 TENSORS = len(LEARNABLE) + 1  # of Terms: these and the seed
+FIELDS = len(NO_TERMS.arguments)
+FIRST = 6  # of the operator's arguments that is one of Terms
 
 
 @torch.library.custom_op("splatc::attention", mutates_args=())
@@ -49,20 +52,22 @@ def attention_backward(
     dlse: torch.Tensor | None, mask: str, scale: float | None, enable_gqa: bool,
     alibi_slopes: torch.Tensor | None = None, relative_bias: torch.Tensor | None = None,
     block_bias: torch.Tensor | None = None, sinks: torch.Tensor | None = None, seed: torch.Tensor | None = None,
-    block_size: int = 0, shift: int = 0, dropout_p: float = 0.0,
+    block_size: int = 0, shift: int = 0, dropout_p: float = 0.0, learning: Sequence[bool] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """The gradients for those, do and dlse, of o and lse."""
     return _gradients(q, k, v, o, lse, do, dlse, mask, scale, enable_gqa, alibi_slopes, relative_bias, block_bias,
-                      sinks, seed, block_size, shift, dropout_p)  # fmt: skip
+                      sinks, seed, block_size, shift, dropout_p, learning=learning)  # fmt: skip
 
 
 @attention_backward.register_fake
 def _(
     q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: float | None, enable_gqa: bool,
-    *terms: Any, **named: Any,
+    *rest: Any, **named: Any,
 ) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
-    learnable = [*terms[: len(LEARNABLE)], *(named.get(name) for name in LEARNABLE)]
-    dterms = [x.new_empty(x.shape) for x in learnable if x is not None]
+    *given, learning = (*rest, None) if len(rest) <= FIELDS else rest
+    terms = Terms(*given, **{name: x for name, x in named.items() if name != "learning"})
+    found = [getattr(terms, name) for name in terms.learning(named.get("learning", learning))]
+    dterms = [x.new_empty(x.shape) for x in found]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dterms
 
 
@@ -72,8 +77,9 @@ def _forward(q: Any, k: Any, v: Any, mask: str, scale: Any, enable_gqa: bool, *t
 
 
 def _gradients(q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: Any, enable_gqa: bool,
-               *terms: Any) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
-    dq, dk, dv, dterms = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(Terms(*terms)))
+               *terms: Any, learning: Any = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
+    dq, dk, dv, dterms = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(Terms(*terms)),
+                                             learning)  # fmt: skip
     return dq, dk, dv, dterms
 
 
@@ -82,8 +88,8 @@ def _or_none(terms: Terms) -> Terms | None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-    q, k, v, mask, scale, enable_gqa = inputs[:6]
-    terms = inputs[6:] or NO_TERMS.arguments
+    q, k, v, mask, scale, enable_gqa = inputs[:FIRST]
+    terms = inputs[FIRST:] or NO_TERMS.arguments
     ctx.save_for_backward(q, k, v, *output, *terms[:TENSORS])
     ctx.options, ctx.numbers, ctx.kept_alive = (mask, scale, enable_gqa), terms[TENSORS:], find(mask)
     ctx.set_materialize_grads(False)  # mostly nobody asks for gradients of lse
@@ -92,9 +98,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
 def _backward(ctx: Any, do: Any, dlse: Any, run: Callable[..., Any] = attention_backward) -> tuple[Any, ...]:
     q, k, v, o, lse, *tensors = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, dterms = run(q, k, v, o, lse, do, dlse, *ctx.options, *tensors, *ctx.numbers)
+    flags = [x is not None and ctx.needs_input_grad[FIRST + i] for i, x in enumerate(tensors[: len(LEARNABLE)])]
+    dq, dk, dv, dterms = run(q, k, v, o, lse, do, dlse, *ctx.options, *tensors, *ctx.numbers, learning=flags)
     left = iter(dterms)
-    of_terms = (None if x is None else next(left) for x in tensors[: len(LEARNABLE)])
+    of_terms = (next(left) if flag else None for flag in flags)
     return dq, dk, dv, None, None, None, *of_terms, None, None, None, None
 
 

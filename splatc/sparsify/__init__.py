@@ -6,6 +6,7 @@ mean_attention    such a map, of queries and keys
 SpionAttention    a layer that is dense until it is switched to blocks
 SpionSchedule     when to switch, and the switch
 prune_to_zero     the softmax in which pruned entries have the score 0
+layer_costs       operations and memory of each layer's attention, beside dense; costs_of: of a pattern
 sparsek           SparseK's projection: a differentiable choice of k scores
 
 Importing this package imports nothing else; its names come with their first use.
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splatc.sparsify.callbacks import lightning_callback as lightning_callback
     from splatc.sparsify.callbacks import trainer_callback as trainer_callback
+    from splatc.sparsify.costs import costs_of as costs_of
+    from splatc.sparsify.costs import layer_costs as layer_costs
     from splatc.sparsify.layer import SpionAttention as SpionAttention
     from splatc.sparsify.nm import NMAttention as NMAttention
     from splatc.sparsify.nm import to_nm as to_nm
@@ -30,7 +33,9 @@ HOMES = {  # name: the module that has it
     "NMAttention": "nm",
     "SpionAttention": "layer",
     "SpionSchedule": "schedule",
+    "costs_of": "costs",
     "find_pattern": "spion",
+    "layer_costs": "costs",
     "lightning_callback": "callbacks",
     "mean_attention": "scores",
     "prune_to_zero": "zero",

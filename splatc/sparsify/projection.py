@@ -74,18 +74,23 @@ def _prefixes(z: torch.Tensor, rows: range) -> torch.Tensor:
 
 
 def _solve(z: torch.Tensor, k: float, rows: range) -> torch.Tensor:
-    """Thresholds (..., rows): halve an interval until it has no number inside, which tells the scores between from the
-    ones taken whole; these give tau exactly."""
+    """Thresholds (..., rows). Between neighbours of all z and z - 1 the sum of p is linear in tau, with the number of
+    scores between 0 and 1 for its slope: a sort and two running sums give the sum at each, and so the place of tau.
+    The scores that are then taken whole, and those between, give it exactly."""
     inside = _prefixes(z, rows)
-    z = z.double()
-    each = z[..., None, :]
-    high = torch.where(inside, each, -torch.inf).amax(-1)  # p sums to 0
-    low = torch.where(inside, each, torch.inf).amin(-1) - 1  # p is 1 everywhere
-    for _ in range(60):
-        middle = (low + high) / 2
-        more = ((each - middle[..., None]).clamp(0, 1) * inside).sum(-1) > k
-        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-    away, dust = each - high[..., None], 1e-12 * (1 + high.abs())[..., None]
+    each = z.double()[..., None, :]
+    ends, order = torch.cat([each, each - 1], -1).sort(-1, descending=True)
+    ends, order = (x.expand(*each.shape[:-2], len(rows), -1) for x in (ends, order))
+    sign = torch.cat([inside, inside], -1).double()
+    sign[..., z.shape[-1] :] *= -1
+    sign = sign.expand_as(ends).gather(-1, order)
+    slope, weighed = sign.cumsum(-1), (sign * ends).cumsum(-1)
+    reached = weighed - ends * slope >= k
+    at = (reached.int().argmax(-1, keepdim=True) - 1).clamp_min(0)
+    slope, weighed = (x.gather(-1, at)[..., 0] for x in (slope, weighed))
+    tau = torch.where(slope > 0.5, (weighed - k) / slope.clamp_min(1), ends.gather(-1, at)[..., 0])
+
+    away, dust = each - tau[..., None], 1e-12 * (1 + tau.abs())[..., None]
     taken = (away >= 1 - dust) & inside
     free = (away > dust) & inside & ~taken
     count = free.sum(-1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from splatc import patterns as P
 from splatc.patterns.base import Pattern
@@ -64,14 +65,35 @@ def tile_lists(n: int, per_row: int = 4, tile: int = 128, seed: int = 0) -> Case
     for shift in shifts:
         chosen[np.arange(rows), column_of[(np.arange(rows) + shift) % rows]] = True
 
+    return Case(f"tiles{tile}x{per_row}", f"{per_row} random {tile} x {tile} tiles in every row and column of tiles",
+                P.block_mask(chosen, (tile, tile)), _blocks_of(chosen, tile))  # fmt: skip
+
+
+def half_in_one_row(n: int, tile: int = 128, seed: int = 0) -> tuple[Case, Case]:
+    """Two masks of about as many random whole tiles: all of one row block and one in every other; two in each."""
+    rng, rows = np.random.default_rng(seed), -(-n // tile)
+    column_of = rng.permutation(rows)
+    even = np.zeros((rows, rows), np.bool_)
+    uneven = np.zeros((rows, rows), np.bool_)
+    even[np.arange(rows), column_of] = even[np.arange(rows), np.roll(column_of, 1)] = True
+    uneven[np.arange(rows), column_of] = True
+    uneven[rows // 3] = True
+    return (Case("half_in_one_row", f"all in one {tile}-block of rows, one {tile}-block in every other",
+                 P.block_mask(uneven, tile), _blocks_of(uneven, tile)),
+            Case("even_rows", f"two {tile}-blocks in every {tile}-block of rows", P.block_mask(even, tile),
+                 _blocks_of(even, tile)))  # fmt: skip
+
+
+def _blocks_of(chosen: NDArray[np.bool_], tile: int) -> Callable[[str], MaskMod]:
+    """A mask_mod that looks blocks up."""
+
     def mod(device: str) -> MaskMod:
         import torch
 
         table = torch.from_numpy(chosen).to(device)
         return lambda b, h, q, k: table[q // tile, k // tile]
 
-    return Case(f"tiles{tile}x{per_row}", f"{per_row} random {tile} x {tile} tiles in every row and column of tiles",
-                P.block_mask(chosen, (tile, tile)), mod)  # fmt: skip
+    return mod
 
 
 def causal_window(size: int) -> Case:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from splatc.bench.gpu.cases import Case, causal_window, neighborhood_2d, seventeen, tile_lists
+from splatc.bench.gpu.cases import Case, causal_window, half_in_one_row, neighborhood_2d, seventeen, tile_lists
 from splatc.bench.gpu.measure import Job
 from splatc.bench.gpu.peers import PACKAGES
 from splatc.bench.gpu.shapes import Shape
@@ -70,6 +70,8 @@ def _shapes(choice: Choice) -> Iterator[Job]:
     for head_dim in choice.head_dims:
         case = neighborhood_2d(choice.length)
         yield Job("shapes", case, _shape(choice, choice.length, head_dim), ("flex", "masked", "natten"), choice.repeats)
+        for case in half_in_one_row(2 * choice.length):
+            yield Job("shapes", case, _shape(choice, 2 * choice.length, head_dim), (), choice.repeats)
     length, heads, kv_heads = (2 * choice.length, 8, 2) if choice.quick else (32768, 64, 8)
     if 128 in choice.head_dims:
         shape = Shape(length, 128, 1, heads, kv_heads, choice.dtype)

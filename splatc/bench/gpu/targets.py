@@ -22,6 +22,7 @@ SHARES = {  # of cuDNN's dense rate, useful operations, D = 128
 }  # fmt: skip
 BYTES_BOUND = 1.25  # strided64: times the time of moving q, k, v and o once
 NEIGHBORHOOD = 6.0  # times FlexAttention
+UNEVEN = 1.3  # half of the tiles in one row block: times as many tiles evenly
 LONG_TFLOPS, LONG_SHARE = 500.0, 0.85
 CONSTANT = 1.15  # growth of a window: slowest over fastest time per query
 SLACK = 64  # bytes a token that memory may differ from proportional
@@ -204,6 +205,12 @@ def _shapes(results: Results) -> Iterator[Verdict]:
              if r["case"] == "nat2d_13" and stated(r) and r["seq_len"] == LENGTH]  # fmt: skip
     what = "13 x 13 neighbourhood on 64 x 128 against FlexAttention"
     yield _worst(what, found, Bound(">=", NEIGHBORHOOD, "{:.2f}x"))
+    times = {(r["case"], r["head_dim"]): median_ms(r, "splatc") for r in results.of("shapes")
+             if stated(r) and r["seq_len"] == 2 * LENGTH}  # fmt: skip
+    found = [(f"D={dim}", ours / even) for (case, dim), ours in times.items()
+             if case == "half_in_one_row" and ours and (even := times.get(("even_rows", dim)))]  # fmt: skip
+    yield _worst("half of the tiles in one row block, S=16384, against as many evenly", found,
+                 Bound("<=", UNEVEN, "{:.2f}x"))  # fmt: skip
     what = "window 1024 causal, S=32768, 64:8 heads, D=128"
     wanted = f">= {LONG_TFLOPS:.0f} useful TFLOP/s or {LONG_SHARE} of the dense rate"
     for r in results.of("shapes"):

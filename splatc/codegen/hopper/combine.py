@@ -1,13 +1,16 @@
 """The second kernel of a split plan: partial results of one row tile, from scratch memory, into one.
 
 A row is a warp's work: O = sum of w_p O_p with w_p = exp(LSE_p - LSE), in a fixed order. With ``merge`` what an earlier
-pass left in place is one more part; else the head's sink is one, without O.
+pass left in place is one more part; else the head's sink is one, without O. There may be dozens of parts: lanes read an
+LSE each, and rows of O are fetched some at a time, so that few loads wait for others.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
@@ -32,6 +35,7 @@ from splatc.codegen.hopper.shape import Shape
 NAME = "splatc_combine"
 THREADS = 256
 ROWS = THREADS // 32  # of one block
+LOADS = 8  # of each lane, of O, that need not wait for each other
 
 
 def combine_parts(s: Shape):
@@ -67,13 +71,17 @@ def combine_parts(s: Shape):
                 with when(merge != 0):
                     old.set(lse[at_lse])
                 do(T.cuda.warp_sync())  # every lane has read it before one writes it
-                weights = Weights(part_lse, first * s.m + row, s.m, parts, old())
+                weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
                 sums = Sums(s, lane)
                 with when(merge != 0):
                     sums.add(out, at_out, weights.of(old()))
-                with loop(parts) as p:
-                    at = let("at", weights.row(p))
-                    sums.add(part_out, at * s.dv, weights.of(part_lse[at]))
+                at_once = max(LOADS // ceil_div(s.dv, 32), 1)  # parts
+                with loop(T.truncdiv(parts + (at_once - 1), at_once)) as group:
+                    for i in range(at_once):
+                        part = let("part", group * at_once + i)
+                        at = let("at", weights.row(T.min(part, parts - 1)))
+                        weight = weights.of(part_lse[at])
+                        sums.add(part_out, at * s.dv, T.if_then_else(part < parts, weight, T.float32(0.0)))
                 sums.write(out, at_out)
                 with when(T.EQ(lane, 0)):
                     store(lse, at_lse, weights.lse)
@@ -94,15 +102,17 @@ def wide(x: Expr) -> Expr:
 class Weights:
     """The weights of a row's parts: part p's LSE is part_lse[first + p * step]; ``old`` is one more."""
 
-    def __init__(self, part_lse: Expr, first: Expr, step: int, parts: Expr, old: Expr) -> None:
+    def __init__(self, part_lse: Expr, first: Expr, step: int, parts: Expr, old: Expr, lane: Expr) -> None:
         self._first, self._step = let("first_row", first), step
         top, total = Cell("top", old, "float32"), Cell("total", T.float32(0.0), "float32")
-        with loop(parts) as p:
-            top.set(T.max(top(), part_lse[self.row(p)]))
+        rounds = T.truncdiv(parts + 31, 32)
+        with loop(rounds) as i, when(i * 32 + lane < parts):
+            top.set(T.max(top(), part_lse[self.row(i * 32 + lane)]))
+        top.set(T.cuda.warp_max(top()))
         self._top = let("safe_top", finite(top()))
-        total.set(self._share(old))
-        with loop(parts) as p:
-            total.set(total() + self._share(part_lse[self.row(p)]))
+        with loop(rounds) as i, when(i * 32 + lane < parts):
+            total.set(total() + self._share(part_lse[self.row(i * 32 + lane)]))
+        total.set(T.cuda.warp_sum(total()) + self._share(old))
         zero = T.float32(0.0)
         self._inverse = let("inverse", T.if_then_else(T.EQ(total(), zero), zero, T.float32(1.0) / total()))
         self.lse = let("row_lse", self._top + T.log(total()))
@@ -131,16 +141,17 @@ class Sums:
     def add(self, source: Expr, at: Expr, weight: Expr) -> None:
         """Add weight * source[at:]."""
         for c, column, inside in self._columns():
-            with when(inside):
+            with inside:
                 store(self._acc, c, self._acc[c] + weight * T.cast(source[at + column], "float32"))
 
     def write(self, target: Expr, at: Expr) -> None:
         """target[at:] = the sums, rounded."""
         for c, column, inside in self._columns():
-            with when(inside):
+            with inside:
                 store(target, at + column, T.cast(self._acc[c], self._s.dtype))
 
-    def _columns(self) -> Iterator[tuple[int, Expr, Expr]]:
+    def _columns(self) -> Iterator[tuple[int, Expr, AbstractContextManager[Any]]]:
+        """Number and column of each, and the condition that it exists: none where all do."""
         for c in range(ceil_div(self._s.dv, 32)):
             column = wide(c * 32 + self._lane)
-            yield c, column, column < T.int64(self._s.dv)
+            yield c, column, when(column < T.int64(self._s.dv)) if (c + 1) * 32 > self._s.dv else nullcontext()

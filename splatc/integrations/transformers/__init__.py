@@ -7,9 +7,13 @@
 
 tail         a pattern for the last queries of a sequence, whose keys are in a cache
 masks        transformers' mask functions, read as patterns
+few          a few queries, such as a decode step's: the keys of their rows, and no plan
 attention    the attention function, and patterns for layers
+replace      models with a sparse attention of their own: longformer, big_bird
+keys         keys at some positions, as a pattern
 """
 
 from splatc.integrations.transformers.attention import register, set_patterns
+from splatc.integrations.transformers.replace import replace_attention
 
-__all__ = ["register", "set_patterns"]
+__all__ = ["register", "replace_attention", "set_patterns"]

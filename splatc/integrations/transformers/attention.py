@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from splatc.errors import InvalidInput, Unsupported
+from splatc.errors import Unsupported
+from splatc.integrations.layers import layer_of
+from splatc.integrations.transformers import few
 from splatc.integrations.transformers.masks import Mask, Part, parts_of, splatc_mask
 from splatc.nn.any_length import any_length
 from splatc.patterns import Pattern, as_pattern, causal, full
@@ -37,19 +38,9 @@ def set_patterns(model: torch.nn.Module, patterns: Mapping[int | str, Any]) -> N
     """
     modules = dict(model.named_modules())
     for layer, given in patterns.items():
-        within = [m for name, m in modules.items() if _belongs(name, layer)]
-        if not within:
-            raise InvalidInput(f"set_patterns: the model has no layer {layer!r}: give an index or the name of a module")
         pattern = None if given is None else as_pattern(given)
-        for module in within:
+        for module in layer_of(modules, layer).values():
             setattr(module, _OWN, pattern)
-
-
-def _belongs(name: str, layer: int | str) -> bool:
-    if isinstance(layer, str):
-        return name == layer or name.startswith(layer + ".")
-    first = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return first is not None and int(first[1]) == layer
 
 
 def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -78,7 +69,7 @@ def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         options["sinks"] = s_aux
     if dropout:
         options["dropout_p"] = dropout
-    return _run(parts, query, key, value, softcap, options).transpose(1, 2).contiguous(), None
+    return _run(parts, query, key, value, softcap, options), None
 
 
 def _without_mask(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, is_causal: bool | None) -> Mask:
@@ -92,18 +83,22 @@ def _without_mask(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
 
 def _run(parts: tuple[Part, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None,
          options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
-    """(batch, heads, q_len, dim), zeros for queries in no part."""
+    """(batch, q_len, heads, dim), contiguous; zeros for queries in no part."""
     if len(parts) == 1 and len(parts[0].entries) == q.shape[0] and parts[0].q_to - parts[0].q_from == q.shape[2]:
         return _run_part(parts[0], q, k, v, softcap, options)
-    out = v.new_zeros(*q.shape[:3], v.shape[3])
+    out = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     for part in parts:
         at = torch.tensor(part.entries, device=q.device)
-        out[at, :, part.q_from : part.q_to] = _run_part(part, q[at], k[at], v[at], softcap, options)
+        out[at, part.q_from : part.q_to] = _run_part(part, q[at], k[at], v[at], softcap, options)
     return out
 
 
 def _run_part(part: Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None,
               options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
     queries, keys = slice(part.q_from, part.q_to), slice(part.k_from, part.k_to)
-    attend = any_length(part.pattern, "bhsd", softcap, True, None)
-    return attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], **options)  # type: ignore[no-any-return]
+    q, k, v = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+    if q.shape[2] <= few.MOST and "dropout_p" not in options:
+        o = few.attend(part.pattern, q, k, v, options["scale"], softcap, options.get("sinks"))
+        return o.transpose(1, 2).contiguous()
+    attend = any_length(part.pattern, "bshd", softcap, True, None)  # O is written as transformers wants it
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), **options)  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ import torch
 
 from splatc.errors import Unsupported
 from splatc.integrations.transformers.tail import tail
-from splatc.patterns import Pattern, as_pattern, causal, documents, from_mask_mod, full, window
+from splatc.patterns import Pattern, as_pattern, blocked, causal, documents, from_mask_mod, full, window
 from splatc.patterns.library import Full
 
 MaskFunction = Callable[..., Any]
@@ -80,7 +80,10 @@ def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, k
     before = int(q_offset) - kv_offset
     real = None if attention_mask is None else _real_keys(attention_mask, kv_offset, kv_length)
     spans = ((0, kv_length),) * batch_size if real is None else _spans(real)
-    patterns = None if spans is None else [_read(mask_function, i) for i in range(batch_size)]
+    patterns = None if spans is None else [
+        _read(mask_function, i, kv_offset + start, min(end, before + q_length) - start)
+        for i, (start, end) in enumerate(spans)
+    ]
     known = patterns is not None and all(p is not None for p in patterns)
     if known and _in_place(patterns, q_length, kv_length, before):
         parts = parts_of(patterns, spans, q_length, before)  # type: ignore[arg-type]
@@ -126,8 +129,9 @@ def _spans(real: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[tuple[int, int], 
     return tuple(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def _read(function: MaskFunction, entry: int) -> Pattern | None:
-    """The pattern of a mask function for a batch entry; None if we do not know it."""
+def _read(function: MaskFunction, entry: int, first: int, length: int) -> Pattern | None:
+    """The pattern of a mask function for a batch entry, on ``length`` positions from ``first`` on; None if we do not
+    know it."""
     if getattr(function, "__module__", None) != "transformers.masking_utils":
         return None
     name = function.__qualname__.removesuffix(".<locals>.inner_mask")
@@ -142,13 +146,24 @@ def _read(function: MaskFunction, entry: int) -> Pattern | None:
             return window(values["sliding_window"] - 1, _FAR)
         case "sliding_window_bidirectional_overlay":
             return window(values["sliding_window"], values["sliding_window"])
+        case "chunked_overlay":
+            return _chunks(values["chunk_size"], first - int(values["left_padding"][entry]), length)
         case "packed_sequence_mask_function":
             return documents(ids=values["packed_sequence_mask"][entry].cpu().numpy())
         case "remap_positions_for_packed_sequence":  # transformers joins it with documents, in which positions run on
-            return _read(values["mask_function"], entry)
+            return _read(values["mask_function"], entry, first, length)
         case "and_masks.<locals>.and_mask":
-            return _all_of([_read(f, entry) for f in values["mask_functions"]])
+            return _all_of([_read(f, entry, first, length) for f in values["mask_functions"]])
     return None
+
+
+def _chunks(size: int, first: int, length: int) -> Pattern:
+    """Chunks of Llama 4 on ``length`` positions, the first of which is position ``first`` of the sequence."""
+    begun = first % size  # of the first chunk, what lies before: a cache has dropped it
+    if not begun or length < 1:
+        return blocked(size)
+    cuts = np.unique(np.clip(np.arange(0, begun + length + size, size) - begun, 0, length))
+    return documents(np.diff(cuts))
 
 
 def _all_of(patterns: list[Pattern | None]) -> Pattern | None:

@@ -70,7 +70,7 @@ class Arguments:
             self.gather = table("gather", "int32", s.n)
             self.k_rows, self.v_rows = Rows("k", s.dtype, s.d, self.k), Rows("v", s.dtype, s.dv, self.v)
         self.counter = table("queue", "int32", 1)
-        self.terms, self.bias_sums = TermArguments(s.score, table), SumArguments(s.score, table)
+        self.terms, self.bias_sums = TermArguments(s.score, table), SumArguments(s.learning, table)
         if s.positional:
             self.columns = table("columns", "int32", STRIDES + s.n)
         for maps in (self.q, self.do, self.statistics, self.out, self.k, self.v, self.part):
@@ -154,7 +154,7 @@ class Consumer(RowTiles):
         self.words = registers("mask", s.bit_words, "uint32")
         self.enter_rings()
         self.used_at = b.k_ring.consumer("used")  # the tile whose dS is in registers
-        self.bias_sums = BiasSums(a.bias_sums, self.terms, self.scores.count) if s.score.biases else None
+        self.bias_sums = BiasSums(a.bias_sums, s.learning, self.terms, self.scores) if s.learning else None
         self.walk()
 
     def row_tile(self) -> None:
@@ -178,7 +178,8 @@ class Consumer(RowTiles):
         self.ask_query_gradients()
         self.take_query_gradients(pending=0)
         if self.bias_sums is not None:
-            self.bias_sums.finish()
+            first = let("first_statistics", self.first_row() * STATISTICS)
+            self.bias_sums.finish(self.batch, b.lane, lambda r: self.position(first + 8 * r * STATISTICS))
         self.finish()
 
     def next_tile(self, masked: bool) -> None:
@@ -209,7 +210,7 @@ class Consumer(RowTiles):
         self.scores.gradients()
         emit_if(masked, self.mask)
         if self.bias_sums is not None:
-            self.bias_sums.add(self.scores.dp, self.scores.pairs)
+            self.bias_sums.add()
 
     def ask_scores(self) -> None:
         self.block.k_ring.wait_full(self.k_at)
@@ -230,18 +231,26 @@ class Consumer(RowTiles):
     def read_statistics(self) -> None:
         """LSE and delta of this thread's two queries."""
         b = self.block
-        row = let("row", self.q_at.stage() * self.s.m + self.me * WARPGROUP_ROWS + b.warp * 16 + b.lane // 4)
+        row = let("row", self.first_row())
         self.scores.read_rows([b.statistics[(row + 8 * r) * STATISTICS + word] for word in range(2) for r in range(2)])
         if self.s.positional:
             self.terms.begin(None, let("its_head", b.messages[self.message + HEAD]))
             queries = [self.query(let("statistics", (row + 8 * r) * STATISTICS)) for r in range(2)]
             self.scores.pairs = Pairs(self.terms, queries, self.key_of)
 
+    def first_row(self) -> Expr:
+        """The first of this thread's two rows, counted through the Q stages; the other is 8 rows on."""
+        b = self.block
+        return self.q_at.stage() * self.s.m + self.me * WARPGROUP_ROWS + b.warp * 16 + b.lane // 4
+
     def query(self, at: Expr) -> Query:
         """A query, of its statistics."""
-        position, word = (self.block.statistics[at + what] for what in (POSITION, WORD))
-        return self.terms.query_side(let("query_position", T.reinterpret("int32", position)),
-                                     let("query_word", T.reinterpret("uint32", word)))  # fmt: skip
+        word = T.reinterpret("uint32", self.block.statistics[at + WORD])
+        return self.terms.query_side(let("query_position", self.position(at)), let("query_word", word))
+
+    def position(self, at: Expr) -> Expr:
+        """Where a query is, of its statistics."""
+        return T.reinterpret("int32", self.block.statistics[at + POSITION])
 
     def finish(self) -> None:
         """dQ of this warpgroup's queries to where it belongs."""

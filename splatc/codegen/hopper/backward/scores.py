@@ -20,6 +20,7 @@ from splatc.codegen.hopper.products import PTX_TYPE, hidden
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, chunk
 from splatc.codegen.hopper.softmax import capped, mask_values
 from splatc.codegen.hopper.terms import Pairs
+from splatc.ir.score import Alibi
 
 # Words of a query's statistics (rows.py); in one walk, and in two
 LSE, DELTA, SCALE_IN = 0, 1, 2
@@ -143,8 +144,8 @@ class ValueScores(Scores):
 class RowScores:
     """Score gradients ds of a tile of queries (rows) by keys (columns), packed: an A operand.
 
-    lse, delta: of a thread's two rows, in registers. pairs: of the tile, where a term asks for it; dp then becomes what
-    biases take: the gradients without the slope of a softcap.
+    lse, delta: of a thread's two rows, in registers. pairs: of the tile, where a term asks for it. Where biases learn,
+    dp becomes what they take, the gradients without the slope of a softcap; and s, the probabilities, is masked too.
     """
 
     pairs: Pairs
@@ -160,7 +161,8 @@ class RowScores:
         self._natural = cap if s.softcap else scale
         self._unit = let("unit", self._natural * T.float32(LOG2E))
         self._twice = let("twice", scale / cap * T.float32(2 * LOG2E)) if s.softcap else None
-        if s.softcap and s.score.biases:
+        self._learning, self._slopes_learn = bool(s.learning), s.learning.has(Alibi)
+        if s.softcap and self._learning:
             self._slopes, self._pair = registers("slopes", self.words, "uint32"), registers("slope", 2)
 
     def read_rows(self, statistics: Sequence[Expr]) -> None:
@@ -184,13 +186,17 @@ class RowScores:
             store(self.s, i, T.exp2(self.s[i] * self._unit - lse) * slope)
 
     def _biased(self, i: int, lse: Expr) -> None:
-        """s[i] = exp(score with its biases - LSE); the slope of a softcap goes to slopes."""
+        """s[i] = exp(score with its biases - LSE), times the slope of a softcap; which goes to slopes where biases
+        learn."""
         if self._twice is not None:
             store(self.s, i, capped(self.s[i] * self._twice))
-            store(self._pair, i % 2, T.float32(1.0) - self.s[i] * self.s[i])
+        slope = T.float32(1.0) - self.s[i] * self.s[i]
+        if self._twice is not None and self._learning:
+            store(self._pair, i % 2, slope)
             if i % 2:
                 self._pack(self._slopes, i // 2, self._pair[0], self._pair[1])
-        store(self.s, i, T.exp2(self.pairs.add(i, self.s[i] * self._natural) * T.float32(LOG2E) - lse))
+        p = T.exp2(self.pairs.add(i, self.s[i] * self._natural) * T.float32(LOG2E) - lse)
+        store(self.s, i, p if self._twice is None or self._learning else p * slope)
 
     def _pack(self, words: Expr, at: int, low: Expr, high: Expr) -> None:
         do(T.ptx[f"cvt.rn.{self._kind}x2.f32"](words[at], high, low))
@@ -199,7 +205,7 @@ class RowScores:
         """ds = s (dp - delta)."""
         for word in range(self.words):
             both = [self._gradient(i) for i in (2 * word, 2 * word + 1)]
-            if self._score.biases and self._twice is not None:
+            if self._learning and self._twice is not None:
                 slopes = unpack(self._slopes[word], self._dtype)
                 both = [one * slope for one, slope in zip(both, slopes, strict=True)]
             self._pack(self.ds, word, *both)
@@ -209,7 +215,7 @@ class RowScores:
         if self._score.dropout:
             dp = self.pairs.kept(i, dp * self._kept)
         gradient = self.s[i] * (dp - self.delta[i // 2 % 2])
-        if not self._score.biases:
+        if not self._learning:
             return gradient
         store(self.dp, i, gradient)
         return self.dp[i]
@@ -217,8 +223,10 @@ class RowScores:
     def mask(self, bits: Expr) -> None:
         """0 where the register's bit is clear, whatever it was. bits: words of a thread."""
         mask_words(self.ds, self.words, bits)
-        if self._score.biases:
+        if self._learning:
             mask_values(self.dp, self.count, bits, masked=0.0)
+            if self._slopes_learn:
+                mask_values(self.s, self.count, bits, masked=0.0)
 
 
 def mask_words(words: Expr, count: int, bits: Expr) -> None:

@@ -9,7 +9,7 @@ from splatc.codegen.hopper.shape import ROW_BYTES, SMEM_BYTES, WARPGROUP_ROWS, c
 from splatc.codegen.hopper.shape import Shape as TileShape
 from splatc.codegen.kernel import GRADIENTS, WIDEST_IN_ONE_WALK, KernelSpec
 from splatc.errors import Unsupported
-from splatc.ir.score import BlockBias, RelativeBias, Score
+from splatc.ir.score import NO_SCORE, BlockBias, RelativeBias, Score
 
 KEYS = 128  # of a column tile: 64 a warpgroup
 WARPGROUPS = KEYS // WARPGROUP_ROWS
@@ -17,6 +17,7 @@ STAGES = 2  # of Q, dO and dS
 SUM_CHUNK = ROW_BYTES // 4  # columns of a 128-byte row of int32 sums
 STATISTICS = 4  # 32-bit words of a query; what they are: rows.py
 STATISTICS_BYTES = 4 * STATISTICS
+DISTANCE_BITS = 24  # of the fraction of a mean distance, as sums of biases have it
 
 # Of the kernels over rows (rows.py):
 THREADS = 256
@@ -211,8 +212,10 @@ def shape_of(spec: KernelSpec) -> Shape:
 class RowShape(TileShape):
     """A tile of m queries by n keys, of the kernel that computes dQ: Q, dO and statistics of the queries stay.
 
-    A Q stage holds Q, through whose place dQ leaves, and after it dO.
+    A Q stage holds Q, through whose place dQ leaves, and after it dO. learning: the biases of the score that learn.
     """
+
+    learning: Score = NO_SCORE
 
     @property
     def out_dim(self) -> int:
@@ -246,9 +249,9 @@ class RowShape(TileShape):
 
     @property
     def most_registers(self) -> int:
-        """With two tables of biases what is summed up for their gradients takes more than other expressions do."""
+        """With two tables of biases what is summed up for gradients of any takes more than other expressions do."""
         both = self.score.has(RelativeBias) and self.score.has(BlockBias)
-        return min(super().most_registers - 24, 128) if both else super().most_registers
+        return min(super().most_registers - 24, 128) if both and self.learning else super().most_registers
 
 
 def row_shape_of(spec: KernelSpec) -> RowShape:
@@ -257,7 +260,7 @@ def row_shape_of(spec: KernelSpec) -> RowShape:
         raise Unsupported(f"{spec.name}: gradients of queries are computed by tiles of {KEYS} queries")
     for stages, q_stages, _ in ring_stages(spec.tile_n, turned=False):
         shape = RowShape(spec.head_dim, spec.v_head_dim, KEYS, spec.tile_n, spec.dtype, spec.score, spec.gather,
-                         stages, q_stages, staged=0)  # fmt: skip
+                         stages, q_stages, staged=0, learning=spec.learning)  # fmt: skip
         fits = shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers
         if fits and stages > 1:  # K of a tile is still in use when the next one is
             return shape

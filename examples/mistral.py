@@ -1,0 +1,127 @@
+"""A Mistral of Hugging Face transformers with random weights, by three implementations of attention.
+
+Prefill, a training step, a decode step.
+
+    python examples/mistral.py           # on a GPU: 1.1 billion parameters, bfloat16, window 1,024 of 16,384 tokens
+    python examples/mistral.py --tiny    # a few seconds on a CPU
+
+One process and one set of weights for all: only ``set_attn_implementation`` changes. Times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from side_by_side import attempt, difference, milliseconds, report
+
+from splatc.integrations.transformers import register
+
+IMPLEMENTATIONS = ("splatc", "sdpa", "flex_attention")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is run."""
+
+    tokens: int
+    window: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    repeats: int
+    steps: int  # of decoding
+
+
+FULL = Size(16384, 1024, 16, 2048, 32, 8, 32000, 9, 32)
+TINY = Size(256, 32, 2, 64, 4, 2, 97, 3, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    tiny = parser.parse_args().tiny or not torch.cuda.is_available()
+    size = TINY if tiny else FULL
+    device = torch.device("cpu" if tiny else "cuda")
+    register()
+    model = build(size, device, torch.float32 if tiny else torch.bfloat16)
+    names = [name for name in IMPLEMENTATIONS if not (tiny and name == "flex_attention")]  # compiled, for seconds
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters, {size.tokens} tokens, {device}")
+    rows = []
+    for window in (size.window, None):
+        model.config.sliding_window = window
+        rows += compare(model, names, window, size, device)
+    report("mistral", rows)
+
+
+def build(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model with random weights."""
+    config = transformers.MistralConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=4 * size.hidden,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads, max_position_embeddings=2 * size.tokens, sliding_window=size.window,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def compare(model: Any, names: list[str], window: int | None, size: Size, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each implementation."""
+    ids = torch.randint(3, size.vocabulary, (1, size.tokens), device=device)
+    first: list[torch.Tensor] = []
+    rows = []
+    for name in names:
+        model.set_attn_implementation(name)
+        row: dict[str, Any] = {"mask": "causal" if window is None else f"window {window}", "implementation": name}
+        logits: list[torch.Tensor] = []
+
+        def prefill(logits: list[torch.Tensor] = logits) -> None:
+            with torch.no_grad():
+                logits[:] = [model(ids, use_cache=False, logits_to_keep=64).logits]
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the same weights for all
+
+        def train(optimizer: torch.optim.Optimizer = optimizer) -> None:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        model.eval()
+        row["prefill, ms"] = attempt(lambda: milliseconds(prefill, device, size.repeats))  # noqa: B023 (called here)
+        if logits:
+            first = first or logits
+            row["to splatc"] = difference(logits[0], first[0])
+        row["decode, ms"] = attempt(lambda: decode(model, ids, size.steps, device))
+        model.train()
+        row["training, ms"] = attempt(lambda: milliseconds(train, device, size.repeats))  # noqa: B023
+        optimizer.zero_grad()
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def decode(model: Any, ids: torch.Tensor, steps: int, device: torch.device) -> float:
+    """A step with a cache after the prompt."""
+    cache = transformers.DynamicCache(config=model.config)
+
+    def forward(tokens: torch.Tensor) -> Callable[[], None]:
+        def call() -> None:
+            with torch.no_grad():
+                model(tokens, past_key_values=cache, logits_to_keep=1)
+
+        return call
+
+    forward(ids)()
+    return milliseconds(forward(ids[:, :1]), device, steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Few queries, such as that of a decode step: their rows of the mask are the keys to take, and nothing is planned.
+
+A plan is worth its milliseconds where it serves for many tiles or many calls; here each step has a length of its own,
+and a tile of our kernels would hold more empty rows than queries. What is left once the keys are chosen is a dense
+product of one row with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from splatc.patterns import Pattern
+
+MOST = 8  # queries; more are worth a plan
+# Bound here: what replaces it for others' calls (splatc.patch_sdpa) must not replace it for ours.
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys that any of the rows attends to, and mask: bool (1 or heads, q_len, these keys), None if all rows do."""
+
+    keys: slice | torch.Tensor
+    mask: torch.Tensor | None
+
+
+def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+           softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    """Attention of q (batch, heads, q_len, head_dim) to k and v (batch, kv_heads, kv_len, dim) where ``pattern`` says
+    so, with options as of ``sparse_attention``; differentiable. A row of nothing gives 0."""
+    rows = _rows(pattern, q.shape[2], k.shape[2], q.device)
+    k, v = k[:, :, rows.keys], v[:, :, rows.keys]
+    if not k.shape[2]:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    if rows.mask is None and softcap is None and sinks is None:
+        return _sdpa(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _by_hand(q, k, v, rows.mask, scale, softcap, sinks)
+
+
+def _by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+             softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    batch, heads, q_len, head_dim = q.shape
+    q = q.reshape(batch, k.shape[1], -1, head_dim)  # the query heads of a key head are rows like its queries
+    s = (q @ k.transpose(2, 3)).view(batch, heads, q_len, -1)
+    s = s.to(torch.promote_types(s.dtype, torch.float32)) * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if mask is not None:
+        s = s.masked_fill(~mask, -float("inf"))
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(batch, heads, q_len, 1)], -1)
+    p = torch.softmax(s, -1)
+    if sinks is not None:
+        p = p[..., :-1]
+    if mask is not None:
+        p = p.masked_fill(~mask, 0.0)  # a row of nothing is NaN before
+    p = p.to(v.dtype).reshape(batch, k.shape[1], -1, k.shape[2])
+    return (p @ v).view(batch, heads, q_len, -1)
+
+
+@lru_cache(maxsize=64)
+def _rows(pattern: Pattern, q_len: int, kv_len: int, device: torch.device) -> Rows:
+    mask = pattern.dense(q_len, kv_len).reshape(-1, q_len, kv_len)
+    seen = np.flatnonzero(mask.any((0, 1)))
+    mask = mask[..., seen]
+    given = None if mask.all() else torch.from_numpy(mask).to(device)
+    step = int(seen[1] - seen[0]) if len(seen) > 1 else 1
+    if not len(seen) or (np.diff(seen) == step).all():
+        start = int(seen[0]) if len(seen) else 0
+        return Rows(slice(start, start + step * len(seen), step), given)
+    return Rows(torch.from_numpy(seen).to(device), given)
