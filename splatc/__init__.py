@@ -8,7 +8,6 @@ Importing splatc loads neither torch nor TVM; they come with the first use that 
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from splatc import patterns
@@ -43,5 +42,5 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(home), name)
     if name == "__version__":
-        return version("splatc")
+        return import_module("importlib.metadata").version("splatc")
     raise AttributeError(f"module 'splatc' has no attribute {name!r}")

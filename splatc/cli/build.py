@@ -54,7 +54,7 @@ Examples:
   splatc dump causal -s 4096 --arch cpu                      (LLVM IR)
   splatc dump causal -s 4096 --arch cpu --backward           (of the gradients)
   splatc dump causal -s 4096 --arch sm_90a --role backward_rows
-  splatc dump causal -s 4096 --arch cpu --unfused            (sddmm, softmax, spmm)
+  splatc dump causal -s 4096 --arch sm_90a --unfused         (sddmm, softmax, spmm)
   splatc dump 'fixed(128, 16)' -s 1024 --after choose_views  (the IR after a pass)
   splatc dump 'fixed(128, 16)' -s 1024 --what tables -o tables.npz"""
 
@@ -159,7 +159,7 @@ def dump(
         ),
     ] = None,
     unfused: Annotated[
-        bool, typer.Option("--unfused", help="The kernels that the fused one replaces (CPU): sddmm, softmax, spmm.")
+        bool, typer.Option("--unfused", help="The kernels that the fused one replaces: sddmm, softmax, spmm.")
     ] = False,
 ) -> None:
     """Write what the compiler makes of a mask: CUDA, PTX, LLVM, TIR, the IR after any pass, or the tables."""
@@ -205,7 +205,8 @@ def _unfused(sized: Sized, spec: KernelSpec, what: What, after: str | None, back
         raise InvalidInput("--unfused has no tables, and its gradients are the same kernels: leave out --what tables "
                            "and --backward")  # fmt: skip
     if what is not What.ir:
-        return "\n".join(f"; {one.name}\n{_source(one, what)}" for one in specs)
+        mark = {What.llvm: ";", What.tir: "#"}.get(what, "//")
+        return "\n".join(f"{mark} {one.name}\n{_source(one, what)}" for one in specs)
     if after is not None:
         raise InvalidInput("--unfused shows the whole program: leave out --after")
     orders = structure_of(*sized).orders

@@ -13,7 +13,16 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
-from splatc.codegen.kernel import BACKWARD, COMPRESSED, FORWARD, SDDMM, SOFTMAX, SPMM, KernelSpec
+from splatc.codegen.kernel import (
+    BACKWARD,
+    COMPRESSED,
+    FORWARD,
+    PRODUCTS,
+    SDDMM,
+    SOFTMAX,
+    SPMM,
+    KernelSpec,
+)
 from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
@@ -129,11 +138,15 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
 
 def emit(spec: KernelSpec) -> Emitted:
     """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
-    if spec.role != FORWARD:
-        if spec.role in COMPRESSED:
-            from splatc.codegen.hopper.compressed.kernels import compressed_hopper
+    if spec.role in PRODUCTS:
+        from splatc.codegen.hopper.unfused.kernels import product_hopper
 
-            return compressed_hopper(spec)
+        return product_hopper(spec)
+    if spec.role in COMPRESSED:
+        from splatc.codegen.hopper.compressed.kernels import compressed_hopper
+
+        return compressed_hopper(spec)
+    if spec.role != FORWARD:
         if spec.kernel == "portable":
             from splatc.codegen.cuda_backward import gradients_cuda
 

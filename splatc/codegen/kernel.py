@@ -124,10 +124,16 @@ def not_pruned(spec: KernelSpec, pruning: Pruning) -> str | None:
 
 def product_spec(role: str, dim: int, dtype: str, target: Target) -> KernelSpec:
     """The spec of one of PRODUCTS for a head dim (a softmax has none: 1). Raises InvalidInput, Unsupported."""
-    if target.kind != "cpu":
-        raise Unsupported(f"there is no {role} kernel for {target}: use splatc.attention, which is fused, or move q, k "
-                          "and v to the CPU")  # fmt: skip
-    return replace(kernel_spec(dim, dim, dtype, target), role=role)
+    spec = replace(kernel_spec(dim, dim, dtype, target), role=role, tile_m=TILE[0], tile_n=TILE[1])
+    if target.kind == "cpu":
+        return spec
+    instead = "use splatc.attention, which is fused, or move the tensors to the CPU"
+    if target.arch != "sm_90a":
+        raise Unsupported(f"sddmm, softmax and spmm are there for CPUs and for sm_90a, not for {target}: {instead}")
+    if role != SOFTMAX and dim % HOPPER_STEP:
+        raise Unsupported(f"on a GPU the head dims of sddmm and spmm are multiples of {HOPPER_STEP}, not {dim}: pad "
+                          f"with zeros, {instead}")  # fmt: skip
+    return replace(spec, kernel="hopper")
 
 
 def compressed_spec(role: str, dim: int, dtype: str, target: Target, rows: int = 256) -> KernelSpec:

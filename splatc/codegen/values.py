@@ -45,9 +45,11 @@ def value_tables(tables: Tables, order: Order, queries_are_rows: bool) -> ValueT
     spans = _spans(tables.bits, queries_are_rows)
     for begin in range(0, len(item), AT_ONCE):
         some = slice(begin, min(begin + AT_ONCE, len(item)))
-        rows, cols = tables.positions[item[some]].astype(np.int64), _columns(tables, some)
+        entries = tables.entries[some].astype(np.int64)
+        rows = tables.positions[item[some]].astype(np.int64)
+        cols = column_positions(tables.col_views, entries[:, :3], entries[:, 5], tables.gather.shape[1])
         queries, keys = (rows, cols) if queries_are_rows else (cols, rows)
-        found = _first(queries, keys, tables.entries[some, 4].astype(np.int64), spans, order)
+        found = _first(queries, keys, entries[:, 4], spans, order)
         if found is None:
             return None
         first[some] = found
@@ -72,14 +74,13 @@ def _unrolled(tables: Tables) -> tuple[Tables, Ints]:
     return replace(tables, items=items.astype(np.int32), entries=entries.astype(np.int32)), item
 
 
-def _columns(tables: Tables, some: slice) -> Ints:
-    """Positions of the column lanes of entries, -1 for none: int64 (entries, tile_n)."""
-    entries = tables.entries[some].astype(np.int64)
-    n, stride, box = (tables.col_views[entries[:, 5], 3 * g : 3 * g + 3].astype(np.int64) for g in range(3))
-    lane = np.arange(tables.gather.shape[1])[None, :]
+def column_positions(col_views: Int32, origins: Ints, view: Ints, lanes: int) -> Ints:
+    """Positions of lanes of column tiles at origins (tiles, 3) in these views, -1 for none: int64 (tiles, lanes)."""
+    n, stride, box = (col_views[view, 3 * g : 3 * g + 3].astype(np.int64) for g in range(3))
+    lane = np.arange(lanes)[None, :]
     b1, b2 = box[:, 0, None], box[:, 1, None]
     offsets = lane % b1, lane // b1 % b2, lane // (b1 * b2)
-    x = [entries[:, d, None] + offset for d, offset in enumerate(offsets)]
+    x = [origins[:, d, None] + offset for d, offset in enumerate(offsets)]
     inside = np.logical_and.reduce([(x[d] >= 0) & (x[d] < n[:, d, None]) for d in range(3)])
     return np.where(inside, sum(x[d] * stride[:, d, None] for d in range(3)), -1)
 

@@ -168,14 +168,12 @@ class CompiledAttention:
 
     def probabilities(self, q: Any, k: Any, *, scale: float | None = None, enable_gqa: bool = False) -> SparseScores:
         """The probabilities that a call gives to the pairs of the mask, (batch, heads, nnz), by the kernels of
-        ``splatc.sddmm`` and ``splatc.softmax``: on CPUs, differentiable, for masks alone (no ``TermOptions``)."""
+        ``splatc.sddmm`` and ``splatc.softmax``, differentiable, for masks alone (no ``TermOptions``)."""
         if self.kernel.spec.score:
             raise Unsupported("probabilities are computed for masks alone, and this was compiled for "
                               f"{', '.join(self.kernel.spec.score.names)}: compile the mask without")  # fmt: skip
-        from splatc.runtime.products import check_device
         from splatc.runtime.unfused import sddmm, softmax
 
-        check_device(self.kernel.spec.target.kind)
         check_call(q, k, k, self.layout, enable_gqa)
         q, k = to_bhsd(q, self.layout), to_bhsd(k, self.layout)
         probs: SparseScores = softmax(sddmm(q, k, self._plan.pattern, scale=scale, enable_gqa=enable_gqa))

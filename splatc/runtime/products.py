@@ -1,4 +1,4 @@
-"""The three kernels on a CPU: values, softmax and products of one structure, without gradients.
+"""The three kernels: values, softmax and products of one structure, without gradients. On GPUs: products_gpu.py.
 
 q, y: (batch, heads, q_len, dim), k and the keys' y (batch, heads or fewer, kv_len, dim); torch tensors or NumPy arrays,
 results are of their kind. values: ``Structure.values_shape``.
@@ -6,7 +6,7 @@ results are of their kind. values: ``Structure.values_shape``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,11 +22,13 @@ from splatc.codegen.kernel import (
     product_spec,
 )
 from splatc.codegen.target import resolve_target
-from splatc.errors import Unsupported
 from splatc.runtime.cpu_call import exchange
 from splatc.runtime.kernel import Kernel, find_kernel
 from splatc.runtime.structure import Structure
 from splatc.runtime.tensors import computed_in, dtype_name, is_torch, last_axis_contiguous
+
+if TYPE_CHECKING:
+    from splatc.runtime.products_gpu import GpuProducts
 
 
 def product_kernel(role: str, dim: int, dtype: str) -> Kernel:
@@ -34,15 +36,10 @@ def product_kernel(role: str, dim: int, dtype: str) -> Kernel:
     return find_kernel(product_spec(role, dim, dtype, resolve_target("cpu")))
 
 
-def check_device(device: str) -> None:
-    """Raise Unsupported for what does not lie in the memory of a CPU."""
-    if device.partition(":")[0] != "cpu":
-        raise Unsupported(f"sddmm, softmax and spmm run on CPUs only, not on {device}: use splatc.attention, which is "
-                          "fused, or move the tensors to the CPU")  # fmt: skip
-
-
 def sddmm(structure: Structure, q: Any, k: Any, factor: float) -> Any:
     """values[q, k] = factor * <q_q, k_k> for every element, in q's dtype."""
+    if (gpu := _gpu_of(q)) is not None:
+        return gpu.sddmm(structure, q, k, factor)
     batch, heads, _, dim = (int(n) for n in q.shape)
     values = _empty(q, structure.values_shape(batch, heads), dtype_name(q))
     if not _size(values):
@@ -56,6 +53,8 @@ def sddmm(structure: Structure, q: Any, k: Any, factor: float) -> Any:
 def spmm(structure: Structure, values: Any, heads: int, y: Any, factor: float, transposed: bool = False) -> Any:
     """out[q] = factor * sum over k of values[q, k] y[k] (transposed: out[k], over q of y[q]), (batch, heads, rows, dim)
     in y's dtype; 0 for rows without elements."""
+    if (gpu := _gpu_of(y)) is not None:
+        return gpu.spmm(structure, values, heads, y, factor, transposed)
     batch, dim = int(y.shape[0]), int(y.shape[3])
     rows = structure.kv_len if transposed else structure.q_len
     out = _empty(y, (batch, heads, rows, dim), dtype_name(y))
@@ -69,6 +68,8 @@ def spmm(structure: Structure, values: Any, heads: int, y: Any, factor: float, t
 
 def softmax(structure: Structure, values: Any, heads: int) -> tuple[Any, Any]:
     """(probabilities like values, lse (batch, heads, q_len), -inf for an empty row, in the type of computations)."""
+    if (gpu := _gpu_of(values)) is not None:
+        return gpu.softmax(structure, values, heads)
     dtype, batch = dtype_name(values), int(values.shape[0])
     p = _empty(values, tuple(values.shape), dtype)
     lse = _empty(values, (batch, heads, structure.q_len), computed_in(dtype))
@@ -82,6 +83,8 @@ def softmax(structure: Structure, values: Any, heads: int) -> tuple[Any, Any]:
 
 def softmax_gradient(structure: Structure, p: Any, dp: Any, dlse: Any) -> Any:
     """The gradient of values for those of p, and of lse (batch, heads, q_len), in the type of computations."""
+    if (gpu := _gpu_of(p)) is not None:
+        return gpu.softmax_gradient(structure, p, dp, dlse)
     ds = _empty(p, tuple(p.shape), dtype_name(p))
     if _size(p):
         batch, heads = (int(n) for n in dlse.shape[:2])
@@ -89,6 +92,15 @@ def softmax_gradient(structure: Structure, p: Any, dp: Any, dlse: Any) -> Any:
         rows = structure.row_arguments(batch, heads)
         run(_flat(p), _flat(dp), exchange(dlse), exchange(ds.reshape(batch, -1)), *rows)
     return ds
+
+
+def _gpu_of(x: Any) -> GpuProducts | None:
+    """The kernels of the GPU that x lies on, None for a CPU."""
+    if not is_torch(x) or x.device.type != "cuda":
+        return None
+    from splatc.runtime.products_gpu import products_on
+
+    return products_on(x.device.index)
 
 
 def _flat(values: Any) -> Any:

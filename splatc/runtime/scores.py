@@ -109,20 +109,20 @@ class SparseScores:
 
         values = self.head(head)[batch]
         if is_torch(values):
-            values = values.detach()
+            values = values.detach().cpu()
             values = (values.float() if self.dtype == "bfloat16" else values).numpy()
         _, k = self.elements(head)
         return scipy.sparse.csr_array((values, k, self._indptr(head)), shape=(self.q_len, self.kv_len))
 
     def to_torch(self, batch: int = 0, head: int = 0) -> Any:
-        """One head as a torch sparse CSR tensor (q_len, kv_len), every element stored."""
+        """One head as a torch sparse CSR tensor (q_len, kv_len), every element stored, where the values are."""
         import torch
 
         values = self.head(head)[batch]
+        values = values if is_torch(values) else torch.from_numpy(values)
         _, k = self.elements(head)
-        return torch.sparse_csr_tensor(torch.from_numpy(self._indptr(head)), torch.from_numpy(k),
-                                       values if is_torch(values) else torch.from_numpy(values),
-                                       size=(self.q_len, self.kv_len), check_invariants=True)  # fmt: skip
+        indptr, columns = (torch.from_numpy(x).to(values.device) for x in (self._indptr(head), k))
+        return torch.sparse_csr_tensor(indptr, columns, values, size=(self.q_len, self.kv_len), check_invariants=True)
 
     @staticmethod
     def from_scipy(matrix: Any) -> SparseScores:
@@ -138,11 +138,12 @@ class SparseScores:
         import scipy.sparse
         import torch
 
-        indptr, columns = matrix.crow_indices().numpy(), matrix.col_indices().numpy()
+        indptr, columns = (x.cpu().numpy() for x in (matrix.crow_indices(), matrix.col_indices()))
         number = scipy.sparse.csr_array((np.arange(len(columns)), columns, indptr), shape=tuple(matrix.shape))
         number.sort_indices()
         structure = _structure_of_csr(indptr, number.indices, number.shape)
-        return SparseScores(matrix.values()[torch.from_numpy(number.data)].reshape(1, 1, -1), structure)
+        values = matrix.values()[torch.from_numpy(number.data).to(matrix.device)]
+        return SparseScores(values.reshape(1, 1, -1), structure)
 
     def _indptr(self, head: int) -> Any:
         return self.structure.order(self._head(head)).indptr

@@ -10,6 +10,7 @@ import numpy as np
 
 from splatc.codegen.kernel import TILE
 from splatc.codegen.tables import build_tables, check_nnz
+from splatc.codegen.value_tiles import ValueTiles, value_tiles
 from splatc.codegen.values import ValueTables, value_tables
 from splatc.errors import InvalidInput, VerifyError
 from splatc.formats.acsr import ACSR
@@ -73,31 +74,37 @@ class Structure:
     def tile_arguments(self, batch: int, heads: int, transposed: bool) -> tuple[Any, ...]:
         """The tables, ``first`` and ``bases`` of the kernels of a product (codegen/cpu_products.py)."""
         key = batch, heads, transposed
-        if key not in self._ready:
+        if key not in self.ready:
             used = self.head_patterns(heads)
             sides = self._columns if transposed else self._rows
             (launch,) = launches([(side.tables,) for side in sides], list(used))
             first = np.concatenate([sides[p].first for p in sorted(set(used))])
             arguments = *table_arguments(launch, batch), exchange(first), exchange(self.bases(heads)[:-1])
-            remember(self._ready, key, arguments)
-        return self._ready[key]
+            remember(self.ready, key, arguments)
+        return self.ready[key]
 
     def row_arguments(self, batch: int, heads: int) -> tuple[Any, ...]:
         """indptr, pattern, bases and chunks of the kernels of a softmax (codegen/cpu_softmax.py)."""
         key = batch, heads, None
-        if key not in self._ready:
+        if key not in self.ready:
             used = np.array(self.head_patterns(heads), np.int64)
             indptr = np.stack([order.indptr for order in self.orders])
             ends = np.cumsum(np.tile((np.diff(indptr, axis=1) + ROW_COST)[used].ravel(), batch))
             shares = workers()
             inner = np.searchsorted(ends, np.arange(1, shares) * (ends[-1] / shares))
             chunks = np.concatenate([[0], inner, [len(ends)]]).astype(np.int64)
-            remember(self._ready, key, tuple(map(exchange, (indptr, used, self.bases(heads)[:-1], chunks))))
-        return self._ready[key]
+            remember(self.ready, key, tuple(map(exchange, (indptr, used, self.bases(heads)[:-1], chunks))))
+        return self.ready[key]
 
     @cached_property
-    def _ready(self) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    def ready(self) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+        """Tables as calls of different sizes take them, on CPUs and on GPUs."""
         return {}
+
+    def tiles(self, transposed: bool) -> tuple[ValueTiles, ...]:
+        """The walk over the tiles of each pattern, or over those of the transposed one, for GPUs."""
+        sides = self._columns if transposed else self._rows
+        return tuple(value_tiles(side, queries_are_rows=not transposed) for side in sides)
 
     @cached_property
     def _rows(self) -> tuple[ValueTables, ...]:

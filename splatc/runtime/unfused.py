@@ -4,8 +4,8 @@
     probs = splatc.softmax(scores)
     o = splatc.spmm(probs, v)                 # = splatc.attention(q, k, v, "causal & window(256, 0)")
 
-They are R-SDDMM, R-softmax and R-SpMM of SPLAT (arXiv 2407.16847), on CPUs. Values take memory for every element, which
-fused attention does not: where only o is wanted, it is the way.
+They are R-SDDMM, R-softmax and R-SpMM of SPLAT (arXiv 2407.16847), on CPUs and Hopper GPUs. Values take memory
+for every element, which fused attention does not: where only o is wanted, it is the way.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from splatc.runtime.tensors import NO_TRANSFORMS, check_call, check_scale, dtype
 def sddmm(q: Any, k: Any, pattern: Any, *, scale: float | None = None, enable_gqa: bool = False) -> SparseScores:
     """scale * <q_i, k_j> for the pairs (i, j) of a pattern: O(nnz) values in ACSR order.
 
-    q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim): torch tensors on the CPU, differentiable, or NumPy
-    arrays; float32, float64, float16 or (torch) bfloat16. The values have their dtype and are summed in float32
-    (float64). pattern: what ``splatc.compile`` takes, one for all heads or one for each. scale: default 1/sqrt(dim).
-    enable_gqa: allow fewer key heads. Raises InvalidInput for what does not fit, Unsupported on GPUs.
+    q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim): torch tensors, differentiable, or NumPy arrays;
+    float32, float64, float16 or (torch) bfloat16. The values have their dtype and are summed in float32 (float64).
+    pattern: what ``splatc.compile`` takes, one for all heads or one for each. scale: default 1/sqrt(dim). enable_gqa:
+    allow fewer key heads. On a GPU float32 is rounded to tf32 where it enters a product. Raises InvalidInput for what
+    does not fit, Unsupported for a GPU that is not sm_90a, and there for dims that are no multiples of 8.
     """
     if is_torch(q) and is_torch(k):
         q, k, _ = for_autocast(q, k, k)
     shape = check_call(q, k, k, "bhsd", enable_gqa)
-    products.check_device(shape.device)
     structure = structure_of(as_pattern(pattern, q_len=shape.q_len, kv_len=shape.kv_len, heads=shape.heads),
                              shape.q_len, shape.kv_len)  # fmt: skip
     return SparseScores(_of(q).sddmm(structure, q, k, check_scale(scale, shape.head_dim)), structure)
@@ -59,8 +59,8 @@ def spmm(probs: SparseScores, v: Any, *, enable_gqa: bool = False) -> Any:
     if is_torch(v) != is_torch(probs.values) or not hasattr(v, "dtype"):
         kinds = type(v).__name__, type(probs.values).__name__
         raise InvalidInput(f"v is a {kinds[0]} but the values are a {kinds[1]}: give both of one kind")
-    if is_torch(v):
-        products.check_device(str(v.device))
+    if is_torch(v) and v.device != probs.values.device:
+        raise InvalidInput(f"v is on {v.device} but the values are on {probs.values.device}: move them to one")
     if dtype_name(v) != probs.dtype:
         raise InvalidInput(f"v is {dtype_name(v)} but the values are {probs.dtype}: convert them to one")
     if v.ndim != 4 or (v.shape[0], v.shape[2]) != (probs.batch, probs.kv_len) or 0 in (v.shape[1], v.shape[3]):
@@ -75,8 +75,8 @@ def spmm(probs: SparseScores, v: Any, *, enable_gqa: bool = False) -> Any:
 def _check_scores(scores: Any) -> None:
     if not isinstance(scores, SparseScores):
         raise InvalidInput(f"scores are a {type(scores).__name__}: give SparseScores, as splatc.sddmm makes them")
-    if is_torch(scores.values):
-        products.check_device(str(scores.values.device))
+    if is_torch(scores.values) and scores.values.device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"the values are on {scores.values.device}: move them to the CPU or a CUDA GPU")
 
 
 def _of(x: Any) -> Any:

@@ -8,6 +8,7 @@ check     a float64 reference on sampled rows, repeated runs bit by bit, memory
 measure   one case at one shape: all contestants, checked and timed in interleaved rounds
 backward  the same with gradients: backward passes, forward and backward, the kernels of one
 gradients a float64 reference of gradients, of whole heads
+products  sddmm and spmm against cuSPARSE and dense products, a script of its own
 passes    the device time of each kernel of a call
 host      what the CPU side costs: calls, compilation, new lengths, new processes
 suites    which cases at which shapes
