@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from splatc import sparsify as sparsify
     from splatc.integrations.torch import patch, patch_sdpa
     from splatc.reordered import reorder
+    from splatc.runtime.compressed import CompressedScores, nm_scores
     from splatc.runtime.scores import SparseScores
     from splatc.runtime.unfused import sddmm, softmax, spmm
 
-__all__ = ["SparseScores", "analyze", "attention", "compile", "patch", "patch_sdpa", "patterns", "reorder", "sddmm",
-           "softmax", "spmm"]  # fmt: skip
+__all__ = ["CompressedScores", "SparseScores", "analyze", "attention", "compile", "nm_scores", "patch", "patch_sdpa",
+           "patterns", "reorder", "sddmm", "softmax", "spmm"]  # fmt: skip
 
 MODULES = ("jax", "nn", "sparsify")  # imported when asked for: they import torch or JAX
 HOMES = {  # as what these need is
     "splatc.integrations.torch": ("patch", "patch_sdpa"),
     "splatc.reordered": ("reorder",),
+    "splatc.runtime.compressed": ("CompressedScores", "nm_scores"),
     "splatc.runtime.unfused": ("SparseScores", "sddmm", "softmax", "spmm"),
 }
 

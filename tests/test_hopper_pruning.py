@@ -77,6 +77,7 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
   for (int i = 0; i < 4; ++i) out |= uint32_t(all >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
   return out;
 }
+template <typename T> uint32_t bits_of(float x) { T t(x); uint16_t bits; std::memcpy(&bits, &t, 2); return bits; }
 inline uint32_t lane_word[kMaxThreads];
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
   return exchange(lane_word, value, int(threadIdx.x ^ mask));
@@ -87,6 +88,8 @@ ASSEMBLY = {  # what the instructions do, of their operands in turn
     "max.f32 %0, %1, %2;": "{0} = fmaxf({1}, {2});",
     "min.f32 %0, %1, %2;": "{0} = fminf({1}, {2});",
     "prmt.b32 %0, %1, %2, %3;": "{0} = __byte_perm({1}, {2}, {3});",
+    "cvt.rn.bf16x2.f32 %0, %1, %2;": "{0} = bits_of<nv_bfloat16>({1}) << 16 | bits_of<nv_bfloat16>({2});",
+    "cvt.rn.f16x2.f32 %0, %1, %2;": "{0} = bits_of<half>({1}) << 16 | bits_of<half>({2});",
 }
 
 
@@ -103,7 +106,6 @@ def without_assembly(source: str) -> str:
 
 def emitted_pruning(n: int, folder: Path) -> Any:
     """prune(scores float32 (32, n / 2), kept float32 (32, n / 4), words uint32 (32, n / 64)): a warp's, by thread."""
-    import tvm
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script.builder import ir as I
 
@@ -131,22 +133,33 @@ def emitted_pruning(n: int, folder: Path) -> Any:
         for i in range(n // 64):
             I.buffer_store(of_warp["words"], mine["words"][i], [lane, i])
     function = builder.get().with_attr("global_symbol", "prune")
-    source = without_assembly(device_source(Emitted(tvm.IRModule({"prune": function}), ()), HOPPER.arch))
+    return compiled_for_cpu("prune", function, "float* scores, float* kept, uint32_t* words", folder)
+
+
+def compiled_for_cpu(name: str, function: Any, declared: str, folder: Path) -> Any:
+    """A generated kernel of one warp, as a C function with these parameters."""
+    source = without_assembly(device_source(Emitted(tvm_module({name: function}), ()), HOPPER.arch))
     first = source.index("__forceinline__ __device__ void splatc_")
     helpers, kernel = source[first : (at := source.rindex('extern "C" __global__'))], source[at:]
-    (folder / "prune.cpp").write_text(
+    call = f"{name}_kernel({arguments_of(name, kernel)});"
+    (folder / "run.cpp").write_text(
         f'#include "{HEADER}"\n#define uint unsigned int\n{INTRINSICS}{helpers}\n{kernel}\n'
-        'extern "C" void run(float* scores, float* kept, uint32_t* words)'
-        "{ run_grid(1, 32, [=] { prune_kernel(ARGUMENTS); }); }\n".replace("ARGUMENTS", arguments_of(kernel))
+        f'extern "C" void run({declared}) {{ run_grid(1, 32, [=] {{ {call} }}); }}\n'
     )
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", str(folder / "prune.cpp")]
-    subprocess.run([*command, "-o", str(folder / "prune.so")], check=True, capture_output=True, text=True)
-    return ctypes.CDLL(str(folder / "prune.so")).run
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", str(folder / "run.cpp")]
+    subprocess.run([*command, "-o", str(folder / "run.so")], check=True, capture_output=True, text=True)
+    return ctypes.CDLL(str(folder / "run.so")).run
 
 
-def arguments_of(kernel: str) -> str:
+def tvm_module(functions: dict[str, Any]) -> Any:
+    import tvm
+
+    return tvm.IRModule(functions)
+
+
+def arguments_of(name: str, kernel: str) -> str:
     """The names of the kernel's parameters, as the caller has them."""
-    names = re.findall(r"(\w+?)(?:_ptr)?\s*[,)]", kernel[kernel.index("prune_kernel(") : kernel.index("{")])
+    names = re.findall(r"(\w+?)(?:_ptr)?\s*[,)]", kernel[kernel.index(f"{name}_kernel(") : kernel.index("{")])
     return ", ".join(names)
 
 

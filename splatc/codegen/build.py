@@ -13,7 +13,16 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from splatc.codegen.emitted import Emitted, parse_signatures
-from splatc.codegen.kernel import BACKWARD, FORWARD, PRODUCTS, SDDMM, SOFTMAX, SPMM, KernelSpec
+from splatc.codegen.kernel import (
+    BACKWARD,
+    COMPRESSED,
+    FORWARD,
+    PRODUCTS,
+    SDDMM,
+    SOFTMAX,
+    SPMM,
+    KernelSpec,
+)
 from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
@@ -133,6 +142,10 @@ def emit(spec: KernelSpec) -> Emitted:
         from splatc.codegen.hopper.unfused.kernels import product_hopper
 
         return product_hopper(spec)
+    if spec.role in COMPRESSED:
+        from splatc.codegen.hopper.compressed.kernels import compressed_hopper
+
+        return compressed_hopper(spec)
     if spec.role != FORWARD:
         if spec.kernel == "portable":
             from splatc.codegen.cuda_backward import gradients_cuda

@@ -21,6 +21,12 @@ SDDMM, SOFTMAX, SPMM = "sddmm", "softmax", "spmm"  # unfused: a kernel each, ove
 PRODUCTS = SDDMM, SOFTMAX, SPMM
 SDDMM_FUNCTION, SOFTMAX_FUNCTION, SPMM_FUNCTION = (f"splatc_{role}" for role in PRODUCTS)
 SOFTMAX_BACKWARD_FUNCTION, SPMM_TRANSPOSED_FUNCTION = "splatc_softmax_backward", "splatc_spmm_transposed"
+# On GPUs, of scores compressed 2:4: a kernel each (codegen/hopper/compressed).
+COMPRESSED_SDDMM, COMPRESSED_SOFTMAX, COMPRESSED_SPMM = (f"compressed_{role}" for role in PRODUCTS)
+COMPRESSED = COMPRESSED_SDDMM, COMPRESSED_SOFTMAX, COMPRESSED_SPMM
+SOFTMAX_THREADS, SOFTMAX_UNIT = 256, 8  # of a block; values of 16 bytes
+# (lanes, units of each), the first that has room for a row is taken; the last for any width
+SOFTMAX_LANES = ((16, 1), (32, 1), (32, 2), (32, 4), (32, 8), (32, None))
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
 PATCH_TILE = (128, 112)
 WIDEST_IN_ONE_WALK = 128  # head dim: dK, dV and dQ stay in registers
@@ -128,6 +134,15 @@ def product_spec(role: str, dim: int, dtype: str, target: Target) -> KernelSpec:
         raise Unsupported(f"on a GPU the head dims of sddmm and spmm are multiples of {HOPPER_STEP}, not {dim}: pad "
                           f"with zeros, {instead}")  # fmt: skip
     return replace(spec, kernel="hopper")
+
+
+def compressed_spec(role: str, dim: int, dtype: str, target: Target, rows: int = 256) -> KernelSpec:
+    """The spec of one of COMPRESSED for a head dim (a softmax has none: 8); rows: of a tile. Raises InvalidInput for
+    what is no such type or size, Unsupported for what there is no kernel for."""
+    spec = replace(kernel_spec(dim, dim, dtype, target), role=role)
+    if (why := not_pruned(spec, Pruning(2, 4))) is not None:
+        raise Unsupported(f"there is no kernel for compressed scores of {dtype} with head dim {dim} on {target}: {why}")
+    return replace(spec, tile_m=rows if dim <= 64 else 128, tile_n=128)
 
 
 def dtypes_of(target: Target) -> tuple[str, ...]:

@@ -26,6 +26,9 @@ Floats = NDArray[Any]
 Bools = NDArray[np.bool_]
 LANE_CODES = np.array([4, 14])  # of 1:2 in 32 bits
 WORD_GROUPS = 4  # nibbles in a word
+# Words in the order of registers: tiles of 64 rows and 128 keys, of two times 64 keys a word for each of 128 threads.
+TILE_ROWS, TILE_KEYS, TILE_WORDS = 64, 128, 256
+_FREE = 0x4444  # the word of keys that do not exist
 
 
 def select(scores: Floats, pruning: Pruning) -> Bools:
@@ -87,6 +90,33 @@ def decode(c: Compressed, fill: float = -np.inf) -> Floats:
     out = np.full((*nibbles.shape, group), fill, c.values.dtype)
     np.put_along_axis(out, at, c.values.reshape(at.shape), axis=-1)
     return out.reshape(*nibbles.shape[:-1], -1)[..., : c.kv_len]
+
+
+def to_registers(words: NDArray[np.uint16]) -> NDArray[np.uint32]:
+    """Words (..., rows, n), 16 keys each, in the order in which sparse tensor cores take them from registers:
+    (..., ceil(n / 8), ceil(rows / 64), 2, 128).
+
+    Of 64 keys, thread 32 w + 4 g + b has block b of 16 keys: of row 16 w + g in the lower half, of 8 rows on in the
+    upper one. Rows and keys beyond the end have the word 0x4444.
+    """
+    *front, rows, count = words.shape
+    row_tiles, key_tiles = -(-rows // TILE_ROWS), -(-count // (TILE_KEYS // 16))
+    whole = np.full((*front, TILE_ROWS * row_tiles, TILE_KEYS // 16 * key_tiles), _FREE, np.uint32)
+    whole[..., :rows, :count] = words
+    parts = np.moveaxis(whole.reshape(*front, row_tiles, 4, 2, 8, key_tiles, 2, 4), -5, 0)
+    low, high = np.moveaxis(parts, (-3, -6, -2, -5, -4, -1), range(-6, 0))
+    joined: NDArray[np.uint32] = low | high << np.uint32(16)
+    return joined.reshape(*front, key_tiles, row_tiles, 2, 128)
+
+
+def from_registers(words: NDArray[Any], rows: int, count: int) -> NDArray[np.uint16]:
+    """Words (..., rows, count) of ``to_registers``, given as 32-bit integers of any kind."""
+    *front, key_tiles, row_tiles, _, _ = words.shape
+    joined = words.astype(np.uint32).reshape(*front, key_tiles, row_tiles, 2, 4, 8, 4)
+    halves = np.stack([joined & np.uint32(0xFFFF), joined >> np.uint32(16)])
+    parts = np.moveaxis(halves, range(-6, 0), (-3, -6, -2, -5, -4, -1))
+    whole = np.moveaxis(parts, 0, -5).reshape(*front, TILE_ROWS * row_tiles, TILE_KEYS // 16 * key_tiles)
+    return whole[..., :rows, :count].astype(np.uint16)
 
 
 def keys_of_a_word(bits: int) -> int:

@@ -148,15 +148,17 @@ def wait_copies(pending: int) -> None:
     do(T.ptx.fence.proxy.async_.shared__cta())
 
 
-def store_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, chunks: int, rows: int) -> None:
-    """Store a box of 64 rows from source[offset:], whose chunks of columns lie ``rows`` rows apart."""
+def store_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, chunks: int, rows: int,
+               first: Expr | int = 0) -> None:  # fmt: skip
+    """Store a box of rows from source[offset:], whose chunks of columns lie ``rows`` rows apart, from column ``first``
+    on."""
     width = chunk(source.dtype)
     place = [let(f"c{i}", c) for i, c in enumerate(maps.place(at))]
     for condition, one in maps.each(view):
         with when(condition):
             for c in range(chunks):
                 at_chunk = source.ptr_to([offset + c * rows * width])
-                do(T.ptx[STORE](T.address_of(one), c * width, *place, at_chunk))
+                do(T.ptx[STORE](T.address_of(one), first + c * width, *place, at_chunk))
 
 
 def add_tile(maps: Maps, view: Expr, at: Point, source: Expr, offset: Expr, chunks: int, rows: int,

@@ -68,20 +68,30 @@ def encode_source() -> str:
     return (
         f"__forceinline__ __device__ void splatc_encode({kept}, uint32_t keep, uint32_t turn, uint32_t& own, "
         f"uint32_t& other) {{\n{gather}\n"
-        "  own = (~tags0 & 0x33333333u) | (~(tags1 << 2) & 0xCCCCCCCCu);\n"
-        "  uint32_t theirs = __shfl_xor_sync(0xFFFFFFFFu, own, 1);\n"
-        "  theirs = __funnelshift_l(theirs, theirs, turn);\n"
-        "  own = (own & keep) | (theirs & ~keep);\n"
-        "  other = __shfl_xor_sync(0xFFFFFFFFu, own, 2);\n}\n"
+        f"  own = (~tags0 & 0x33333333u) | (~(tags1 << 2) & 0xCCCCCCCCu);\n{EXCHANGE}}}\n"
     )
 
 
+# Of a lane's word of codes, nibble 4r + b of which is block b's: the first of two exchanges with its quad.
+EXCHANGE = (
+    "  uint32_t theirs = __shfl_xor_sync(0xFFFFFFFFu, own, 1);\n"
+    "  theirs = __funnelshift_l(theirs, theirs, turn);\n"
+    "  own = (own & keep) | (theirs & ~keep);\n"
+    "  other = __shfl_xor_sync(0xFFFFFFFFu, own, 2);\n"
+)
 # Opaque, or ptxas gives the result the registers that the product in flight still reads (C7513: all is serialised).
 FINISH = (
     "splatc_finish_word",
     "__forceinline__ __device__ void splatc_finish_word(uint32_t own, uint32_t other, uint32_t pick, uint32_t& word) "
     '{ asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(own), "r"(other), "r"(pick)); }\n',
 )
+
+
+def exchange_choices(lane: Expr) -> tuple[Expr, ...]:
+    """keep, turn and pick of a lane: what it does in the exchanges (EXCHANGE, FINISH)."""
+    odd, upper = T.bitwise_and(lane, 1) != 0, T.bitwise_and(lane, 2) != 0
+    choices = ((odd, 0xF0F0F0F0, 0x0F0F0F0F), (odd, 28, 4), (upper, 0x3715, 0x6240))
+    return tuple(hidden(T.Select(which, T.uint32(yes), T.uint32(no)), "uint32") for which, yes, no in choices)
 
 
 class Pruner:
@@ -92,10 +102,7 @@ class Pruner:
         self._blocks, self._words = n // 16, n // WORD_KEYS
         self._own, self._other = (registers(name, self._words, "uint32") for name in ("codes", "other_codes"))
         self._tags = [[hidden(T.uint32(tag << 4 * odd), "uint32") for tag in (1, 2)] for odd in range(2)]
-        odd, upper = T.bitwise_and(lane, 1) != 0, T.bitwise_and(lane, 2) != 0
-        choices = ((odd, 0xF0F0F0F0, 0x0F0F0F0F), (odd, 28, 4), (upper, 0x3715, 0x6240))
-        self._keep, self._turn, self._pick = (
-            hidden(T.Select(which, T.uint32(yes), T.uint32(no)), "uint32") for which, yes, no in choices)  # fmt: skip
+        self._keep, self._turn, self._pick = exchange_choices(lane)
 
     def select(self, s: Expr) -> None:
         """The kept scores, tagged, to the first half of the registers."""
