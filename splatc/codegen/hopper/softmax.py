@@ -55,7 +55,7 @@ class Softmax:
         self._bias = registers("bias", 2)  # top in log2 units, finite
         self._limit = registers("limit", 2, "int32")  # the bits of the score up to which top stays
         self._moved = registers("moved", 1, "int32")
-        self._high = registers("high", CHAINS, "int32")
+        self._high = registers("high", 2, "int32")
         self._largest = registers("largest", 2)
         self._partial = registers("partial", CHAINS)
 
@@ -99,11 +99,11 @@ class Softmax:
 
     def _look_for_moves(self, s: Expr) -> None:
         """moved = whether a score of this warp's is over its row's limit."""
-        for c in range(CHAINS):
-            store(self._high, c, T.int32(0))
+        for r in range(2):
+            store(self._high, r, T.int32(0))
         for pair in range(self._count // 2):  # of columns of row pair % 2
-            call(LARGER, self._high[pair % CHAINS], s[2 * pair], s[2 * pair + 1])
-        over = [T.max(self._high[r], self._high[r + 2]) > self._limit[r] for r in range(2)]
+            call(LARGER, self._high[pair % 2], s[2 * pair], s[2 * pair + 1])
+        over = [self._high[r] > self._limit[r] for r in range(2)]
         call(ANY, T.Or(*over), self._moved[0])
 
     def _set_top(self, row: int) -> None:
