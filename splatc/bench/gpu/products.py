@@ -212,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
     chosen = parser.parse_args(arguments)
     about, records, clock = machine.describe(["products"], "cuda"), [], GraphClock()
+    print(f"{about['gpu']['name']}, {chosen.heads} heads of {HEAD_DIM}, {chosen.dtype}")
     for length in chosen.lengths:
         for density in chosen.densities:
             for pattern in masks(length, density):
