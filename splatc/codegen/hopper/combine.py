@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
@@ -22,6 +21,7 @@ from splatc.codegen.hopper.emit import (
     Expr,
     do,
     follow_kernels_before,
+    kernel_function,
     let,
     loop,
     named,
@@ -43,49 +43,47 @@ def combine_parts(s: Shape):
 
     combine: int32 (tiles, 8) batch, head, item, first scratch tile, parts, 0, 0, 0.
     """
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(NAME)
-            out, lse = array("o", s.dtype), array("lse", "float32")
-            part_out, part_lse = array("part_o", s.dtype), array("part_lse", "float32")
-            table, positions = array("combine", "int32", 8), array("positions", "int32", s.m)
-            o_batch, o_head, o_seq = (I.arg(f"o_{axis}", I.int64()) for axis in ("batch", "head", "seq"))
-            sinks = array("sinks", "float32") if s.score.sinks else None
-            blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
-            I.device_entry()
-            block = I.cta_id([blocks])
-            thread = I.thread_id([THREADS])
-            follow_kernels_before()
-            lane = let("lane", thread % 32)
-            tile = let("tile", T.truncdiv(block, s.m // ROWS))
-            row = let("row", T.truncmod(block, s.m // ROWS) * ROWS + thread // 32)
-            words = ("batch", "head", "item", "first", "parts")
-            batch, head, item, first, parts = (let(name, table[tile, i]) for i, name in enumerate(words))
-            position = let("position", positions[item, row])
-            with when(position >= 0):
-                at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
-                at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
-                old = Cell("old", T.float32(NEG_INF), "float32")  # LSE of the earlier pass
-                if sinks is not None:
-                    old.set(sinks[head])
-                with when(merge != 0):
-                    old.set(lse[at_lse])
-                do(T.cuda.warp_sync())  # every lane has read it before one writes it
-                weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
-                sums = Sums(s, lane)
-                with when(merge != 0):
-                    sums.add(out, at_out, weights.of(old()))
-                at_once = max(LOADS // ceil_div(s.dv, 32), 1)  # parts
-                with loop(T.truncdiv(parts + (at_once - 1), at_once)) as group:
-                    for i in range(at_once):
-                        part = let("part", group * at_once + i)
-                        at = let("at", weights.row(T.min(part, parts - 1)))
-                        weight = weights.of(part_lse[at])
-                        sums.add(part_out, at * s.dv, T.if_then_else(part < parts, weight, T.float32(0.0)))
-                sums.write(out, at_out)
-                with when(T.EQ(lane, 0)):
-                    store(lse, at_lse, weights.lse)
-    return builder.get().with_attr("global_symbol", NAME)
+    with kernel_function(NAME) as made:
+        out, lse = array("o", s.dtype), array("lse", "float32")
+        part_out, part_lse = array("part_o", s.dtype), array("part_lse", "float32")
+        table, positions = array("combine", "int32", 8), array("positions", "int32", s.m)
+        o_batch, o_head, o_seq = (I.arg(f"o_{axis}", I.int64()) for axis in ("batch", "head", "seq"))
+        sinks = array("sinks", "float32") if s.score.sinks else None
+        blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
+        I.device_entry()
+        block = I.cta_id([blocks])
+        thread = I.thread_id([THREADS])
+        follow_kernels_before()
+        lane = let("lane", thread % 32)
+        tile = let("tile", T.truncdiv(block, s.m // ROWS))
+        row = let("row", T.truncmod(block, s.m // ROWS) * ROWS + thread // 32)
+        words = ("batch", "head", "item", "first", "parts")
+        batch, head, item, first, parts = (let(name, table[tile, i]) for i, name in enumerate(words))
+        position = let("position", positions[item, row])
+        with when(position >= 0):
+            at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
+            at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
+            old = Cell("old", T.float32(NEG_INF), "float32")  # LSE of the earlier pass
+            if sinks is not None:
+                old.set(sinks[head])
+            with when(merge != 0):
+                old.set(lse[at_lse])
+            do(T.cuda.warp_sync())  # every lane has read it before one writes it
+            weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
+            sums = Sums(s, lane)
+            with when(merge != 0):
+                sums.add(out, at_out, weights.of(old()))
+            at_once = max(LOADS // ceil_div(s.dv, 32), 1)  # parts
+            with loop(T.truncdiv(parts + (at_once - 1), at_once)) as group:
+                for i in range(at_once):
+                    part = let("part", group * at_once + i)
+                    at = let("at", weights.row(T.min(part, parts - 1)))
+                    weight = weights.of(part_lse[at])
+                    sums.add(part_out, at * s.dv, T.if_then_else(part < parts, weight, T.float32(0.0)))
+            sums.write(out, at_out)
+            with when(T.EQ(lane, 0)):
+                store(lse, at_lse, weights.lse)
+    return made()
 
 
 def array(name: str, dtype: str, width: int = 1) -> Expr:

@@ -15,6 +15,15 @@ Expr = Any
 
 
 @contextmanager
+def kernel_function(name: str) -> Iterator[Callable[[], Expr]]:
+    """In it: the parameters of a function of this name, I.device_entry(), its body. After it, call what this gives: the
+    function, not lowered."""
+    with IRBuilder() as builder, I.prim_func():
+        I.func_name(name)
+        yield lambda: builder.get().with_attr("global_symbol", name)
+
+
+@contextmanager
 def when(condition: Expr) -> Iterator[None]:
     """if condition: ..."""
     with I.If(condition), I.Then():
@@ -65,6 +74,12 @@ def let(name: str, value: Expr) -> Expr:
 def do(call: Expr) -> None:
     """Emit a call for its effect."""
     I.evaluate(call)
+
+
+def call_source(function: tuple[str, str], *arguments: Expr) -> None:
+    """Call a device function given as (name, its source)."""
+    name, source = function
+    do(T.cuda.func_call(name, *arguments, source_code=source))
 
 
 def store(buffer: Expr, index: Expr, value: Expr) -> None:

@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.emit import Expr, do, let, named, registers, store
+from splatc.codegen.hopper.emit import Expr, call_source, do, let, named, registers, store
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, Shape, chunk
 from splatc.codegen.hopper.wgmma import issue_product
 
@@ -45,9 +45,8 @@ def at_stage(name: str, base: Expr, stage: Expr, size: int) -> Expr:
 
 def fence(buffer: Expr, count: int) -> None:
     """Keep accesses to these registers on their side of this point."""
-    name, source = FENCES[str(buffer.dtype)]
     for i in range(count):
-        do(T.cuda.func_call(name, buffer[i], source_code=source))
+        call_source(FENCES[str(buffer.dtype)], buffer[i])
 
 
 def wait_products(pending: int) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from splatc.codegen.constants import NEG_INF
-from splatc.codegen.hopper.emit import Expr, do, registers, store
+from splatc.codegen.hopper.emit import Expr, call_source, registers, store
 from splatc.codegen.hopper.products import fence, hidden
 
 MASKED = -1e30  # a score that is not in the mask, until the kept two are known: -inf would make NaN with a tag
@@ -107,19 +107,17 @@ class Pruner:
     def select(self, s: Expr) -> None:
         """The kept scores, tagged, to the first half of the registers."""
         for b in range(self._blocks):
-            name, source = select_source(b % 2 == 1)
+            function = select_source(b % 2 == 1)
             for r in range(2):
                 low = 4 * b + 2 * r
                 high = self._count // 2 + low
-                do(T.cuda.func_call(name, s[low], s[low + 1], s[high], s[high + 1], *self._tags[b % 2],
-                                    source_code=source))  # fmt: skip
+                call_source(function, s[low], s[low + 1], s[high], s[high + 1], *self._tags[b % 2])
 
     def encode(self, s: Expr) -> None:
         """Start metadata from the kept scores' tags."""
         for w in range(self._words):
             kept = [s[4 * (4 * w + b) + 2 * r + c] for r in range(2) for b in range(4) for c in range(2)]
-            do(T.cuda.func_call("splatc_encode", *kept, self._keep, self._turn, self._own[w], self._other[w],
-                                source_code=encode_source()))  # fmt: skip
+            call_source(("splatc_encode", encode_source()), *kept, self._keep, self._turn, self._own[w], self._other[w])
 
     def unmask(self, s: Expr) -> None:
         """-inf where less than two of a group's keys are in the mask."""
@@ -131,6 +129,5 @@ class Pruner:
         """The metadata words; no product that reads ``words`` may be in flight."""
         for one in (self._own, self._other):
             fence(one, self._words)
-        name, source = FINISH
         for w in range(self._words):
-            do(T.cuda.func_call(name, self._own[w], self._other[w], self._pick, words[w], source_code=source))
+            call_source(FINISH, self._own[w], self._other[w], self._pick, words[w])

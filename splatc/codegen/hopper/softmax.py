@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 
 from splatc.codegen.constants import LN2, LOG2E, NEG_INF
 from splatc.codegen.cuda_parts import from_lane
-from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
+from splatc.codegen.hopper.emit import Expr, call_source, let, registers, store, when
 from splatc.codegen.hopper.epilogue import finite
 
 SLACK = 8.0
@@ -26,12 +26,6 @@ BITS = ("splatc_bits", "__forceinline__ __device__ void splatc_bits(float x, int
         "{ bits = __float_as_int(x); }\n")  # fmt: skip
 ANY = ("splatc_any", "__forceinline__ __device__ void splatc_any(bool mine, int& any) "
        "{ any = __any_sync(0xFFFFFFFFu, mine); }\n")  # fmt: skip
-
-
-def call(function: tuple[str, str], *arguments: Expr) -> None:
-    """Emit a call of a function given as (name, source)."""
-    name, source = function
-    do(T.cuda.func_call(name, *arguments, source_code=source))
 
 
 def columns_of(row: int, count: int) -> list[int]:
@@ -102,15 +96,15 @@ class Softmax:
         for r in range(2):
             store(self._high, r, T.int32(0))
         for pair in range(self._count // 2):  # of columns of row pair % 2
-            call(LARGER, self._high[pair % 2], s[2 * pair], s[2 * pair + 1])
+            call_source(LARGER, self._high[pair % 2], s[2 * pair], s[2 * pair + 1])
         over = [self._high[r] > self._limit[r] for r in range(2)]
-        call(ANY, T.Or(*over), self._moved[0])
+        call_source(ANY, T.Or(*over), self._moved[0])
 
     def _set_top(self, row: int) -> None:
         """To the largest score."""
         store(self._top, row, self._largest[row])
         store(self._bias, row, finite(self._top[row] * self._log2_unit))
-        call(BITS, self._top[row] + self._slack, self._limit[row])
+        call_source(BITS, self._top[row] + self._slack, self._limit[row])
 
     def _find_largest(self, s: Expr, row: int) -> None:
         """Of all of the row's scores."""

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.emit import do
+from splatc.codegen.hopper.emit import do, kernel_function
 
 
 def walking_kernel(name: str, s: Any, arguments: Callable[[Any], Any], block_of: Callable[[Any, Any], Any],
@@ -20,20 +19,18 @@ def walking_kernel(name: str, s: Any, arguments: Callable[[Any], Any], block_of:
     s: sizes, with ``registers`` of a thread of either kind. arguments(s) declares parameters, block_of(s, arguments)
     what all threads of a block share; produce(block) is for its first warpgroup, consume(block) for the others.
     """
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(name)
-            a = arguments(s)
-            I.device_entry()
-            with I.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):
-                block = block_of(s, a)
-                block.start()
-                of_producer, of_consumer = s.registers
-                with I.If(T.EQ(block.warpgroup, 0)):
-                    with I.Then():
-                        do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](of_producer))
-                        produce(block)
-                    with I.Else():
-                        do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](of_consumer))
-                        consume(block)
-    return builder.get().with_attr("global_symbol", name), block.smem_bytes
+    with kernel_function(name) as made:
+        a = arguments(s)
+        I.device_entry()
+        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):
+            block = block_of(s, a)
+            block.start()
+            of_producer, of_consumer = s.registers
+            with I.If(T.EQ(block.warpgroup, 0)):
+                with I.Then():
+                    do(T.ptx["setmaxnreg.dec.sync.aligned.u32"](of_producer))
+                    produce(block)
+                with I.Else():
+                    do(T.ptx["setmaxnreg.inc.sync.aligned.u32"](of_consumer))
+                    consume(block)
+    return made(), block.smem_bytes

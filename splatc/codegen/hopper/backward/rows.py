@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import LOG2E, NEG_INF
@@ -40,7 +39,18 @@ from splatc.codegen.hopper.backward.shape import (
     lanes_of,
 )
 from splatc.codegen.hopper.combine import array, wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, follow_kernels_before, let, loop, registers, store, when
+from splatc.codegen.hopper.emit import (
+    Cell,
+    Expr,
+    do,
+    follow_kernels_before,
+    kernel_function,
+    let,
+    loop,
+    registers,
+    store,
+    when,
+)
 from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE
 from splatc.codegen.hopper.terms import query_word
@@ -94,16 +104,14 @@ class Place:
 
 def kernel(name: str, declare: Callable[[], dict[str, Expr]], body: Callable[..., None]):
     """A function of ``blocks`` blocks of THREADS: declare() its own parameters, body(block, thread, **parameters)."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(name)
-            parameters = declare()
-            blocks = I.arg("blocks", I.int32())
-            I.device_entry()
-            block, thread = I.cta_id([blocks]), I.thread_id([THREADS])
-            follow_kernels_before()
-            body(block, thread, **parameters)
-    return builder.get().with_attr("global_symbol", name)
+    with kernel_function(name) as made:
+        parameters = declare()
+        blocks = I.arg("blocks", I.int32())
+        I.device_entry()
+        block, thread = I.cta_id([blocks]), I.thread_id([THREADS])
+        follow_kernels_before()
+        body(block, thread, **parameters)
+    return made()
 
 
 def ints(*names: str) -> dict[str, Expr]:

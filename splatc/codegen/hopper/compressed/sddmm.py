@@ -8,7 +8,6 @@ stores overlap.
 from __future__ import annotations
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.block import int_arg, start_block
@@ -24,7 +23,7 @@ from splatc.codegen.hopper.copies import (
     store_tile,
     wait_stores_read,
 )
-from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, let, loop, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.ring import Cursor, Ring
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
@@ -37,13 +36,11 @@ BUFFERS = 2  # of a warp's values on their way out
 
 def sddmm(s: Sizes):
     """(the function, not lowered, its bytes of dynamic shared memory)."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(NAME)
-            kernel = _Kernel(s)
-            I.device_entry()
-            smem_bytes = kernel.run()
-    return builder.get().with_attr("global_symbol", NAME), smem_bytes
+    with kernel_function(NAME) as made:
+        kernel = _Kernel(s)
+        I.device_entry()
+        smem_bytes = kernel.run()
+    return made(), smem_bytes
 
 
 class _Kernel:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from splatc.codegen.constants import NEG_INF
-from splatc.codegen.hopper.emit import Expr, do, registers, store
+from splatc.codegen.hopper.emit import Expr, call_source, do, registers, store
 from splatc.codegen.hopper.products import PTX_TYPE
 from splatc.codegen.hopper.prune import EXCHANGE, FINISH, WORD_KEYS, exchange_choices
 
@@ -66,8 +66,7 @@ class Selection:
             for r in range(2):
                 first = 4 * b + 2 * r
                 keys = [s[first + i % 2 + i // 2 * (self._n // 4)] for i in range(4)]
-                do(T.cuda.func_call(SELECT[0], *keys, T.uint32(4 * in_word + 16 * r), self._pair[0], self._pair[1],
-                                    self._own[w], source_code=SELECT[1]))  # fmt: skip
+                call_source(SELECT, *keys, T.uint32(4 * in_word + 16 * r), self._pair[0], self._pair[1], self._own[w])
                 low, high = (self._pair[i] * scale for i in range(2))
                 do(T.ptx[f"cvt.rn.{self._kind}x2.f32"](self.kept[2 * b + r], high, low))
 
@@ -75,5 +74,5 @@ class Selection:
         """The metadata words."""
         keep, turn, pick = self._exchange
         for w in range(self._n // WORD_KEYS):
-            do(T.cuda.func_call(EXCHANGED[0], keep, turn, self._own[w], self._other[w], source_code=EXCHANGED[1]))
-            do(T.cuda.func_call(FINISH[0], self._own[w], self._other[w], pick, self.words[w], source_code=FINISH[1]))
+            call_source(EXCHANGED, keep, turn, self._own[w], self._other[w])
+            call_source(FINISH, self._own[w], self._other[w], pick, self.words[w])

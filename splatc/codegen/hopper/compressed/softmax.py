@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import LOG2E, NEG_INF
 from splatc.codegen.cuda_parts import from_lane
 from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import array, wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, follow_kernels_before, let, registers, store, when
+from splatc.codegen.hopper.emit import (
+    Cell,
+    Expr,
+    do,
+    follow_kernels_before,
+    kernel_function,
+    let,
+    registers,
+    store,
+    when,
+)
 from splatc.codegen.hopper.epilogue import finite, unpack
 from splatc.codegen.hopper.products import PTX_TYPE
 from splatc.codegen.kernel import COMPRESSED_SOFTMAX, SOFTMAX_THREADS, SOFTMAX_UNIT
@@ -28,17 +37,15 @@ NEG_INF_PAIR = {"float16": 0xFC00FC00, "bfloat16": 0xFF80FF80}
 def softmax(dtype: str, lanes: int, units: int | None):
     """The function, not lowered, for rows of up to lanes * units units, with None of any width. x, p: (rows, width)."""
     name = softmax_name(lanes, units)
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(name)
-            x, p = array("x", "uint16"), array("p", "uint16")
-            blocks, rows, width = map(int_arg, ("blocks", "rows", "width"))
-            I.device_entry()
-            block, thread = I.cta_id([blocks]), I.thread_id([SOFTMAX_THREADS])
-            follow_kernels_before()
-            row = _Row(dtype, lanes, block * (SOFTMAX_THREADS // lanes) + thread // lanes, rows, width, thread % lanes)
-            _wide(row, x, p) if units is None else _in_registers(row, units, x, p)
-    return builder.get().with_attr("global_symbol", name)
+    with kernel_function(name) as made:
+        x, p = array("x", "uint16"), array("p", "uint16")
+        blocks, rows, width = map(int_arg, ("blocks", "rows", "width"))
+        I.device_entry()
+        block, thread = I.cta_id([blocks]), I.thread_id([SOFTMAX_THREADS])
+        follow_kernels_before()
+        row = _Row(dtype, lanes, block * (SOFTMAX_THREADS // lanes) + thread // lanes, rows, width, thread % lanes)
+        _wide(row, x, p) if units is None else _in_registers(row, units, x, p)
+    return made()
 
 
 def softmax_name(lanes: int, units: int | None) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.block import start_block
@@ -19,7 +18,7 @@ from splatc.codegen.hopper.copies import (
     store_tile,
     wait_stores_read,
 )
-from splatc.codegen.hopper.emit import Expr, do, let, loop, store, when
+from splatc.codegen.hopper.emit import Expr, do, kernel_function, let, loop, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import SparseOutput, along_row, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.ring import Ring
@@ -45,13 +44,11 @@ class StoredSparse(SparseOutput):
 
 def spmm(s: Sizes):
     """(the function, not lowered, its bytes of dynamic shared memory)."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(NAME)
-            kernel = _Kernel(s)
-            I.device_entry()
-            smem_bytes = kernel.run()
-    return builder.get().with_attr("global_symbol", NAME), smem_bytes
+    with kernel_function(NAME) as made:
+        kernel = _Kernel(s)
+        I.device_entry()
+        smem_bytes = kernel.run()
+    return made(), smem_bytes
 
 
 class _Kernel:

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import FULL_WARP
 from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, registers, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, registers, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.unfused.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
@@ -49,16 +48,14 @@ BLOCKS = 5  # of a multiprocessor, that registers should allow
 def sddmm(spec: KernelSpec):
     """(the function, not lowered, threads of a block, its bytes of dynamic shared memory)."""
     s = sizes_of(spec)
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(NAME)
-            q, k = Rows("q", s), Rows("k", s)
-            values, walk = value_array("values", s), Walk(align=s.sector)
-            factor, parts = I.arg("factor", I.float32()), int_arg("parts")
-            I.device_entry()
-            with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
-                smem_bytes = _Block(s, q, k, values, walk, factor).run(parts)
-    return builder.get().with_attr("global_symbol", NAME), THREADS, smem_bytes
+    with kernel_function(NAME) as made:
+        q, k = Rows("q", s), Rows("k", s)
+        values, walk = value_array("values", s), Walk(align=s.sector)
+        factor, parts = I.arg("factor", I.float32()), int_arg("parts")
+        I.device_entry()
+        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
+            smem_bytes = _Block(s, q, k, values, walk, factor).run(parts)
+    return made(), THREADS, smem_bytes
 
 
 class _Block:

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import LN2, LOG2E, NEG_INF
 from splatc.codegen.cuda_parts import from_lane as across
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, let, registers, store, when
 from splatc.codegen.hopper.epilogue import finite
 from splatc.codegen.hopper.unfused.stored import split, values_of, words_of
 from splatc.codegen.hopper.unfused.tiles import Sizes, sizes_of, value_array
@@ -36,26 +35,22 @@ ROWS = THREADS // 32  # of a block
 def softmax(spec: KernelSpec):
     """(the function, not lowered, threads of a block, its bytes of dynamic shared memory)."""
     s = sizes_of(spec)
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(FORWARD)
-            values, p, lse = value_array("values", s), value_array("p", s), table("lse", "float32", 1)
-            with _row(s) as row:
-                _forward(row, values, p, lse)
-    return builder.get().with_attr("global_symbol", FORWARD), THREADS, 0
+    with kernel_function(FORWARD) as made:
+        values, p, lse = value_array("values", s), value_array("p", s), table("lse", "float32", 1)
+        with _row(s) as row:
+            _forward(row, values, p, lse)
+    return made(), THREADS, 0
 
 
 def softmax_backward(spec: KernelSpec):
     """(the function, not lowered, threads of a block, its bytes of dynamic shared memory)."""
     s = sizes_of(spec)
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(BACKWARD)
-            p, dp, dlse = value_array("p", s), value_array("dp", s), table("dlse", "float32", 1)
-            ds = value_array("ds", s)
-            with _row(s) as row:
-                _backward(row, p, dp, dlse, ds)
-    return builder.get().with_attr("global_symbol", BACKWARD), THREADS, 0
+    with kernel_function(BACKWARD) as made:
+        p, dp, dlse = value_array("p", s), value_array("dp", s), table("dlse", "float32", 1)
+        ds = value_array("ds", s)
+        with _row(s) as row:
+            _backward(row, p, dp, dlse, ds)
+    return made(), THREADS, 0
 
 
 class Row:

@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Expr, do, let, registers, store, when
+from splatc.codegen.hopper.emit import Expr, do, kernel_function, let, registers, store, when
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
 from splatc.codegen.hopper.unfused.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
@@ -57,23 +56,21 @@ def spmm_transposed(spec: KernelSpec):
 
 def _spmm(spec: KernelSpec, name: str, queries_are_rows: bool):
     s = sizes_of(spec)
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(name)
-            y = (TurnedRows if s.rounds else Rows)("y", s)
-            values, out = value_array("values", s), value_array("out", s)
-            heads, rows = (I.arg(word, I.int32()) for word in ("heads", "rows"))  # of out
-            walk = Walk(align=s.unit)
-            factor = I.arg("factor", I.float32())
-            I.device_entry()
-            block = _Block(s, y, values, walk, queries_are_rows)
-            blocks = WARPGROUPS // block.teams if s.dim <= 64 else 1
-            with I.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks}):
-                smem_bytes = block.run()
-                block.add_up()
-                with when(T.EQ(walk.team, 0)):
-                    block.write(out, heads, rows, factor)
-    return builder.get().with_attr("global_symbol", name), block.teams * THREADS, smem_bytes
+    with kernel_function(name) as made:
+        y = (TurnedRows if s.rounds else Rows)("y", s)
+        values, out = value_array("values", s), value_array("out", s)
+        heads, rows = (I.arg(word, I.int32()) for word in ("heads", "rows"))  # of out
+        walk = Walk(align=s.unit)
+        factor = I.arg("factor", I.float32())
+        I.device_entry()
+        block = _Block(s, y, values, walk, queries_are_rows)
+        blocks = WARPGROUPS // block.teams if s.dim <= 64 else 1
+        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks}):
+            smem_bytes = block.run()
+            block.add_up()
+            with when(T.EQ(walk.team, 0)):
+                block.write(out, heads, rows, factor)
+    return made(), block.teams * THREADS, smem_bytes
 
 
 class _Block:
