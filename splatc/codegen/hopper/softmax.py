@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from splatc.codegen.constants import LN2, LOG2E, NEG_INF
+from splatc.codegen.constants import FULL_WARP, LN2, LOG2E, NEG_INF
 from splatc.codegen.cuda_parts import from_lane
 from splatc.codegen.hopper.emit import Expr, call_source, let, registers, store, when
 from splatc.codegen.hopper.epilogue import finite
@@ -22,10 +22,6 @@ CHAINS = 4  # of dependent instructions, side by side
 # negative integer, and 0, which ``high`` starts from, is over it.
 LARGER = ("splatc_larger", "__forceinline__ __device__ void splatc_larger(int& high, float x, float y) "
           "{ high = __vimax3_s32(high, __float_as_int(x), __float_as_int(y)); }\n")  # fmt: skip
-BITS = ("splatc_bits", "__forceinline__ __device__ void splatc_bits(float x, int& bits) "
-        "{ bits = __float_as_int(x); }\n")  # fmt: skip
-ANY = ("splatc_any", "__forceinline__ __device__ void splatc_any(bool mine, int& any) "
-       "{ any = __any_sync(0xFFFFFFFFu, mine); }\n")  # fmt: skip
 
 
 def columns_of(row: int, count: int) -> list[int]:
@@ -98,13 +94,14 @@ class Softmax:
         for pair in range(self._count // 2):  # of columns of row pair % 2
             call_source(LARGER, self._high[pair % 2], s[2 * pair], s[2 * pair + 1])
         over = [self._high[r] > self._limit[r] for r in range(2)]
-        call_source(ANY, T.Or(*over), self._moved[0])
+        store(self._moved, 0, T.cuda.any_sync(T.uint32(FULL_WARP), T.cast(T.Or(*over), "int32")))
 
     def _set_top(self, row: int) -> None:
         """To the largest score."""
         store(self._top, row, self._largest[row])
         store(self._bias, row, finite(self._top[row] * self._log2_unit))
-        call_source(BITS, self._top[row] + self._slack, self._limit[row])
+        limit = let("limit_of_top", self._top[row] + self._slack)
+        store(self._limit, row, T.reinterpret("int32", limit))
 
     def _find_largest(self, s: Expr, row: int) -> None:
         """Of all of the row's scores."""
