@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.codegen.costs import costs_of
+from splatc.codegen.hopper.shape import ITEM_BYTES
 from splatc.codegen.kernel import KernelSpec, kernel_spec
 from splatc.codegen.target import resolve_target
 from splatc.compile import attention, best_plan, resolve_mask
@@ -21,7 +22,7 @@ from splatc.runtime.tensors import is_torch
 
 GAIN = 0.03  # of the predicted time that an order must save
 LARGEST = 2**30  # elements of a mask that is looked at as a matrix
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+BYTES = {**ITEM_BYTES, "float64": 8}  # of a value
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def _seconds(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec) -> flo
 def _moving_seconds(q_len: int, kv_len: int, spec: KernelSpec) -> float:
     """To read and write q, k, v and o of one head."""
     numbers = (q_len + kv_len) * (spec.head_dim + spec.v_head_dim)
-    return 2 * numbers * ITEM_BYTES[spec.dtype] / costs_of(spec).bandwidth * 1e-6
+    return 2 * numbers * BYTES[spec.dtype] / costs_of(spec).bandwidth * 1e-6
 
 
 def _moved(x: Any, order: Ints) -> Any:
