@@ -239,7 +239,8 @@ def test_a_pattern_for_each_head_on_the_cpu():
 @pytest.mark.parametrize("lengths", [(1, 1), (129, 130), (70, 300), (1000, 1001)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", MASKS)
 def test_kernels_on_a_gpu(name, lengths, dtype):
-    check_products(products_gpu.products_on(0), MASKS[name], lengths, draw(lengths, dtype, "cuda", dim=64))
+    heads = 128 if lengths == (1, 1) else 4  # errors are judged over many values
+    check_products(products_gpu.products_on(0), MASKS[name], lengths, draw(lengths, dtype, "cuda", heads, dim=64))
 
 
 @pytest.mark.gpu
