@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from splatc.errors import CompileError, InvalidInput, Unsupported, VerifyError
 from splatc.ir.passes import Schedule
 from splatc.runtime import gpu as gpu_module
 from splatc.runtime.gpu import DeviceTables, image_for, load_functions
-from splatc.runtime.gpu_call import model
+from splatc.runtime.gpu_call import allocation
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import REMEMBERED, Launcher
+from splatc.runtime.likeness import likeness, unlike
 from tests import cuda_on_cpu
 from tests.fake_gpu import FakeDriver, FakeTorch, fake_gpu, plan, write_built
 from tests.fake_gpu import check as check_within
@@ -351,9 +353,59 @@ def test_copies_are_announced_once(emulated: Any, caplog: pytest.LogCaptureFixtu
     assert [record.message for record in caplog.records] == ["splatc copies an input at every call: of a test"]
 
 
+@pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("sizes", [(2, 3, 5, 8), (1, 1, 7, 1), (2, 1, 1, 4), (6,), (1,)])
-def test_what_is_made_like_a_model_is_contiguous(sizes: tuple[int, ...]) -> None:
-    one = model(torch.device("cpu"), torch.float16, *sizes)
-    made = torch.empty_like(one)
-    assert one.untyped_storage().nbytes() == 2
-    assert (made.shape, made.stride(), made.dtype) == (sizes, torch.empty(sizes).stride(), torch.float16)
+def test_allocations_are_contiguous(sizes: tuple[int, ...], direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not direct:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    new = allocation(torch.device("cpu"), torch.float16, *sizes)
+    one, other = new(), new()
+    assert (one.shape, one.stride(), one.dtype) == (sizes, torch.empty(sizes).stride(), torch.float16)
+    assert one.data_ptr() != other.data_ptr() and not one.requires_grad
+    assert one.untyped_storage().nbytes() == 2 * one.numel()
+
+
+# -- tensors like those of the call before -----------------------------------------------------------------------------
+
+
+def changes() -> dict[str, Any]:
+    """What makes another kind of tensor of one that is (1, 2, 100, D)."""
+    return {
+        "sizes": lambda x: x[:, :, :50], "strides": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "dtype": lambda x: x.half(), "device": lambda x: x.to("meta"), "parameter": torch.nn.Parameter,
+        "gradients": lambda x: x.clone().requires_grad_(), "rank": lambda x: x[0], "kind": lambda x: x.numpy(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", changes())
+def test_what_is_not_like_the_tensors_before(change: str) -> None:
+    qkv = draw()
+    like = likeness(*qkv)
+    assert like(*(x.clone() for x in qkv)), "this PyTorch has no such check: calls take longer"
+    for i in range(3):
+        others = [x.clone() for x in qkv]
+        others[i] = changes()[change](others[i])
+        assert not like(*others)
+
+
+def test_nothing_is_kept_alive_by_what_is_like_it() -> None:
+    q, k, v = draw()
+    like, gone = likeness(q, k, v), weakref.ref(q)
+    del q
+    assert gone() is None and not like(k, k, None)
+
+
+@pytest.mark.parametrize("known", [likeness, lambda q, k, v: unlike])
+def test_calls_that_take_turns(known: Any, emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splatc.runtime.likeness.likeness", known)
+    attend, dense = Machine(emulated), PATTERN.dense(100)
+    qkv = draw(heads=4, kv_heads=2)
+    wide = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    for tensors in (qkv, wide, qkv, qkv, wide):
+        check(attend(*tensors, enable_gqa=True), qkv, dense)
+    with pytest.raises(InvalidInput, match="pass enable_gqa=True"):
+        attend(*qkv)
+    with pytest.raises(InvalidInput, match="q is a list"):
+        attend([1.0], *qkv[1:], enable_gqa=True)
+    check(attend(*qkv, enable_gqa=True), qkv, dense)
+    assert len(attend.launcher._ready) == 2
