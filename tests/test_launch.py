@@ -316,9 +316,9 @@ def test_queue_slots() -> None:
 @pytest.mark.parametrize(
     ("arch", "capability", "image"),
     [
-        ("sm_80", (8, 0), "kernel.cubin"), ("sm_80", (8, 6), "kernel.cubin"), ("sm_80", (9, 0), "kernel.ptx"),
-        ("sm_90a", (9, 0), "kernel.cubin"), ("sm_100f", (10, 3), "kernel.cubin"), ("sm_120", (12, 0), "kernel.cubin"),
-        ("sm_90", (10, 0), "kernel.ptx"),
+        ("sm_80", (8, 0), ".cubin"), ("sm_80", (8, 6), ".cubin"), ("sm_80", (9, 0), ".ptx"),
+        ("sm_90a", (9, 0), ".cubin"), ("sm_100f", (10, 3), ".cubin"), ("sm_120", (12, 0), ".cubin"),
+        ("sm_90", (10, 0), ".ptx"),
     ],
 )  # fmt: skip
 def test_which_binary_a_gpu_runs(arch: str, capability: tuple[int, int], image: str) -> None:
@@ -335,8 +335,17 @@ def test_other_gpus_are_named(arch: str, capability: tuple[int, int], here: str)
         image_for(arch, capability)
 
 
+def test_every_image_is_loaded_once(tmp_path: Path) -> None:
+    common = {"threads": 32, "smem_bytes": 0, "parameters": [["int32", "n"]]}
+    write_built(tmp_path, [{"name": name, "image": name[0], **common} for name in ("a1", "b", "a2")])
+    driver = FakeDriver({}, {})
+    found = load_functions(tmp_path, "sm_90a", fake_gpu(driver, FakeTorch()))
+    assert driver.loaded == [b"a.cubin", b"b.cubin"]
+    assert [(f.name, driver.names[f.kernel - 1]) for f in found] == [(name, name) for name in ("a1", "b", "a2")]
+
+
 def test_a_folder_with_source_only(tmp_path: Path) -> None:
-    write_built(tmp_path, [])
+    write_built(tmp_path, [{"name": NAME}])
     (tmp_path / "kernel.cubin").unlink()
     gpu = fake_gpu(FakeDriver({}, {}), FakeTorch())
     with pytest.raises(CompileError, match=r"holds source only.*splatc\[cuda\]"):

@@ -316,5 +316,5 @@ class CompiledAttention:
     @property
     def ptx(self) -> str:
         """The PTX (CUDA targets only)."""
-        return self.kernel.file("kernel.ptx")
+        return self.kernel.ptx
 
