@@ -10,6 +10,7 @@ from splatc.errors import Unsupported
 from splatc.ir.score import Score
 
 SMEM_BYTES = 227 * 1024  # dynamic shared memory of one block on sm_90
+RESERVED_BYTES = 1024  # of a multiprocessor's, for each block
 WARPGROUP_ROWS = 64  # rows of one wgmma
 ROW_BYTES = 128  # of a swizzled row
 TEAM = 128  # threads of the producer's warpgroup
@@ -36,6 +37,7 @@ class Shape:
     stages: int  # of the K and V rings
     q_stages: int
     staged: int  # stages of the ring in which chunks of V wait to be turned over
+    blocks: int = 1  # that share a multiprocessor: those of 64 rows do, each with its own row tile
 
     @property
     def softcap(self) -> bool:
@@ -173,12 +175,14 @@ class Shape:
         """
         if self.gather or self.turned:  # all of the producer's warpgroup is at work
             return {1: (72, 240), 2: (56, 224), 3: (56, 152)}[self.warpgroups]
-        return {1: (40, 240), 2: (24, 240) if self.wide else (40, 232), 3: (32, 160)}[self.warpgroups]
+        if self.warpgroups == 1:
+            return {1: (40, 240), 2: (40, 216), 3: (24, 136)}[self.blocks]
+        return {2: (24, 240) if self.wide else (40, 232), 3: (32, 160)}[self.warpgroups]
 
     @property
     def register_pool(self) -> int:
         """Registers of a block left over after setmaxnreg, a thread of a warpgroup: not negative."""
-        start = min(65536 // self.threads // 8 * 8, 240)
+        start = min(65536 // (self.threads * self.blocks) // 8 * 8, 240)
         producer, consumer = self.registers
         return start * (self.warpgroups + 1) - producer - consumer * self.warpgroups
 
@@ -209,6 +213,11 @@ def can_gather(spec: KernelSpec) -> bool:
     return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded
 
 
+def smem_limit(blocks: int) -> int:
+    """Dynamic shared memory of each of so many blocks of a multiprocessor."""
+    return (SMEM_BYTES + RESERVED_BYTES) // blocks - RESERVED_BYTES
+
+
 def ring_stages(tile_n: int, turned: bool) -> tuple[tuple[int, int, int], ...]:
     """(stages, q_stages, staged), the best first: more than KEYS_AHEAD keys under way are no faster."""
     deepest = 2 if turned else max(2, KEYS_AHEAD // tile_n)
@@ -227,12 +236,15 @@ def shape_of(spec: KernelSpec) -> Shape:
         raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
     if spec.score.pruning is not None and spec.tile_n % 64:
         raise Unsupported(f"{spec.name}: metadata words are of 64 keys, so tiles must be of a multiple of them")
-    for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
-        shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, spec.gather,
-                      stages, q_stages, staged)  # fmt: skip
-        fits = shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers
-        if fits and not (q_stages > 1 and shape.wide and not turned):  # a second Q stage takes a register
-            return shape
+    alone = spec.tile_m > WARPGROUP_ROWS or turned or spec.gather
+    for blocks in (1,) if alone else (3, 2, 1):
+        for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
+            shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, spec.gather,
+                          stages, q_stages, staged, blocks)  # fmt: skip
+            fits = shape.smem_bytes <= smem_limit(blocks) and shape.live_registers <= shape.most_registers
+            crowded = q_stages > 1 and shape.wide and not turned  # a second Q stage takes a register
+            if fits and not crowded and (blocks == 1 or stages > 1):
+                return shape
     raise Unsupported(
         f"head dims {spec.head_dim} and {spec.v_head_dim} with tiles of {spec.tile_m} x {spec.tile_n} fit neither the "
         "shared memory nor the registers of sm_90a: use smaller tiles, or less that is done to scores"

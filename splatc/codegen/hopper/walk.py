@@ -22,7 +22,7 @@ def walking_kernel(name: str, s: Any, arguments: Callable[[Any], Any], block_of:
     with kernel_function(name) as made:
         a = arguments(s)
         I.device_entry()
-        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):
+        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": s.blocks}):
             block = block_of(s, a)
             block.start()
             of_producer, of_consumer = s.registers

@@ -59,6 +59,7 @@ class Shape:
     results: tuple[str, ...]
 
     item_bytes = 2
+    blocks = 1  # on a multiprocessor
 
     def makes(self, *names: str) -> bool:
         """Whether all of these are among the results."""
