@@ -36,7 +36,8 @@ LIBRARY = "kernel.so"  # of a CPU kernel
 CUBIN = "kernel.cubin"
 PTX = "kernel.ptx"
 REPORT = "report.json"
-COMPACT = "s_tir.CompactBufferAllocation"  # our buffers are as large as they have to be: it finds nothing
+COMMON = "tirx.CommonSubexprElim"  # slow, and the compilers behind TVM do it anyway
+COMPACT = "s_tir.CompactBufferAllocation"  # slow, and our buffers are as large as they have to be: it finds nothing
 
 
 def source_name(spec: KernelSpec) -> str:
@@ -96,7 +97,7 @@ def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
                 SPMM: spmm_cpu}  # fmt: skip
     module = emitters[spec.role](spec)
     (folder / "kernel.tir.py").write_text(module.script())
-    with tvm.transform.PassContext(disabled_pass=[COMPACT]):  # the machine code is the same without it
+    with tvm.transform.PassContext(disabled_pass=[COMMON, COMPACT]):
         built = tvm.compile(module, target=llvm_target(spec.target.arch))
     (folder / source_name(spec)).write_text(built.mod.inspect_source("ll"))
     _export(built, folder)
@@ -170,7 +171,7 @@ def device_source(emitted: Emitted, arch: str) -> str:
     import tvm
 
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="cuda_host")
-    with tvm.transform.PassContext(disabled_pass=["tirx.CommonSubexprElim"]):  # CUDA compilers do it anyway
+    with tvm.transform.PassContext(disabled_pass=[COMMON]):
         built = tvm.compile(emitted.module, target=target, tir_pipeline="tirx").mod
     return arrays_to_variables(built.imports[0].inspect_source())
 
