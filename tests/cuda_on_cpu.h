@@ -1,6 +1,6 @@
 // Just enough CUDA to run a generated kernel on the CPU, for tests: a fiber for each CUDA thread, blocks in turn.
-// A fiber runs up to a barrier at which others are missing, then it is the next one's turn: always in another order, so
-// that what a missing __syncthreads leaves undefined comes out wrong.
+// A warp runs until it has to wait for another, then it is another's turn, forwards and backwards: so what a missing
+// __syncthreads leaves undefined comes out wrong.
 #pragma once
 #include <ucontext.h>
 
@@ -61,6 +61,21 @@ inline ThreadBarrier block_barrier, warp_barrier[kMaxThreads / 32];
 inline void __syncthreads() { block_barrier.arrive_and_wait(block_threads); }
 inline void sync_warp() { warp_barrier[threadIdx.x / 32].arrive_and_wait(32); }
 
+// Runs the threads of a warp until all wait for others or have finished; how many have.
+inline int run_warp(int warp) {
+  int ended = 0;
+  for (long before = changes - 1; changes != before;) {
+    before = changes;
+    for (int i = 0; i < 32; ++i) {
+      int t = threadIdx.x = 32 * warp + (before % 2 ? i : 31 - i);
+      if (finished[t]) continue;
+      swapcontext(&scheduler, &fibers[t]);
+      ended += finished[t];
+    }
+  }
+  return ended;
+}
+
 // Runs `kernel` for every thread of `grid` blocks. Shared memory is NaN before a block.
 template <typename Kernel> void run_grid(int grid, int threads, Kernel kernel) {
   std::unique_ptr<char[]> stacks(new char[threads * kStackBytes]);
@@ -76,15 +91,10 @@ template <typename Kernel> void run_grid(int grid, int threads, Kernel kernel) {
       finished[t] = false;
     }
     int left = threads;
-    for (unsigned round = blockIdx.x; left; ++round) {  // forwards and backwards, from anywhere
+    for (unsigned round = blockIdx.x; left; ++round) {
       long before = changes;
-      for (int i = 0, from = int(round * 2654435761u >> 8) % threads; i < threads; ++i) {
-        int t = (round % 2 ? from + i : from + threads - i) % threads;
-        if (finished[t]) continue;
-        threadIdx.x = t;
-        swapcontext(&scheduler, &fibers[t]);
-        left -= finished[t];
-      }
+      for (int i = 0, warps = threads / 32; i < warps; ++i)
+        left -= run_warp(round % 2 ? i : warps - 1 - i);
       if (changes == before) fprintf(stderr, "threads of an emulated kernel wait for ever\n"), abort();
     }
   }
