@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from splatc.codegen.emitted import Emitted, parse_signatures
 from splatc.codegen.kernel import (
@@ -81,10 +82,10 @@ def _load_thread_pool() -> None:
 
 def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
     with without_torch():
-        import tvm
+        import tvm  # noqa: F401  (first of all)
     from tvm.target.codegen import llvm_get_system_cpu
 
-    from splatc.codegen.cpu import attention_cpu, llvm_target
+    from splatc.codegen.cpu import attention_cpu
     from splatc.codegen.cpu_backward import attention_backward_cpu
     from splatc.codegen.cpu_products import sddmm_cpu, spmm_cpu
     from splatc.codegen.cpu_softmax import softmax_cpu
@@ -97,11 +98,20 @@ def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
                 SPMM: spmm_cpu}  # fmt: skip
     module = emitters[spec.role](spec)
     (folder / "kernel.tir.py").write_text(module.script())
-    with tvm.transform.PassContext(disabled_pass=[COMMON, COMPACT]):
-        built = tvm.compile(module, target=llvm_target(spec.target.arch))
+    built = compile_cpu(module, spec.target.arch)
     (folder / source_name(spec)).write_text(built.mod.inspect_source("ll"))
     _export(built, folder)
     return {"target": str(spec.target)}
+
+
+def compile_cpu(module: Any, arch: str) -> Any:
+    """TVM's executable of a generated module, for an LLVM CPU name."""
+    import tvm
+
+    from splatc.codegen.cpu import llvm_target
+
+    with tvm.transform.PassContext(disabled_pass=[COMMON, COMPACT]):
+        return tvm.compile(module, target=llvm_target(arch))
 
 
 def _export(built: object, folder: Path) -> None:
