@@ -81,7 +81,7 @@ class TensorMap:
         last = ITEM_BYTES[self.dtype] * (self.dims[0] - 1) + sum(
             (n - 1) * s for n, s in zip(self.dims[1:], self.strides))  # fmt: skip
         memory = (ctypes.c_char * (last + ITEM_BYTES[self.dtype])).from_address(self.address)
-        return np.frombuffer(memory, WORDS[ITEM_BYTES[self.dtype]])
+        return np.frombuffer(memory, WORDS[ITEM_BYTES[self.dtype]])  # type: ignore[call-overload, no-any-return]
 
 
 def tf32(x: np.ndarray) -> np.ndarray:
