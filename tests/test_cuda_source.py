@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splatc.codegen.build import cuda_source
+from splatc.codegen.build import device_source
 from splatc.codegen.cuda import attention_cuda, choose_blocking
 from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.kernel import KernelSpec
@@ -40,7 +40,7 @@ def make_spec(d: int, dv: int, dtype: str, arch: str = "sm_80", m: int = 64, n: 
 @cache
 def emit(spec: KernelSpec) -> str:
     """The device code."""
-    return cuda_source(spec)[1]
+    return device_source(attention_cuda(spec), spec.target.arch)
 
 
 @cache
