@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from splatc import oracle
-from splatc.codegen.build import REPORT
+from splatc.codegen.build import CUBIN, PTX, REPORT
 from splatc.codegen.tables import build_tables
 from splatc.errors import CudaError
 from splatc.formats.acsr import ACSR
@@ -174,9 +174,11 @@ def fake_gpu(driver: FakeDriver, torch_: FakeTorch, ordinal: int = 0) -> Gpu:
 
 
 def write_built(folder: Path, functions: list[dict[str, Any]]) -> None:
-    """A built folder as codegen/build.py leaves it, with a binary that no driver would take."""
+    """A built folder as codegen/build.py leaves it, with binaries that no driver would take; an "image" for all
+    functions that do not name theirs."""
+    functions = [{"image": "kernel", **one} for one in functions]
     (folder / REPORT).write_text(json.dumps({"functions": functions}))
-    for name in ("kernel.cubin", "kernel.ptx"):
+    for name in {f"{one['image']}{suffix}" for one in functions for suffix in (CUBIN, PTX)}:
         (folder / name).write_bytes(name.encode())
 
 

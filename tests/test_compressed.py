@@ -181,7 +181,7 @@ def test_compiles_without_spills(role: str, dim: int, rows: int, tmp_path: Path)
     for function in json.loads((tmp_path / "report.json").read_text())["functions"]:
         assert function["spill_bytes"] == function["stack_bytes"] == 0
         assert function["smem_bytes"] <= SMEM_BYTES and function["registers"] * function["threads"] <= 65536
-    ptx = (tmp_path / "kernel.ptx").read_text()
+    ptx = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
     products = set(re.findall(r"wgmma\.mma_async\.(sp\.)?sync\.aligned\.m64n(\d+)k(\d+)", ptx))
     expected = {COMPRESSED_SDDMM: {("", "128", "16")}, COMPRESSED_SPMM: {("sp.", str(dim), "32")}}
     assert products == expected.get(role, set())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from splatc.codegen import toolchain
 from splatc.codegen.build import build
-from splatc.codegen.emitted import parse_signatures
+from splatc.codegen.emitted import functions_apart, parse_signatures
 from splatc.codegen.nvcc import compile_nvcc, find_nvcc
 from splatc.codegen.nvrtc import compile_nvrtc, find_nvrtc
 from splatc.codegen.ptxas import Compiled, Usage, check_report, first_error, read_report
@@ -20,7 +21,7 @@ from splatc.codegen.target import Target
 from splatc.errors import CompileError, CudaError, Unsupported
 from splatc.runtime.arguments import Arguments, Function, Map
 from splatc.runtime.driver import Driver, LaunchConfig
-from splatc.runtime.kernel import key_fields
+from splatc.runtime.kernel import Kernel, key_fields
 from tests.test_cuda_source import COMPILERS, make_spec
 
 # -- signatures --------------------------------------------------------------------------------------------------------
@@ -55,6 +56,17 @@ def test_each_function_is_found_once() -> None:
 def test_what_no_launch_could_give(old: str, new: str, message: str) -> None:
     with pytest.raises(CompileError, match=message):
         parse_signatures(SOURCE.replace(old, new))
+
+
+def test_functions_apart() -> None:
+    source = f"#include <one.h>\n// and\n{SOURCE}"
+    lines, apart = source.splitlines(), functions_apart(source)
+    assert list(apart) == ["attend_kernel", "combine_kernel"]
+    for name, text in apart.items():
+        assert text.startswith("#include <one.h>\n// and\n") and [f.name for f in parse_signatures(text)] == [name]
+        numbered = re.search(r"#line (\d+)\n(.*)", text)
+        assert numbered is not None and lines[int(numbered[1]) - 1] == numbered[2] and name in numbered[2]
+        assert text.count("{") == 1, "its body and no declaration"
 
 
 # -- ptxas's report ----------------------------------------------------------------------------------------------------
@@ -178,25 +190,28 @@ def test_compilers_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- a built folder ----------------------------------------------------------------------------------------------------
 
 
-def faked(monkeypatch: pytest.MonkeyPatch, log: str) -> None:
+def faked(monkeypatch: pytest.MonkeyPatch, log: str, apart: bool = False) -> None:
     compiled = Compiled(b"\x7fELF", ".version 8.0", log)
-    one = toolchain.CudaCompiler("nvrtc", "nvrtc:1", lambda source, arch: compiled)
+    one = toolchain.CudaCompiler("nvrtc", "nvrtc:1", lambda source, arch: compiled, apart)
     monkeypatch.setattr("splatc.codegen.build.find_compiler", lambda: one)
 
 
 LOG = "\n".join(REPORT.splitlines()[:5]).replace("combine_kernel", "splatc_attention_kernel") + "\n"
 
 
-def test_a_built_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("apart", "image"), [(False, "kernel"), (True, "splatc_attention_kernel")])
+def test_a_built_folder(apart: bool, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tvm")
-    faked(monkeypatch, LOG)
-    build(make_spec(64, 64, "bfloat16"), tmp_path)
+    faked(monkeypatch, LOG, apart)
+    spec = make_spec(64, 64, "bfloat16")
+    build(spec, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
-        "kernel.tir.py", "kernel.cu", "kernel.cubin", "kernel.ptx", "kernel.log", "report.json",
+        "kernel.tir.py", "kernel.cu", f"{image}.cubin", f"{image}.ptx", "kernel.log", "report.json",
     }  # fmt: skip
+    assert Kernel(spec, tmp_path).ptx == ".version 8.0"
     report = json.loads((tmp_path / "report.json").read_text())
     (function,) = report["functions"]
-    assert report["compiler"] == "nvrtc" and report["target"] == "cuda:sm_80"
+    assert report["compiler"] == "nvrtc" and report["target"] == "cuda:sm_80" and function["image"] == image
     assert (function["name"], function["threads"], function["registers"]) == ("splatc_attention_kernel", 256, 40)
     assert ["pointer", "q_flat_ptr"] in function["parameters"] and function["smem_bytes"] > 48 * 1024
 
@@ -291,4 +306,4 @@ def test_a_target_without_a_gpu_runs_on_later_ones() -> None:
     from splatc.codegen.target import OLDEST
     from splatc.runtime.gpu import image_for
 
-    assert Target("cuda", OLDEST).arch == "sm_80" and image_for(OLDEST, (12, 0)) == "kernel.ptx"
+    assert Target("cuda", OLDEST).arch == "sm_80" and image_for(OLDEST, (12, 0)) == ".ptx"

@@ -131,7 +131,7 @@ def test_kernels_compile_without_spills(role, dim, dtype, tmp_path: Path):
     build(product_spec(role, dim, dtype, HOPPER), tmp_path)  # refuses spills and serialised products
     for function in json.loads((tmp_path / "report.json").read_text())["functions"]:
         assert function["spill_bytes"] == 0 and function["smem_bytes"] <= SMEM_BYTES
-    text = (tmp_path / "kernel.ptx").read_text()
+    text = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
     assert ("wgmma.mma_async" in text) == (role != SOFTMAX)
 
 
@@ -239,7 +239,8 @@ def test_a_pattern_for_each_head_on_the_cpu():
 @pytest.mark.parametrize("lengths", [(1, 1), (129, 130), (70, 300), (1000, 1001)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", MASKS)
 def test_kernels_on_a_gpu(name, lengths, dtype):
-    check_products(products_gpu.products_on(0), MASKS[name], lengths, draw(lengths, dtype, "cuda", dim=64))
+    heads = 128 if lengths == (1, 1) else 4  # errors are judged over many values
+    check_products(products_gpu.products_on(0), MASKS[name], lengths, draw(lengths, dtype, "cuda", heads, dim=64))
 
 
 @pytest.mark.gpu

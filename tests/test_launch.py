@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from splatc.errors import CompileError, InvalidInput, Unsupported, VerifyError
 from splatc.ir.passes import Schedule
 from splatc.runtime import gpu as gpu_module
 from splatc.runtime.gpu import DeviceTables, image_for, load_functions
-from splatc.runtime.gpu_call import model
+from splatc.runtime.gpu_call import allocation
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import REMEMBERED, Launcher
+from splatc.runtime.likeness import likeness, unlike
 from tests import cuda_on_cpu
 from tests.fake_gpu import FakeDriver, FakeTorch, fake_gpu, plan, write_built
 from tests.fake_gpu import check as check_within
@@ -315,9 +317,9 @@ def test_queue_slots() -> None:
 @pytest.mark.parametrize(
     ("arch", "capability", "image"),
     [
-        ("sm_80", (8, 0), "kernel.cubin"), ("sm_80", (8, 6), "kernel.cubin"), ("sm_80", (9, 0), "kernel.ptx"),
-        ("sm_90a", (9, 0), "kernel.cubin"), ("sm_100f", (10, 3), "kernel.cubin"), ("sm_120", (12, 0), "kernel.cubin"),
-        ("sm_90", (10, 0), "kernel.ptx"),
+        ("sm_80", (8, 0), ".cubin"), ("sm_80", (8, 6), ".cubin"), ("sm_80", (9, 0), ".ptx"),
+        ("sm_90a", (9, 0), ".cubin"), ("sm_100f", (10, 3), ".cubin"), ("sm_120", (12, 0), ".cubin"),
+        ("sm_90", (10, 0), ".ptx"),
     ],
 )  # fmt: skip
 def test_which_binary_a_gpu_runs(arch: str, capability: tuple[int, int], image: str) -> None:
@@ -334,8 +336,17 @@ def test_other_gpus_are_named(arch: str, capability: tuple[int, int], here: str)
         image_for(arch, capability)
 
 
+def test_every_image_is_loaded_once(tmp_path: Path) -> None:
+    common = {"threads": 32, "smem_bytes": 0, "parameters": [["int32", "n"]]}
+    write_built(tmp_path, [{"name": name, "image": name[0], **common} for name in ("a1", "b", "a2")])
+    driver = FakeDriver({}, {})
+    found = load_functions(tmp_path, "sm_90a", fake_gpu(driver, FakeTorch()))
+    assert driver.loaded == [b"a.cubin", b"b.cubin"]
+    assert [(f.name, driver.names[f.kernel - 1]) for f in found] == [(name, name) for name in ("a1", "b", "a2")]
+
+
 def test_a_folder_with_source_only(tmp_path: Path) -> None:
-    write_built(tmp_path, [])
+    write_built(tmp_path, [{"name": NAME}])
     (tmp_path / "kernel.cubin").unlink()
     gpu = fake_gpu(FakeDriver({}, {}), FakeTorch())
     with pytest.raises(CompileError, match=r"holds source only.*splatc\[cuda\]"):
@@ -352,9 +363,59 @@ def test_copies_are_announced_once(emulated: Any, caplog: pytest.LogCaptureFixtu
     assert [record.message for record in caplog.records] == ["splatc copies an input at every call: of a test"]
 
 
+@pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("sizes", [(2, 3, 5, 8), (1, 1, 7, 1), (2, 1, 1, 4), (6,), (1,)])
-def test_what_is_made_like_a_model_is_contiguous(sizes: tuple[int, ...]) -> None:
-    one = model(torch.device("cpu"), torch.float16, *sizes)
-    made = torch.empty_like(one)
-    assert one.untyped_storage().nbytes() == 2
-    assert (made.shape, made.stride(), made.dtype) == (sizes, torch.empty(sizes).stride(), torch.float16)
+def test_allocations_are_contiguous(sizes: tuple[int, ...], direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not direct:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    new = allocation(torch.device("cpu"), torch.float16, *sizes)
+    one, other = new(), new()
+    assert (one.shape, one.stride(), one.dtype) == (sizes, torch.empty(sizes).stride(), torch.float16)
+    assert one.data_ptr() != other.data_ptr() and not one.requires_grad
+    assert one.untyped_storage().nbytes() == 2 * one.numel()
+
+
+# -- tensors like those of the call before -----------------------------------------------------------------------------
+
+
+def changes() -> dict[str, Any]:
+    """What makes another kind of tensor of one that is (1, 2, 100, D)."""
+    return {
+        "sizes": lambda x: x[:, :, :50], "strides": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "dtype": lambda x: x.half(), "device": lambda x: x.to("meta"), "parameter": torch.nn.Parameter,
+        "gradients": lambda x: x.clone().requires_grad_(), "rank": lambda x: x[0], "kind": lambda x: x.numpy(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", changes())
+def test_what_is_not_like_the_tensors_before(change: str) -> None:
+    qkv = draw()
+    like = likeness(*qkv)
+    assert like(*(x.clone() for x in qkv)), "this PyTorch has no such check: calls take longer"
+    for i in range(3):
+        others = [x.clone() for x in qkv]
+        others[i] = changes()[change](others[i])
+        assert not like(*others)
+
+
+def test_nothing_is_kept_alive_by_what_is_like_it() -> None:
+    q, k, v = draw()
+    like, gone = likeness(q, k, v), weakref.ref(q)
+    del q
+    assert gone() is None and not like(k, k, None)
+
+
+@pytest.mark.parametrize("known", [likeness, lambda q, k, v: unlike])
+def test_calls_that_take_turns(known: Any, emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splatc.runtime.likeness.likeness", known)
+    attend, dense = Machine(emulated), PATTERN.dense(100)
+    qkv = draw(heads=4, kv_heads=2)
+    wide = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    for tensors in (qkv, wide, qkv, qkv, wide):
+        check(attend(*tensors, enable_gqa=True), qkv, dense)
+    with pytest.raises(InvalidInput, match="pass enable_gqa=True"):
+        attend(*qkv)
+    with pytest.raises(InvalidInput, match="q is a list"):
+        attend([1.0], *qkv[1:], enable_gqa=True)
+    check(attend(*qkv, enable_gqa=True), qkv, dense)
+    assert len(attend.launcher._ready) == 2

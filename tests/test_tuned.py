@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from splatc import patterns as P
-from splatc.codegen.kernel import HOPPER_TILES, PATCH_TILE, kernel_spec
+from splatc.codegen.kernel import HOPPER_TILES, PATCH_TILE, kernel_spec, tile_shapes
 from splatc.codegen.target import Target
 from splatc.compile import best_plan
 from splatc.errors import CacheError, InvalidInput
+from splatc.formats.acsr import ACSR
 from splatc.ir.passes import PASSES
 from splatc.ir.score import score_of
 from splatc.runtime import tuned
@@ -210,3 +211,12 @@ def test_passes_are_shown_of_the_chosen_tile_only():
     plan = best_plan(MASK, 512, 512, SPEC, after=lambda name, program: seen.append((name, program)))
     assert [name for name, _ in seen] == ["lower", *(one.__name__ for one in PASSES)]
     assert seen[-1][1] == plan.programs[0] and plan.tables[0][0].positions.shape[1] == plan.spec.tile_m
+
+
+def test_a_mask_is_analysed_once_for_all_tiles(monkeypatch):
+    seen, analyse = [], ACSR.from_pattern
+    monkeypatch.setattr(ACSR, "from_pattern", lambda *arguments: seen.append(arguments) or analyse(*arguments))
+    heads = P.per_head([P.causal(), P.window(9, 0), P.causal()])
+    shown = best_plan(heads, 512, 512, SPEC, after=lambda name, program: None)
+    assert len(tile_shapes(SPEC)) > 1 and seen == [(P.causal(), 512, 512), (P.window(9, 0), 512, 512)]
+    assert shown.heads == (0, 1, 0) and [t[0].nnz for t in shown.tables] == [512 * 513 // 2, 512 * 10 - 45]

@@ -239,9 +239,10 @@ def _source(spec: KernelSpec, what: What) -> str:
             return cuda_source(spec)[what is What.cuda]
     if what is What.ptx and find_compiler() is None:
         raise Unsupported(f"PTX needs NVRTC or nvcc: {INSTALL}, or use --what cuda")
-    names = {What.ptx: "kernel.ptx", What.llvm: "kernel.ll", What.tir: "kernel.tir.py"}
+    names = {What.llvm: "kernel.ll", What.tir: "kernel.tir.py"}
     with console(stderr=True).status(f"compiling {spec.name} for {spec.target}"):
-        return find_kernel(spec).file(names[what])
+        kernel = find_kernel(spec)
+        return kernel.ptx if what is What.ptx else kernel.file(names[what])
 
 
 def _write_tables(plan: Plan, output: Path | None) -> None:

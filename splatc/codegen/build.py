@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from splatc.codegen.emitted import Emitted, parse_signatures
+from splatc.codegen.emitted import Emitted, functions_apart, parse_signatures
 from splatc.codegen.kernel import (
     BACKWARD,
     COMPRESSED,
@@ -34,8 +34,7 @@ from splatc.errors import CompileError, Unsupported
 FUNCTION = "splatc_attention"  # of a CPU kernel
 GRADIENTS = "splatc_attention_dq", "splatc_attention_dkv"  # of one for gradients
 LIBRARY = "kernel.so"  # of a CPU kernel
-CUBIN = "kernel.cubin"
-PTX = "kernel.ptx"
+CUBIN, PTX = ".cubin", ".ptx"  # of an image
 REPORT = "report.json"
 COMMON = "tirx.CommonSubexprElim"  # slow, and the compilers behind TVM do it anyway
 COMPACT = "s_tir.CompactBufferAllocation"  # slow, and our buffers are as large as they have to be: it finds nothing
@@ -50,7 +49,8 @@ def build(spec: KernelSpec, folder: Path) -> None:
     """Emit, compile and export a kernel into ``folder``.
 
     Writes kernel.tir.py (the TIRx) and report.json; for a CPU kernel.ll and kernel.so (loadable by tvm_ffi); for CUDA
-    kernel.cu (device code) and, where a CUDA compiler is installed, kernel.cubin, kernel.ptx and kernel.log (ptxas's).
+    kernel.cu (device code) and, where a CUDA compiler is installed, kernel.log (ptxas's) and images, a .cubin and
+    a .ptx each: of every function, called as it is, or of all, called "kernel".
     Raises CompileError if a compiler refuses or the kernel spills, Unsupported if the target cannot run such a kernel.
     """
     report = _build_cpu(spec, folder) if spec.target.kind == "cpu" else _build_cuda(spec, folder)
@@ -128,22 +128,26 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
     emitted = emit(spec)
     text = device_source(emitted, spec.target.arch)
     declared = {one.name: one for one in parse_signatures(text)}
-    functions = [{"name": f.name, "threads": f.threads, "smem_bytes": f.smem_bytes,
-                  "parameters": declared[f.name].parameters} for f in emitted.functions]  # fmt: skip
-    report = {"target": str(spec.target), "functions": functions}
     compiler = find_compiler()
-    with ThreadPoolExecutor(max_workers=1) as beside:  # compilers leave Python free, and printing TIRx takes a while
-        compiling = beside.submit(compiler.compile, text, spec.target.arch) if compiler else None
+    units = functions_apart(text) if compiler and compiler.apart else {"kernel": text}
+    functions = [{"name": f.name, "threads": f.threads, "smem_bytes": f.smem_bytes,
+                  "parameters": declared[f.name].parameters, "image": f.name if f.name in units else "kernel"}
+                 for f in emitted.functions]  # fmt: skip
+    report = {"target": str(spec.target), "functions": functions}
+    with ThreadPoolExecutor(len(units)) as beside:  # compilers leave Python free, and printing TIRx takes a while
+        compiling = [beside.submit(compiler.compile, unit, spec.target.arch) for unit in units.values() if compiler]
         (folder / source_name(spec)).write_text(text)
         (folder / "kernel.tir.py").write_text(emitted.module.script())
-    if compiler is None or compiling is None:
+    if compiler is None:
         return {**report, "compiler": None}
-    compiled = compiling.result()
-    (folder / "kernel.log").write_text(compiled.log)
-    check_report(compiled.log, spec.target.arch)
-    (folder / CUBIN).write_bytes(compiled.cubin)
-    (folder / PTX).write_text(compiled.ptx)
-    usage = read_report(compiled.log)
+    images = {name: one.result() for name, one in zip(units, compiling, strict=True)}
+    log = "\n".join(image.log for image in images.values())
+    (folder / "kernel.log").write_text(log)
+    check_report(log, spec.target.arch)
+    for name, image in images.items():
+        (folder / f"{name}{CUBIN}").write_bytes(image.cubin)
+        (folder / f"{name}{PTX}").write_text(image.ptx)
+    usage = read_report(log)
     for function in functions:
         function.update(asdict(usage[str(function["name"])]))
     return {**report, "compiler": compiler.name}

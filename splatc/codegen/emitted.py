@@ -9,6 +9,7 @@ from typing import Any
 from splatc.errors import CompileError
 
 KINDS = {"CUtensorMap": "map", "int": "int32", "int64_t": "int64", "float": "float32"}
+_BEGIN = re.compile(r'^(?=extern "C" __global__)', re.MULTILINE)
 _FUNCTION = re.compile(r'extern "C" __global__ void\s+__launch_bounds__\(([^)]*)\)\s+(\w+)\s*\(([^)]*)\)\s*[;{]')
 
 
@@ -53,6 +54,18 @@ def parse_signatures(source: str) -> tuple[Signature, ...]:
     if not found:
         raise CompileError("the generated CUDA has no __global__ function; please report this kernel")
     return tuple(found.values())
+
+
+def functions_apart(source: str) -> dict[str, str]:
+    """The sources of a generated source's __global__ functions by name, each with all that comes before the first, its
+    lines numbered as they are here."""
+    before, *parts = _BEGIN.split(source)
+    apart, line = {}, 1 + before.count("\n")
+    for part in parts:
+        if "{" in part:  # the others declare what is defined further down
+            apart[parse_signatures(part)[0].name] = f"{before}#line {line}\n{part}"
+        line += part.count("\n")
+    return apart
 
 
 def _parameter(function: str, text: str) -> tuple[str, str]:

@@ -251,8 +251,9 @@ def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 
 def _crowded(spec: KernelSpec) -> bool:
     """Whether expressions on scores leave registers for small tiles only."""
-    few = spec.role == FORWARD and spec.score.names in (("alibi",), ("dropout",))
-    return spec.score.positional and not few
+    roomy = max(spec.head_dim, spec.v_head_dim) <= 192
+    few = spec.score.names == ("alibi",) or (spec.score.names == ("dropout",) and roomy)
+    return spec.score.positional and not (few and spec.role == FORWARD)
 
 
 def _smallest_tiles(spec: KernelSpec) -> bool:

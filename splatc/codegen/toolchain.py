@@ -19,12 +19,14 @@ INSTALL = "install the CUDA toolkit, or pip install 'splatc[cuda]'"
 class CudaCompiler:
     """A compiler of device source. compile(source, arch) raises CompileError.
 
-    identity: what tells this installation from another without starting it: path, size and time of the file.
+    identity: what tells this installation from another without starting it: path, size and time of the file. apart:
+    whether it compiles the functions of a source one by one, side by side, in less time than all at once.
     """
 
     name: str
     identity: str
     compile: Callable[[str, str], Compiled]
+    apart: bool = False
 
 
 def find_compiler() -> CudaCompiler | None:
@@ -41,7 +43,9 @@ def find_compiler() -> CudaCompiler | None:
         return None
     stat = os.stat(path)
     identity = f"{name}:{os.path.realpath(path)}:{stat.st_size}:{stat.st_mtime_ns}"
-    return CudaCompiler(name, identity, compile_nvrtc if name == "nvrtc" else compile_nvcc)
+    if name == "nvcc":  # a process reads half a second of headers
+        return CudaCompiler(name, identity, compile_nvcc)
+    return CudaCompiler(name, identity, compile_nvrtc, apart=True)
 
 
 def _path(name: str) -> str | None:

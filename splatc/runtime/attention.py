@@ -119,6 +119,7 @@ class CompiledAttention:
         self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}  # by sizes: the tables for a CPU
         self._on_gpu = kernel.spec.target.kind != "cpu"
         self._launcher = Launcher(kernel, layout, self._check, self._launches, cap)
+        self._run: Callable[..., tuple[Any, Any]] = self._launcher if self._on_gpu else self._run_on_cpu
 
     # -- what was compiled ---------------------------------------------------------------------------------------------
 
@@ -201,9 +202,11 @@ class CompiledAttention:
             traced = torch.compiler.is_compiling()
             if traced or torch._C._is_any_autocast_enabled():
                 q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
-            if traced or self._must_differentiate(torch, q, k, v, terms):
+            if not traced and torch._C._are_functorch_transforms_active():
+                raise Unsupported(NO_TRANSFORMS)
+            if traced or (torch.is_grad_enabled() and self._must_differentiate(q, k, v, terms)):
                 return self._differentiable(q, k, v, scale, return_lse, enable_gqa, terms)
-        o, lse = self.run(q, k, v, scale, enable_gqa, terms)
+        o, lse = self._run(q, k, v, scale, enable_gqa, terms)
         return (o, lse) if return_lse else o
 
     def _terms(self, q: Any, k: Any, options: Any) -> Terms | None:
@@ -214,7 +217,7 @@ class CompiledAttention:
     def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
             terms: Terms | None = None) -> tuple[Any, Any]:  # fmt: skip
         """(o, lse), without gradients."""
-        return (self._launcher if self._on_gpu else self._run_on_cpu)(q, k, v, scale, enable_gqa, terms)
+        return self._run(q, k, v, scale, enable_gqa, terms)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
                  enable_gqa: bool, terms: Terms | None = None,
@@ -233,13 +236,9 @@ class CompiledAttention:
             raise Unsupported(f"{self._refused}: {DETACH}")
         return self._make_gradients(self._planned)
 
-    def _must_differentiate(self, torch: Any, q: Any, k: Any, v: Any, terms: Terms | None) -> bool:
-        """Whether an eager call has to be differentiable, and can be: what cannot is refused by the direct way."""
-        if torch._C._are_functorch_transforms_active():
-            raise Unsupported(NO_TRANSFORMS)
-        grad = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or (terms is not None and terms.requires_grad)
-        )
+    def _must_differentiate(self, q: Any, k: Any, v: Any, terms: Terms | None) -> bool:
+        """Whether an eager call with gradients enabled has to be differentiable; Unsupported if it cannot be."""
+        grad = q.requires_grad or k.requires_grad or v.requires_grad or (terms is not None and terms.requires_grad)
         if grad and self._refused:
             raise Unsupported(f"{self._refused}: {DETACH}")
         return bool(grad)
@@ -317,5 +316,5 @@ class CompiledAttention:
     @property
     def ptx(self) -> str:
         """The PTX (CUDA targets only)."""
-        return self.kernel.file("kernel.ptx")
+        return self.kernel.ptx
 

@@ -19,7 +19,7 @@ from splatc.patterns.base import Pattern
 from splatc.runtime.kernel import Kernel
 
 _log = logging.getLogger("splatc")
-_SOURCES = {"cuda": "kernel.cu", "ptx": "kernel.ptx", "llvm": "kernel.ll"}
+_SUFFIXES = {"cuda": ".cu", "ptx": ".ptx", "llvm": ".ll"}
 
 
 def ir_dump(pattern: Pattern, q_len: int, kv_len: int) -> Callable[[str, Program], None] | None:
@@ -56,9 +56,9 @@ def _folder(config: Config, pattern: Pattern, q_len: int, kv_len: int) -> Path:
 def dump_sources(kernel: Kernel) -> None:
     """The kernel's CUDA, PTX or LLVM, as far as SPLATC_DUMP asks for them and the target has them."""
     config = Config.from_env()
-    for kind, name in _SOURCES.items():
-        if kind in config.dump and (kernel.folder / name).exists():
-            _write(config.dump_dir / kernel.spec.name / name, kernel.file(name))
+    for kind, suffix in _SUFFIXES.items():
+        for path in sorted(kernel.folder.glob(f"*{suffix}")) if kind in config.dump else ():
+            _write(config.dump_dir / kernel.spec.name / path.name, path.read_text())
 
 
 def _write(path: Path, text: str) -> None:

@@ -159,22 +159,24 @@ def load_functions(folder: Path, arch: str, on: Gpu) -> tuple[Function, ...]:
 
 @lru_cache(maxsize=1024)
 def _load_functions(folder: Path, arch: str, on: Gpu) -> tuple[Function, ...]:
-    name = image_for(arch, on.driver.capability(on.ordinal), on.ordinal)
-    if not (folder / name).exists():
+    suffix = image_for(arch, on.driver.capability(on.ordinal), on.ordinal)
+    functions = json.loads((folder / REPORT).read_text())["functions"]
+    images = {f["image"]: folder / f"{f['image']}{suffix}" for f in functions}
+    if not all(path.exists() for path in images.values()):
         raise CompileError(f"{folder} holds source only: {INSTALL}, then compile again")
     on.refuse_capture("loading a kernel")
-    library = on.driver.load((folder / name).read_bytes())
+    libraries = {image: on.driver.load(path.read_bytes()) for image, path in images.items()}
     return tuple(
         Function(
-            f["name"], on.driver.kernel(library, f["name"], on.ordinal, f["smem_bytes"]), f["threads"], f["smem_bytes"],
-            tuple((kind, parameter) for kind, parameter in f["parameters"]),
+            f["name"], on.driver.kernel(libraries[f["image"]], f["name"], on.ordinal, f["smem_bytes"]), f["threads"],
+            f["smem_bytes"], tuple((kind, parameter) for kind, parameter in f["parameters"]),
         )
-        for f in json.loads((folder / REPORT).read_text())["functions"]
+        for f in functions
     )  # fmt: skip
 
 
 def image_for(arch: str, capability: tuple[int, int], ordinal: int = 0) -> str:
-    """Which file of a kernel for ``arch`` a GPU runs: the cubin, or PTX for the driver to compile.
+    """Which files of a kernel for ``arch`` a GPU runs: cubins, or PTX for the driver to compile.
 
     A plain sm_NN runs on later GPUs of its generation as it is, on later generations as PTX; sm_NNa only on that very
     GPU, sm_NNf on its generation. Raises InvalidInput for other GPUs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import platform
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from splatc.codegen.build import FUNCTION, build, load, source_name
+from splatc.codegen.build import FUNCTION, PTX, REPORT, build, load, source_name
 from splatc.codegen.kernel import BACKWARD, KernelSpec, not_hopper
 from splatc.codegen.toolchain import find_compiler
 from splatc.config import Config
@@ -33,6 +34,12 @@ class Kernel:
     def source(self) -> str:
         """The generated CUDA (or, on a CPU, LLVM IR)."""
         return (self.folder / source_name(self.spec)).read_text()
+
+    @property
+    def ptx(self) -> str:
+        """The PTX of all functions of a CUDA kernel, one image after the other."""
+        images = dict.fromkeys(f["image"] for f in json.loads(self.file(REPORT))["functions"])
+        return "\n".join(self.file(f"{image}{PTX}") for image in images)
 
     def file(self, name: str) -> str:
         """The text of another file of the folder, such as "kernel.tir.py" or "report.json"."""

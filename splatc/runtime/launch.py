@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -24,6 +24,9 @@ from splatc.runtime.tensor_map import ALIGNMENT, Layout
 from splatc.runtime.tensors import Shape, check_call, check_gradients, check_scale, outputs, to_bhsd
 from splatc.runtime.terms import check_terms
 from splatc.runtime.work import Work
+
+if TYPE_CHECKING:
+    from splatc.runtime.likeness import Like
 
 GROUP = 4  # keys that a pruned kernel reads together
 REMEMBERED = 64  # kinds of calls, and tables on a device, that a launcher keeps
@@ -46,7 +49,8 @@ class Launcher:
         self._cap, self._find_gpu = cap, find_gpu
         self._hopper = kernel.spec.kernel == "hopper"
         self._pruned = self._hopper and kernel.spec.score.pruning is not None
-        self._ready: dict[tuple[Any, ...], Ready] = {}
+        self._ready: dict[tuple[Any, ...], _Known] = {}
+        self._latest: _Known | None = None  # of these
         self._planned: dict[tuple[int, ...], tuple[Launch, ...]] = {}  # by lengths and heads
         self._laid_out: dict[tuple[int, ...], _LaidOut] = {}  # these, batch and GPU
         self._tables: dict[tuple[int, ...], DeviceTables] = {}  # the same
@@ -55,17 +59,27 @@ class Launcher:
     def __call__(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
                  terms: Terms | None = None) -> tuple[Any, Any]:  # fmt: skip
         """(o, lse) as CompiledAttention returns them. Raises what ``check_call`` and the checks of the kernel raise."""
-        try:
-            ready = self._ready[call_key(q, k, v, enable_gqa)]
-        except (KeyError, AttributeError, TypeError):  # not seen yet, or no tensors at all
-            ready = self._prepare(q, k, v, enable_gqa)
-        return ready(q, k, v, scale, terms)
+        known = self._latest
+        if known is None or known.enable_gqa is not enable_gqa or not known.like(q, k, v):
+            known = self._latest = self._find(q, k, v, enable_gqa)
+        return known.ready(q, k, v, scale, terms)
 
     def expect(self, q_len: int, kv_len: int) -> None:
         """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call."""
         if self._last is not None and q_len and kv_len:
             shape, on = self._last
             self._lay_out(on, replace(shape, q_len=q_len, kv_len=kv_len))
+
+    def _find(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> _Known:
+        try:
+            return self._ready[call_key(q, k, v, enable_gqa)]
+        except (KeyError, AttributeError, TypeError):  # not seen yet, or no tensors at all
+            ready = self._prepare(q, k, v, enable_gqa)
+            from splatc.runtime.likeness import likeness  # needed by calls on a GPU only
+
+            known = _Known(likeness(q, k, v), enable_gqa, ready)
+            remember(self._ready, call_key(q, k, v, enable_gqa), known)
+            return known
 
     def _prepare(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> Ready:
         shape = check_call(q, k, v, self._layout, enable_gqa)
@@ -93,7 +107,6 @@ class Launcher:
             grad = any(x.requires_grad for x in (q, k, v))
             ready = _Launched(call, shape, grad, self._hopper, again)
             ready = _Padded(ready, self._layout) if padded else ready
-        remember(self._ready, call_key(q, k, v, enable_gqa), ready)
         return ready
 
     def _must_copy(self, x: Any, one: Layout) -> bool:
@@ -145,6 +158,14 @@ class Launcher:
 
     def _key(self, on: Gpu, shape: Shape) -> tuple[int, ...]:
         return shape.q_len, shape.kv_len, shape.heads, shape.batch if self._hopper else 0, on.ordinal
+
+
+class _Known(NamedTuple):
+    """A prepared call, and what it is for: tensors that are ``like`` some others, with enable_gqa or without."""
+
+    like: Like
+    enable_gqa: bool
+    ready: Ready
 
 
 @dataclass(frozen=True)
@@ -200,15 +221,15 @@ class _Launched:
             check_terms(terms, self._shape)
         if self._grad:
             check_gradients(q, k, v)
-        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if self._strict:
             if number <= 0:  # exact: what is scaled is q
                 return self._again(q.neg() if number else q.mul(0), k, v, -number or 1.0, terms)
-            if (addresses[0] | addresses[1] | addresses[2]) % ALIGNMENT:
+            if (q_at | k_at | v_at) % ALIGNMENT:
                 _say_copied(f"its address is not a multiple of {ALIGNMENT} bytes")
                 q, k, v = (x if x.data_ptr() % ALIGNMENT == 0 else contiguous_copy(x) for x in (q, k, v))
                 return self._again(q, k, v, number, terms)
-        return self._call(*addresses, number, terms)
+        return self._call(q_at, k_at, v_at, number, terms)
 
 
 class _Copied:

@@ -21,6 +21,7 @@ from splatc.codegen.hopper.emit import (
 )
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, TURNERS, Shape
+from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.terms import TermArguments
 
 # A row tile in the work table, and in the message that the producer leaves beside its Q stage: int32 words.
@@ -82,7 +83,7 @@ class Block:
         self.warp = I.warp_id_in_wg([4])
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
-        pool = T.SMEMPool()
+        pool = SharedMemory()
         self.allocate_rows(pool)
         self.k = pool.alloc((s.stages * s.k_bytes // s.item_bytes,), s.dtype, align=1024)
         self.v = pool.alloc((s.stages * s.v_bytes // s.item_bytes,), s.dtype, align=1024)
@@ -104,9 +105,9 @@ class Block:
             self.staged_values = pool.alloc((s.staged,), "int32", align=4)  # whether a stage has any, or is the end
             self.rings.append(self.staged_ring)
         pool.commit()
-        self.smem_bytes = pool.max_offset
+        self.smem_bytes = pool.size
 
-    def allocate_rows(self, pool: Expr) -> None:
+    def allocate_rows(self, pool: SharedMemory) -> None:
         """Room for what stays while the column tiles of a row tile come by."""
         s = self.s
         self.q = pool.alloc((s.q_stages * s.q_slot // s.item_bytes,), s.dtype, align=1024)

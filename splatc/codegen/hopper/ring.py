@@ -6,6 +6,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from splatc.codegen.hopper.emit import Cell, Expr, do, when
+from splatc.codegen.hopper.shared_memory import SharedMemory
 
 
 class Ring:
@@ -15,7 +16,7 @@ class Ring:
     its empty barrier those of ``readers``.
     """
 
-    def __init__(self, pool: Expr, stages: int, readers: int, writers: int = 1) -> None:
+    def __init__(self, pool: SharedMemory, stages: int, readers: int, writers: int = 1) -> None:
         self.stages = stages
         self._readers, self._writers = readers, writers
         self._full = pool.alloc((stages,), "uint64", align=8)

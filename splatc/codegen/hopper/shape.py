@@ -18,6 +18,7 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # A row of the table of columns: three strides and 0, then for each lane of a column tile how far its position is from
 # that of the origin. There is one for each column view, up to MAX_VIEWS, then one for each list of keys.
 STRIDES = 4
+KEYS_AHEAD = 512
 MAX_VIEWS = (2, 4)  # row views and column views that one launch can hold: each is a tensor map
 
 
@@ -209,10 +210,9 @@ def can_gather(spec: KernelSpec) -> bool:
 
 
 def ring_stages(tile_n: int, turned: bool) -> tuple[tuple[int, int, int], ...]:
-    """(stages, q_stages, staged), the best first: 256 keys under way, more are no faster."""
-    depths = [(2, 2), (2, 1), (1, 1)]
-    if tile_n <= 64 and not turned:
-        depths = [(4, 2), (3, 2), *depths]
+    """(stages, q_stages, staged), the best first: more than KEYS_AHEAD keys under way are no faster."""
+    deepest = 2 if turned else max(2, KEYS_AHEAD // tile_n)
+    depths = [*((stages, 2) for stages in range(deepest, 1, -1)), (2, 1), (1, 1)]
     return tuple((*two, staged) for two in depths for staged in ((8, 4, 3, 2) if turned else (0,)))
 
 

@@ -42,8 +42,6 @@ class Softmax:
         self.sum = registers("sum", 2)
         self.shrink = registers("shrink", 2)
         self._top = registers("top", 2)
-        self._bias = registers("bias", 2)  # top in log2 units, finite
-        self._limit = registers("limit", 2, "int32")  # the bits of the score up to which top stays
         self._moved = registers("moved", 1, "int32")
         self._high = registers("high", 2, "int32")
         self._largest = registers("largest", 2)
@@ -58,7 +56,7 @@ class Softmax:
         """Scores of a row's first tile -> exp2(s - top); the state starts."""
         for r in range(2):
             self._find_largest(s, r)
-            self._set_top(r)
+            store(self._top, r, self._largest[r])
         self._exponentiate(s)
         for r in range(2):
             store(self.sum, r, self._tile_sum(r))
@@ -71,8 +69,8 @@ class Softmax:
                 self._find_largest(s, r)
                 store(self._largest, r, T.max(self._largest[r], self._top[r]))
                 old = let("old", self._top[r] * self._log2_unit)
-                self._set_top(r)
-                store(self.shrink, r, T.exp2(old - self._bias[r]))
+                store(self._top, r, self._largest[r])
+                store(self.shrink, r, T.exp2(old - self._bias(r)))
                 store(self.sum, r, self.sum[r] * self.shrink[r])
         self._exponentiate(s)
         for r in range(2):
@@ -85,7 +83,7 @@ class Softmax:
                 store(self.sum, r, self.sum[r] + from_lane(self.sum[r], distance))
             empty = T.EQ(self.sum[r], T.float32(0.0))
             store(inverse, r, T.if_then_else(empty, T.float32(0.0), T.float32(1.0) / self.sum[r]))
-            store(lse, r, self._bias[r] * T.float32(LN2) + T.log(self.sum[r]))
+            store(lse, r, self._bias(r) * T.float32(LN2) + T.log(self.sum[r]))
 
     def _look_for_moves(self, s: Expr) -> None:
         """moved = whether a score of this warp's is over its row's limit."""
@@ -93,15 +91,12 @@ class Softmax:
             store(self._high, r, T.int32(0))
         for pair in range(self._count // 2):  # of columns of row pair % 2
             call_source(LARGER, self._high[pair % 2], s[2 * pair], s[2 * pair + 1])
-        over = [self._high[r] > self._limit[r] for r in range(2)]
+        over = [self._high[r] > T.reinterpret("int32", self._top[r] + self._slack) for r in range(2)]
         store(self._moved, 0, T.cuda.any_sync(T.uint32(FULL_WARP), T.cast(T.Or(*over), "int32")))
 
-    def _set_top(self, row: int) -> None:
-        """To the largest score."""
-        store(self._top, row, self._largest[row])
-        store(self._bias, row, finite(self._top[row] * self._log2_unit))
-        limit = let("limit_of_top", self._top[row] + self._slack)
-        store(self._limit, row, T.reinterpret("int32", limit))
+    def _bias(self, row: int) -> Expr:
+        """Top in log2 units, finite."""
+        return finite(self._top[row] * self._log2_unit)
 
     def _find_largest(self, s: Expr, row: int) -> None:
         """Of all of the row's scores."""
@@ -113,8 +108,9 @@ class Softmax:
             store(self._largest, row, T.max(self._largest[row], from_lane(self._largest[row], distance)))
 
     def _exponentiate(self, s: Expr) -> None:
+        bias = [let(f"bias{r}", self._bias(r)) for r in range(2)]
         for i in range(self._count):
-            store(s, i, T.exp2(s[i] * self._log2_unit - self._bias[i // 2 % 2]))
+            store(s, i, T.exp2(s[i] * self._log2_unit - bias[i // 2 % 2]))
         for r in range(2):
             for n, i in enumerate(columns_of(r, self._count)):
                 part = 2 * r + n % 2

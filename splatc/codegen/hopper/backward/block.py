@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
-from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.backward.products import Places
@@ -18,6 +17,7 @@ from splatc.codegen.hopper.copies import Maps, Point
 from splatc.codegen.hopper.emit import Expr, let, loop
 from splatc.codegen.hopper.ring import Cursor, Ring
 from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.terms import TermArguments
 
 
@@ -64,7 +64,7 @@ class Block:
         self.warp = I.warp_id_in_wg([4])
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
-        pool = T.SMEMPool()
+        pool = SharedMemory()
         counts = {**dict.fromkeys(a.keys, s.key_stages), "q": STAGES, "do": STAGES}
         if s.makes("dq"):
             counts["ds"] = STAGES
@@ -100,7 +100,7 @@ class Block:
         self.old_ring = Ring(pool, WARPGROUPS, readers=1)  # the earlier pass's results, a stage a warpgroup
         self.rings.append(self.old_ring)
         pool.commit()
-        self.smem_bytes = pool.max_offset
+        self.smem_bytes = pool.size
 
     def start(self) -> None:
         """Set up what the block shares. A walk without dQ may run beside the end of the walk over rows before it."""

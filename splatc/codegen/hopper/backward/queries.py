@@ -38,6 +38,7 @@ from splatc.codegen.hopper.producer import Producer
 from splatc.codegen.hopper.products import fence, hidden, wait_products
 from splatc.codegen.hopper.row_tiles import RowTiles
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, WARPGROUP_ROWS
+from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.terms import Pairs, Query, TermArguments
 from splatc.codegen.hopper.walk import walking_kernel
 
@@ -82,7 +83,7 @@ class Block(block.Block):
 
     s: RowShape
 
-    def allocate_rows(self, pool: Expr) -> None:
+    def allocate_rows(self, pool: SharedMemory) -> None:
         super().allocate_rows(pool)
         s = self.s
         self.statistics = pool.alloc((s.q_stages * s.statistics_bytes // 4,), "float32", align=1024)

@@ -27,6 +27,7 @@ from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, let, loo
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.ring import Cursor, Ring
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
+from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.kernel import COMPRESSED_SDDMM
 from splatc.formats.nm import TILE_KEYS, TILE_WORDS
 
@@ -60,7 +61,7 @@ class _Kernel:
         sent = s.value_bytes * BUFFERS
         q_stages = 2 if s.chunks == 1 else 1
         stages = s.stages(sent + q_stages * s.row_bytes, s.key_bytes)
-        pool = T.SMEMPool()
+        pool = SharedMemory()
         self.q_tiles = pool.alloc((q_stages * s.row_bytes // s.item_bytes,), s.dtype, align=1024)
         self.k_tiles = pool.alloc((stages * s.key_bytes // s.item_bytes,), s.dtype, align=1024)
         self.out = pool.alloc((sent // s.item_bytes,), s.dtype, align=1024)
@@ -68,7 +69,7 @@ class _Kernel:
         pool.commit()
         start_block(w.thread, (self.q, self.k, self.values), (self.q_ring, self.k_ring))
         w.split(self.copy, self.compute)
-        return int(pool.max_offset)
+        return pool.size
 
     # -- the warp that copies ------------------------------------------------------------------------------------------
 

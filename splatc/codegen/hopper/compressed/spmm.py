@@ -23,6 +23,7 @@ from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import SparseOutput, along_row, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
+from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.wgmma import issue_product
 from splatc.codegen.kernel import COMPRESSED_SPMM
 from splatc.formats.nm import TILE_KEYS, TILE_WORDS
@@ -65,7 +66,7 @@ class _Kernel:
         w.start()
         self.words_bytes = s.warpgroups * TILE_WORDS * 4
         stages = s.stages(s.row_bytes, s.value_bytes + s.key_bytes + self.words_bytes)
-        pool = T.SMEMPool()
+        pool = SharedMemory()
         self.staged = pool.alloc((s.row_bytes // s.item_bytes,), s.dtype, align=1024)
         self.p_tiles = pool.alloc((stages * s.value_bytes // s.item_bytes,), s.dtype, align=1024)
         self.v_tiles = pool.alloc((stages * s.key_bytes // s.item_bytes,), s.dtype, align=1024)
@@ -74,7 +75,7 @@ class _Kernel:
         pool.commit()
         start_block(w.thread, (self.values, self.v, self.out), (self.ring,))
         w.split(self.copy, self.compute)
-        return int(pool.max_offset)
+        return pool.size
 
     def copy(self) -> None:
         """Tiles of P and V, and the metadata of as many rows as there are."""

@@ -21,6 +21,7 @@ from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, registers, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
+from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.unfused.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
@@ -68,7 +69,7 @@ class _Block:
         self.pitch = LANES + s.sector + s.unit  # of lines in shared memory: the last unit spreads rows over its banks
         line_bytes = LANES * self.pitch * s.item_bytes
         stages = s.stages(s.tile_bytes + line_bytes, s.tile_bytes)
-        pool = T.SMEMPool()
+        pool = SharedMemory()
         self.q_tile = pool.alloc((s.tile_items,), s.stored, align=1024)
         self.k_tiles = pool.alloc((stages * s.tile_items,), s.stored, align=1024)
         self.lines = pool.alloc((LANES * self.pitch,), s.stored, align=16)
@@ -90,7 +91,7 @@ class _Block:
             self.unit_place = kept("unit_place", (own + w.lane // s.units) * self.pitch + self.unit * s.unit)
             self.half_place = kept("half_place", (own + w.lane // 2) * self.pitch + w.lane % 2 * s.unit)
             w.pipeline(stages, self.k, lambda entry: None, self.copy, self.arrived, self.tile)
-        return int(pool.max_offset)
+        return pool.size
 
     def copy(self, entry: Expr, stage: Expr) -> None:
         """The keys of a column tile."""

@@ -19,6 +19,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Expr, do, kernel_function, let, registers, store, when
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
+from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.unfused.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
@@ -87,7 +88,7 @@ class _Block:
         w.start(teams=self.teams)
         self.stages = s.stages(0, self.teams * self.stage_bytes)
         places = self.teams * self.stages
-        pool = T.SMEMPool()
+        pool = SharedMemory()
         self.y_tiles = pool.alloc((places * s.tile_items,), s.stored, align=1024)
         self.lines = pool.alloc((places * LANES * self.pitch,), s.stored, align=16)
         self.places = pool.alloc((places * LANES,), "int32", align=16)  # where the values of each line begin
@@ -106,7 +107,7 @@ class _Block:
             line = w.warp * WARP_LINES + w.lane // s.units
             self.unit_place = kept("unit_place", line * self.pitch + self.unit * s.unit)
             w.pipeline(self.stages, self.y, self.own.read, self.copy, self.arrived, self.tile)
-        return int(pool.max_offset)
+        return pool.size
 
     def copy(self, entry: Expr, stage: Expr) -> None:
         """The rows of y, the lines, and what says where their values are."""
