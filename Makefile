@@ -32,7 +32,7 @@ demo: install  ## compile and run a few masks, and check them
 	@$(VENV)/bin/splatc demo
 
 test: install  ## all tests that need no GPU (stops after 80 minutes)
-	timeout 4800 $(PY) -m pytest -n auto --maxprocesses 4 -m "not gpu" $(ARGS)
+	timeout 4800 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: install  ## the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
