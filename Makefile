@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 SOURCE := $(wildcard splatc tests examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format types golden bench docs-pictures clean
+.PHONY: help install demo test test-gpu sanitize lint format types golden bench docs-pictures clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,10 +32,22 @@ demo: install  ## compile and run a few masks, and check them
 	@$(VENV)/bin/splatc demo
 
 test: install  ## all tests that need no GPU (stops after 80 minutes)
-	timeout 4800 $(PY) -m pytest -n auto --maxprocesses 4 -m "not gpu" $(ARGS)
+	timeout 4800 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: install  ## the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
+
+# Of each kind of kernel a few small cases.
+SANITIZED := tests/test_gpu_attention.py::test_head_dims tests/test_gpu_attention.py::test_per_head_patterns \
+  tests/test_gpu_nm.py::test_which_keys_are_kept tests/test_gpu_gradients.py::test_other_head_dims \
+  tests/test_gpu_wide_gradients.py::test_softcap tests/test_gpu_terms.py::test_a_part_of_the_terms_may_learn \
+  tests/test_gpu_products.py::test_head_dims_on_a_gpu tests/test_gpu_dfss.py::test_any_scale \
+  tests/test_gpu_portable_gradients.py::test_sinks tests/test_cuda_kernel.py::test_head_dims
+TOOL ?= memcheck
+
+sanitize: install  ## small GPU tests under compute-sanitizer; TOOL=racecheck for races
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --kernel-regex kns=splatc --report-api-errors no \
+	  --error-exitcode 3 $(PY) -m pytest -m gpu -q -p no:cacheprovider $(SANITIZED) $(ARGS)
 
 lint: install  ## ruff: style, imports, formatting
 	$(PY) -m ruff check $(SOURCE)

@@ -4,9 +4,6 @@
 #include "cuda_on_cpu.h"
 
 #include <array>
-#include <condition_variable>
-#include <cstdlib>
-#include <mutex>
 
 using namespace std;
 #define uint unsigned int
@@ -18,7 +15,7 @@ using namespace std;
 constexpr int kWarpgroup = 128;
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(const void* p) { return uint32_t((unsigned char*)p - pool_buf_ptr); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
-inline void tvm_builtin_cuda_warp_sync() { warp_barrier[threadIdx.x / 32]->arrive_and_wait(); }
+inline void tvm_builtin_cuda_warp_sync() { sync_warp(); }
 inline void tvm_builtin_ptx_prefetch_tensormap(const void*) {}
 inline void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() {}
 inline void tvm_builtin_ptx_griddepcontrol_wait() {}
@@ -33,17 +30,14 @@ inline void splatc_fence_uint32(uint32_t&) {}
 
 // Barriers in shared memory: a phase ends when all have arrived and all bytes are there.
 struct Barrier {
-  mutex lock;
-  condition_variable changed;
   int expected = 0, missing = 0, phase = 0;
   long bytes = 0;
   void update(int arrivals, long more) {
-    lock_guard held(lock);
     bytes += more;
     if ((missing -= arrivals) < 0) abort();
     if (missing || bytes) return;
     phase ^= 1, missing = expected;
-    changed.notify_all();
+    ++changes;
   }
 };
 inline Barrier barriers[sizeof pool_buf_ptr / 8];
@@ -63,8 +57,7 @@ inline void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64_pred(uint3
 }
 inline void tvm_builtin_cuda_mbarrier_wait(void* p, int parity) {
   Barrier& b = barrier_at(tvm_builtin_cuda_cvta_generic_to_shared(p));
-  unique_lock held(b.lock);
-  b.changed.wait(held, [&] { return b.phase != parity; });
+  wait_until([&] { return b.phase != parity; });
 }
 
 // Tensor maps of 16-bit values; strides in bytes, the first one unused. Boxes have rows of 128 swizzled bytes.
@@ -137,14 +130,14 @@ template <typename T> float at_descriptor(uint64_t d, int row, int column) {
   return float(value);
 }
 
-inline unique_ptr<barrier<>> warpgroup_barrier[kMaxThreads / kWarpgroup];
+inline ThreadBarrier warpgroup_barrier[kMaxThreads / kWarpgroup];
 inline uint32_t metadata_words[kMaxThreads][8];
 // d (+)= A B: `steps` products of 64 x n x 16 values of A, in shared memory. words: of an A that is compressed 2:4.
 template <typename T>
 void wgmma(float** d, int n, const uint64_t* a, const uint64_t* b, const uint32_t* words, int steps, bool sparse, bool b_transposed, bool fresh) {
   int thread = threadIdx.x % kWarpgroup, first = threadIdx.x - thread, row = thread / 32 * 16 + thread % 32 / 4;
   if (sparse) memcpy(metadata_words[threadIdx.x], words, 4 * ((steps + 1) / 2));
-  warpgroup_barrier[first / kWarpgroup]->arrive_and_wait();
+  warpgroup_barrier[first / kWarpgroup].arrive_and_wait(kWarpgroup);
   for (int i = 0; i < n / 2; ++i) {
     int m = row + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (thread % 4) + i % 2;
     float sum = fresh ? 0 : *d[i];
@@ -161,5 +154,5 @@ void wgmma(float** d, int n, const uint64_t* a, const uint64_t* b, const uint32_
       }
     *d[i] = sum;
   }
-  warpgroup_barrier[first / kWarpgroup]->arrive_and_wait();
+  warpgroup_barrier[first / kWarpgroup].arrive_and_wait(kWarpgroup);
 }

@@ -58,7 +58,7 @@ def compiled(spec: KernelSpec) -> list[tuple[str, list[tuple[str, str]], Any]]:
     source = device_source(emitted, "sm_90a")
     folder = Path(mkdtemp(prefix="splatc-emulated-"))
     (folder / "kernel.cpp").write_text(cpp(source))
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "kernel.cpp", "-o", "kernel.so"]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
     subprocess.run(command, check=True, cwd=folder)
     library = ctypes.CDLL(str(folder / "kernel.so"))
     signatures = {one.name: list(one.parameters) for one in parse_signatures(source)}
@@ -100,6 +100,5 @@ def cpp(source: str) -> str:
         declared = re.sub("const __grid_constant__ |__restrict__", "", inside)
         given = ", ".join(one.split()[-1] for one in declared.split(","))
         out.append(f'{text}\nextern "C" void launch_{name}(int grid, {declared}) {{\n'
-                   "  for (auto& one : warpgroup_barrier) one = make_unique<barrier<>>(kWarpgroup);\n"
                    f"  run_grid(grid, {threads}, [=] {{ {name}({given}); }});\n}}")  # fmt: skip
     return "\n".join(out)

@@ -1,13 +1,16 @@
-// Just enough CUDA to run a generated kernel on the CPU, for tests: one std::thread per CUDA thread, blocks in turn.
-// Barriers and shuffles are real synchronisation, so a missing __syncthreads can be found with -fsanitize=thread.
+// Just enough CUDA to run a generated kernel on the CPU, for tests: a fiber for each CUDA thread, blocks in turn.
+// A warp runs until it has to wait for another, then it is another's turn, forwards and backwards: so what a missing
+// __syncthreads leaves undefined comes out wrong.
 #pragma once
-#include <algorithm>
-#include <barrier>
+#include <ucontext.h>
+
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #define __global__
@@ -23,20 +26,87 @@ constexpr int kMaxThreads = 1024;
 struct Dim { int x = 0, y = 0, z = 0; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-inline thread_local Dim threadIdx, blockIdx;
-inline std::unique_ptr<std::barrier<>> block_barrier;
-inline std::unique_ptr<std::barrier<>> warp_barrier[kMaxThreads / 32];
+inline Dim threadIdx, blockIdx;
 inline float lane_value[kMaxThreads];
 inline int lane_int[kMaxThreads];
 alignas(128) unsigned char pool_buf_ptr[256 * 1024];  // dynamic shared memory
 
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+// -- fibers
+
+inline int block_threads;
+inline long changes;  // of anything that a fiber may wait for
+inline ucontext_t scheduler, fibers[kMaxThreads];
+inline bool finished[kMaxThreads];
+inline std::function<void()> fiber_body;
+constexpr size_t kStackBytes = 256 * 1024;
+
+inline void run_fiber() {
+  fiber_body();
+  finished[threadIdx.x] = true, ++changes;
+}
+// Waits, while the other threads run, until `done()`.
+template <typename Done> void wait_until(Done done) {
+  while (!done()) swapcontext(&fibers[threadIdx.x], &scheduler);
+}
+
+struct ThreadBarrier {
+  int arrived = 0, phase = 0;
+  void arrive_and_wait(int threads) {
+    int before = phase;
+    if (++arrived == threads) arrived = 0, ++phase, ++changes;
+    wait_until([&] { return phase != before; });
+  }
+};
+inline ThreadBarrier block_barrier, warp_barrier[kMaxThreads / 32];
+inline void __syncthreads() { block_barrier.arrive_and_wait(block_threads); }
+inline void sync_warp() { warp_barrier[threadIdx.x / 32].arrive_and_wait(32); }
+
+// Runs the threads of a warp until all wait for others or have finished; how many have.
+inline int run_warp(int warp) {
+  int ended = 0;
+  for (long before = changes - 1; changes != before;) {
+    before = changes;
+    for (int i = 0; i < 32; ++i) {
+      int t = threadIdx.x = 32 * warp + (before % 2 ? i : 31 - i);
+      if (finished[t]) continue;
+      swapcontext(&scheduler, &fibers[t]);
+      ended += finished[t];
+    }
+  }
+  return ended;
+}
+
+// Runs `kernel` for every thread of `grid` blocks. Shared memory is NaN before a block.
+template <typename Kernel> void run_grid(int grid, int threads, Kernel kernel) {
+  std::unique_ptr<char[]> stacks(new char[threads * kStackBytes]);
+  fiber_body = kernel, block_threads = threads;
+  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
+    std::memset(pool_buf_ptr, 0xFF, sizeof pool_buf_ptr);
+    for (int t = 0; t < threads; ++t) {
+      getcontext(&fibers[t]);
+      fibers[t].uc_stack.ss_sp = stacks.get() + t * kStackBytes;
+      fibers[t].uc_stack.ss_size = kStackBytes;
+      fibers[t].uc_link = &scheduler;
+      makecontext(&fibers[t], run_fiber, 0);
+      finished[t] = false;
+    }
+    int left = threads;
+    for (unsigned round = blockIdx.x; left; ++round) {
+      long before = changes;
+      for (int i = 0, warps = threads / 32; i < warps; ++i)
+        left -= run_warp(round % 2 ? i : warps - 1 - i);
+      if (changes == before) fprintf(stderr, "threads of an emulated kernel wait for ever\n"), abort();
+    }
+  }
+}
+
+// -- what threads exchange
 
 template <typename T> T exchange(T* slots, T value, int source) {
   slots[threadIdx.x] = value;
-  warp_barrier[threadIdx.x / 32]->arrive_and_wait();
+  sync_warp();
   T result = slots[source];
-  warp_barrier[threadIdx.x / 32]->arrive_and_wait();
+  sync_warp();
   return result;
 }
 inline float __shfl_xor_sync(unsigned, float value, int mask, int) { return exchange(lane_value, value, threadIdx.x ^ mask); }
@@ -60,22 +130,3 @@ struct nv_bfloat16 {
   }
 };
 using half = _Float16;
-
-// Runs `kernel` for every thread of `grid` blocks.
-template <typename Kernel> void run_grid(int grid, int threads, Kernel kernel) {
-  block_barrier = std::make_unique<std::barrier<>>(threads);
-  for (int w = 0; w < threads / 32; ++w) warp_barrier[w] = std::make_unique<std::barrier<>>(32);
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t)
-    pool.emplace_back([=] {
-      threadIdx.x = t;
-      for (int b = 0; b < grid; ++b) {
-        if (t == 0) std::memset(pool_buf_ptr, 0xFF, sizeof pool_buf_ptr);  // poison: NaN
-        blockIdx.x = b;
-        __syncthreads();
-        kernel();
-        __syncthreads();
-      }
-    });
-  for (auto& thread : pool) thread.join();
-}

@@ -43,7 +43,7 @@ def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = (),
         f"  run_grid(grid, 256, [=] {{ {kernel}({names}); }});\n}}\n"
     )
     library = folder / f"{kernel}.so"
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *flags]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *flags]
     subprocess.run(
         [*command, str(folder / f"{kernel}.cpp"), "-o", str(library)], check=True, capture_output=True
     )

@@ -27,7 +27,7 @@ from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import Shape
 
 CTYPES = {"pointer": ctypes.c_uint64, "int64": ctypes.c_int64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
-WORDS: dict[int, Any] = {2: ctypes.c_uint16, 4: ctypes.c_uint32}
+WORDS: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 ITEM_BYTES = {"int32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "tfloat32": 4}
 Kernel = Callable[..., None]  # kernel(grid, **arguments by parameter name); maps arrive as TensorMap
 
@@ -62,21 +62,26 @@ class TensorMap:
 
     def load(self, at: tuple[int, ...]) -> np.ndarray:
         """Values of the box as unsigned words, zero outside: shape (rows of the box, columns)."""
-        offset, word = self.offsets(at), WORDS[ITEM_BYTES[self.dtype]]
-        out = np.zeros(offset.shape, np.dtype(word))
-        for i in np.ndindex(offset.shape):
-            if offset[i] >= 0:
-                out[i] = word.from_address(self.address + int(offset[i])).value
+        offset = self.offsets(at)
+        out = np.zeros(offset.shape, WORDS[ITEM_BYTES[self.dtype]])
+        out[offset >= 0] = self.words()[offset[offset >= 0] // out.itemsize]
         out = out.reshape(-1, self.box[0])
         return tf32(out.view(np.float32)).view(np.uint32) if self.dtype == "tfloat32" else out
 
     def store(self, at: tuple[int, ...], values: np.ndarray) -> None:
         """Write unsigned words (rows, columns); what lies outside is dropped."""
-        offset, word = self.offsets(at), WORDS[ITEM_BYTES[self.dtype]]
+        offset = self.offsets(at).ravel()
         assert self.dtype != "tfloat32", "a store through such a map rounds"
-        for i, value in zip(np.ndindex(offset.shape), values.ravel(), strict=True):
-            if offset[i] >= 0:
-                word.from_address(self.address + int(offset[i])).value = int(value)
+        assert offset.size == values.size
+        inside = offset >= 0
+        self.words()[offset[inside] // values.itemsize] = values.ravel()[inside]
+
+    def words(self) -> np.ndarray:
+        """The memory that the map reaches, to read and write, as one line of unsigned words."""
+        last = ITEM_BYTES[self.dtype] * (self.dims[0] - 1) + sum(
+            (n - 1) * s for n, s in zip(self.dims[1:], self.strides))  # fmt: skip
+        memory = (ctypes.c_char * (last + ITEM_BYTES[self.dtype])).from_address(self.address)
+        return np.frombuffer(memory, WORDS[ITEM_BYTES[self.dtype]])  # type: ignore[call-overload, no-any-return]
 
 
 def tf32(x: np.ndarray) -> np.ndarray:

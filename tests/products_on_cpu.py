@@ -56,7 +56,7 @@ def _compiled(dim: int, dtype: str, target: Any) -> tuple[ctypes.CDLL, dict[str,
     sources = [device_source(emit_once(spec), target.arch) for spec in specs]
     with TemporaryDirectory(prefix="splatc-emulated-") as folder:
         (Path(folder) / "kernel.cpp").write_text(cpp("\n".join(sources)))
-        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "kernel.cpp", "-o", "kernel.so"]
+        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
         subprocess.run(command, check=True, cwd=folder)
         library = ctypes.CDLL(f"{folder}/kernel.so")
     return library, {one.name: one.parameters for source in sources for one in parse_signatures(source)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from splatc import oracle
 from splatc.distributed import ContextParallel
 
 Counted = list[tuple[int, int]]
+multiprocessing.set_forkserver_preload(["torch.distributed", "pytest", "splatc.distributed"])
 
 
 def on_ranks(ranks: int, folder: Path, function: Callable[..., None], *args: Any, backend: str = "gloo") -> None:
     """function(*args) in each of so many processes; what fails in one fails here."""
     store = f"file://{folder}/store"
-    torch.multiprocessing.spawn(_enter, (ranks, store, backend, function, args), ranks)  # type: ignore[no-untyped-call]
+    method = "forkserver" if backend == "gloo" else "spawn"  # torch is imported once, but CUDA is not shared
+    torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+        _enter, (ranks, store, backend, function, args), ranks, start_method=method)  # fmt: skip
 
 
 def _enter(rank: int, ranks: int, store: str, backend: str, function: Callable[..., None], args: Any) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 
-from splatc.codegen.build import cuda_source
+from splatc.codegen.build import device_source
 from splatc.codegen.cuda import attention_cuda, choose_blocking
 from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.kernel import KernelSpec
@@ -34,9 +37,17 @@ def make_spec(d: int, dv: int, dtype: str, arch: str = "sm_80", m: int = 64, n: 
     return KernelSpec("portable", d, dv, dtype, m, n, Target("cuda", arch))
 
 
+@cache
 def emit(spec: KernelSpec) -> str:
     """The device code."""
-    return cuda_source(spec)[1]
+    return device_source(attention_cuda(spec), spec.target.arch)
+
+
+@cache
+def emulated(spec: KernelSpec) -> Callable[..., None]:
+    """The kernel on the CPU: compiled once for all cases."""
+    with TemporaryDirectory(prefix="splatc-emulated-") as folder:
+        return cuda_on_cpu.compile_on_cpu(emit(spec), Path(folder))
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -96,11 +107,9 @@ def element_strides(**arrays: np.ndarray) -> dict[str, int]:
     return {f"{n}{i}": x.strides[i] // x.itemsize for n, x in arrays.items() for i in range(3)}
 
 
-def run_on_cpu(
-    spec: KernelSpec, case: kernel_tables.Case, folder: Path, batch: int = 1
-) -> tuple[float, float]:
+def run_on_cpu(spec: KernelSpec, case: kernel_tables.Case, batch: int = 1) -> tuple[float, float]:
     """Relative error of O and largest error of LSE, emulated, with GQA, strides and poisoned outputs."""
-    launch = cuda_on_cpu.compile_on_cpu(emit(spec), folder)
+    launch = emulated(spec)
     q_heads, kv_heads, (q_len, kv_len) = 2, 1, case.mask.shape
     rng = np.random.default_rng(7)
 
@@ -133,8 +142,8 @@ def run_on_cpu(
 
 @needs_gxx
 @pytest.mark.parametrize("name", list(CASES))
-def test_logic_on_cpu(name: str, tmp_path: Path) -> None:
-    error, lse_error = run_on_cpu(make_spec(20, 12, "float32"), CASES[name], tmp_path)
+def test_logic_on_cpu(name: str) -> None:
+    error, lse_error = run_on_cpu(make_spec(20, 12, "float32"), CASES[name])
     assert error < 2e-6 and lse_error < 1e-5
 
 
@@ -149,9 +158,9 @@ def test_logic_on_cpu(name: str, tmp_path: Path) -> None:
         (33, 65, "float32", "sm_80", 32, 80),
     ],
 )
-def test_shapes_on_cpu(d: int, dv: int, dtype: str, arch: str, m: int, n: int, tmp_path: Path) -> None:
+def test_shapes_on_cpu(d: int, dv: int, dtype: str, arch: str, m: int, n: int) -> None:
     case = kernel_tables.two_passes(m, n, length=90)
-    error, lse_error = run_on_cpu(make_spec(d, dv, dtype, arch, m, n), case, tmp_path, batch=2)
+    error, lse_error = run_on_cpu(make_spec(d, dv, dtype, arch, m, n), case, batch=2)
     assert error < {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}[dtype] and lse_error < 1e-5
 
 

@@ -11,10 +11,11 @@ pytest.importorskip("torch")
 from splatc.sparsify import to_nm  # noqa: E402
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_recipe(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     dfss = importlib.import_module("dfss")
-    monkeypatch.setattr(sys, "argv", ["dfss.py", "--steps", "30", "--tuning", "5", "--tests", "200"])
+    monkeypatch.setattr(sys, "argv", ["dfss.py", "--steps", "10", "--tuning", "5", "--tests", "100"])
     swaps = []
     monkeypatch.setattr(dfss, "to_nm", lambda model, *ratio: swaps.append((to_nm(model, *ratio), ratio)))
     found = dfss.main()

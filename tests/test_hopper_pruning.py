@@ -146,7 +146,7 @@ def compiled_for_cpu(name: str, function: Any, declared: str, folder: Path) -> A
         f'#include "{HEADER}"\n#define uint unsigned int\n{INTRINSICS}{helpers}\n{kernel}\n'
         f'extern "C" void run({declared}) {{ run_grid(1, 32, [=] {{ {call} }}); }}\n'
     )
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", str(folder / "run.cpp")]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", str(folder / "run.cpp")]
     subprocess.run([*command, "-o", str(folder / "run.so")], check=True, capture_output=True, text=True)
     return ctypes.CDLL(str(folder / "run.so")).run
 

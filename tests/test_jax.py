@@ -55,9 +55,12 @@ def error(got, wanted) -> float:
     return oracle.relative_error(got[finite], wanted[finite])
 
 
-def check(mask, q_len, kv_len, dtype="float32", terms=NO_TERMS, **options):
-    """Results and gradients of a jitted call against the reference. terms: NumPy's, given by options as well."""
-    q, k, v, do = tensors(q_len, kv_len, dtype)
+def check(mask, q_len, kv_len, dtype="float32", terms=NO_TERMS, v_dim=24, **options):
+    """Results and gradients of a jitted call against the reference. terms: NumPy's, given by options as well.
+
+    v_dim: 16 for kernels that other tests compile too.
+    """
+    q, k, v, do = tensors(q_len, kv_len, dtype, v_dim=v_dim)
     learned = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
     fixed = {name: x for name, x in options.items() if name not in learned}
     numbers = {name: fixed[name] for name in ("scale", "softcap") if name in fixed}
@@ -92,12 +95,12 @@ def test_is_the_reference(name):
 
 
 def test_16_bits():
-    check(*MASKS["passes"], dtype="bfloat16")
+    check(*MASKS["passes"], dtype="bfloat16", v_dim=16)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_with_x64(x64, dtype):
-    check(*MASKS["passes"], dtype=dtype, scale=0.3)
+    check(*MASKS["passes"], dtype=dtype, scale=0.3, v_dim=16)
 
 
 def test_softcap_biases_and_sinks():
@@ -117,11 +120,11 @@ SEEDS = [7, -1, 2**40 + 3, np.int32(-5), np.uint32(2**32 - 1)]
 def test_dropout(seed):
     terms = Terms(seed=np.array([int(seed)], np.int64), dropout_p=0.3)
     given = seed if isinstance(seed, int) else jnp.asarray(seed)
-    check(*MASKS["causal"], terms=terms, dropout_p=0.3, seed=given)
+    check(*MASKS["causal"], terms=terms, v_dim=16, dropout_p=0.3, seed=given)
 
 
 def test_dropout_with_a_traced_seed():
-    q, k, v, _ = tensors(60, 60, kv_heads=4)
+    q, k, v, _ = tensors(60, 60, kv_heads=4, v_dim=16)
     run = jax.jit(lambda q, seed: attention(q, k, v, "causal", dropout_p=0.5, seed=seed))
     seeds = [jax.random.bits(jax.random.key(n), dtype="uint32") for n in (1, 2)]
     first, again, other = run(q, seeds[0]), run(q, seeds[0]), run(q, seeds[1])
@@ -133,7 +136,7 @@ def test_dropout_with_a_traced_seed():
 def test_an_int64_seed(x64):
     seed = -(2**50) + 1
     terms = Terms(seed=np.array([seed], np.int64), dropout_p=0.3)
-    check(*MASKS["causal"], terms=terms, dropout_p=0.3, seed=jnp.asarray(seed))
+    check(*MASKS["causal"], terms=terms, v_dim=16, dropout_p=0.3, seed=jnp.asarray(seed))
 
 
 def test_layout():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from splatc import patterns as P
-from splatc.codegen.build import cuda_source
+from splatc.codegen.build import device_source
 from splatc.codegen.cuda import attention_cuda
 from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.kernel import KernelSpec
@@ -43,9 +43,10 @@ PATTERN = P.causal() & (P.window(20, 0) | P.strided(16))
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[tuple[str, str]]]:
     """(built folder, kernel on the CPU, its parameters)."""
     folder = tmp_path_factory.mktemp("portable")
-    source = cuda_source(SPEC)[1]
+    emitted = attention_cuda(SPEC)
+    source = device_source(emitted, SPEC.target.arch)
     (signature,) = parse_signatures(source)
-    (function,) = attention_cuda(SPEC).functions
+    (function,) = emitted.functions
     write_built(folder, [{**asdict(function), "parameters": signature.parameters}])
     run = cuda_on_cpu.compile_on_cpu(source, folder)
     return folder, lambda grid, **arguments: run(grid[0], **arguments), list(signature.parameters)

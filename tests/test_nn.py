@@ -93,7 +93,7 @@ def check_layer(layer: SparseAttention, *inputs: Any) -> None:
 
 @pytest.mark.parametrize("length", [1, 17, 150])
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "bias": False}, {"num_kv_heads": 1, "head_dim": 8},
-                                     {"softcap": 2.0, "scale": 0.7}, {"alibi": True, "sinks": True},
+                                     {"softcap": 2.0, "scale": 0.7}, {"alibi": True, "sinks": True, "relative_bias": 5},
                                      {"relative_bias": 7, "num_kv_heads": 2}], ids=str)  # fmt: skip
 def test_layer(length, options):
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 
 from splatc import oracle
 from splatc import patterns as P
-from splatc.codegen.build import build, cuda_source
+from splatc.codegen.build import build, device_source
 from splatc.codegen.cuda_backward import gradients_cuda
 from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.kernel import BACKWARD, KernelSpec, gradient_spec, gradient_specs, kernel_spec, no_gradients
@@ -85,14 +85,15 @@ class Machine:
 
     def __init__(self, folder: Path, spec: KernelSpec) -> None:
         self.spec, self.driver = spec, FakeDriver({}, {}, arch=(8, 0))
-        source = cuda_source(spec)[1]
+        emitted = gradients_cuda(spec)
+        source = device_source(emitted, spec.target.arch)
         signatures = {one.name: one for one in parse_signatures(source)}
-        functions = gradients_cuda(spec).functions
-        for one in functions:
+        for one in emitted.functions:
             self.driver.parameters[one.name] = list(signatures[one.name].parameters)
             run = cuda_on_cpu.compile_on_cpu(source, folder, kernel=one.name)
             self.driver.kernels[one.name] = lambda grid, run=run, **arguments: run(grid[0], **arguments)
-        write_built(folder, [{**asdict(one), "parameters": signatures[one.name].parameters} for one in functions])
+        write_built(folder, [{**asdict(one), "parameters": signatures[one.name].parameters}
+                             for one in emitted.functions])  # fmt: skip
         self.kernel, self.gpu = Kernel(spec, folder), fake_gpu(self.driver, FakeTorch())
 
     def gradients(self, pattern: Any, layout: str, cap: float) -> PortableGradients:

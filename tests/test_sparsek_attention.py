@@ -127,6 +127,7 @@ def trained(learn_scores):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_module_learns_what_to_keep():
     learned, by_chance = trained(True), trained(False)
     assert learned > 0.9 and by_chance < 0.5, (learned, by_chance)

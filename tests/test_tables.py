@@ -55,7 +55,8 @@ def column_tiles(launch: Launch, entries: np.ndarray, kv_len: int):
 
 def rebuild(launch: Launch, heads: int, q_len: int, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(times each pair is attended to, times each row is written) of one launch, head by head, by the ABI."""
-    times, written = np.zeros((heads, q_len, kv_len), np.int32), np.zeros((heads, q_len), np.int32)
+    written = np.zeros((heads, q_len), np.int32)
+    seen_by: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in range(heads)]  # pairs, as query * kv_len + key
     work = work_of(launch, 1, EAGER)
     held: dict[tuple[int, int, int], np.ndarray] = {}  # pairs of an item's entries
     scratch: dict[int, tuple[int, int]] = {}  # by scratch tile: the head and item whose part it holds
@@ -63,19 +64,19 @@ def rebuild(launch: Launch, heads: int, q_len: int, kv_len: int) -> tuple[np.nda
         rows = lanes_at(launch.row_views[view].tolist(), (x1, x2, x3), q_len)
         np.testing.assert_array_equal(launch.positions[number], rows)
         if (number, first, count) not in held:
-            pairs, seen = np.zeros((q_len, kv_len), np.int32), []
+            pairs, seen = [np.zeros(0, np.int64)], []
             for bits, cols in column_tiles(launch, work.entries[first : first + count], kv_len):
                 seen.append(bits > 0)
                 tile = np.ones((len(rows), len(cols)), bool)
                 if bits:
                     lane = np.arange(len(rows))
                     tile = (launch.bits[bits - 1][:, lane // 32] >> (lane % 32).astype(np.uint32) & 1).astype(bool).T
-                tile = tile[rows >= 0]
-                assert not tile[:, cols < 0].any()  # a full tile has no invalid column, and bits hide theirs
-                np.add.at(pairs, np.ix_(rows[rows >= 0], cols[cols >= 0]), tile[:, cols >= 0])
+                i, j = np.nonzero(tile & (rows >= 0)[:, None])
+                assert (cols[j] >= 0).all()  # a full tile has no invalid column, and bits hide theirs
+                pairs.append(np.ravel_multi_index((rows[i], cols[j]), (q_len, kv_len)))
             assert seen == [i < masked for i in range(tiles)]  # those with bits come first
-            held[number, first, count] = pairs
-        times[head] += held[number, first, count]
+            held[number, first, count] = np.concatenate(pairs)
+        seen_by[head].append(held[number, first, count])
         if part:
             assert part - 1 not in scratch
             scratch[part - 1] = head, number
@@ -86,7 +87,8 @@ def rebuild(launch: Launch, heads: int, q_len: int, kv_len: int) -> tuple[np.nda
         assert all(scratch.pop(at) == (head, number) for at in range(first, first + parts))
         written[head, lanes[lanes >= 0]] += 1
     assert not scratch  # every part is put together once
-    return times, written
+    times = [np.bincount(np.concatenate(pairs), minlength=q_len * kv_len) for pairs in seen_by]
+    return np.reshape(times, (heads, q_len, kv_len)), written
 
 
 def tables_of(acsr: ACSR, schedule: Schedule = PORTABLE, fill_empty: bool = False) -> tuple[Tables, ...]:

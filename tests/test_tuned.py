@@ -215,7 +215,12 @@ def test_passes_are_shown_of_the_chosen_tile_only():
 
 def test_a_mask_is_analysed_once_for_all_tiles(monkeypatch):
     seen, analyse = [], ACSR.from_pattern
-    monkeypatch.setattr(ACSR, "from_pattern", lambda *arguments: seen.append(arguments) or analyse(*arguments))
+
+    def counted(*arguments):
+        seen.append(arguments)
+        return analyse(*arguments)
+
+    monkeypatch.setattr(ACSR, "from_pattern", counted)
     heads = P.per_head([P.causal(), P.window(9, 0), P.causal()])
     shown = best_plan(heads, 512, 512, SPEC, after=lambda name, program: None)
     assert len(tile_shapes(SPEC)) > 1 and seen == [(P.causal(), 512, 512), (P.window(9, 0), 512, 512)]

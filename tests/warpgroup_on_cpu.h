@@ -7,7 +7,7 @@ using namespace std;
 constexpr int kWarpgroup = 128;
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t((unsigned char*)p - pool_buf_ptr); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
-inline void tvm_builtin_cuda_warp_sync() { warp_barrier[threadIdx.x / 32]->arrive_and_wait(); }
+inline void tvm_builtin_cuda_warp_sync() { sync_warp(); }
 inline int tvm_builtin_cuda_any_sync(unsigned, int value) {
   int any = 0, base = threadIdx.x / 32 * 32;
   lane_int[threadIdx.x] = value;
@@ -125,8 +125,8 @@ template <typename T> float at_descriptor(uint64_t d, int row, int column) {
   return value_at<T>(pool_buf_ptr + at);
 }
 
-inline std::barrier<> team_barrier[2] = {std::barrier<>(kWarpgroup), std::barrier<>(kWarpgroup)};
-inline void sync_team() { team_barrier[threadIdx.x / kWarpgroup].arrive_and_wait(); }
+inline ThreadBarrier team_barrier[2];
+inline void sync_team() { team_barrier[threadIdx.x / kWarpgroup].arrive_and_wait(kWarpgroup); }
 inline void tvm_builtin_ptx_bar_sync_count_sync(uint32_t barrier, uint32_t threads) {
   if (barrier != threadIdx.x / kWarpgroup + 1 || threads != kWarpgroup) abort();
   sync_team();

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from splatc.codegen.emitted import Emitted, functions_apart, parse_signatures
 from splatc.codegen.kernel import (
@@ -35,6 +36,8 @@ GRADIENTS = "splatc_attention_dq", "splatc_attention_dkv"  # of one for gradient
 LIBRARY = "kernel.so"  # of a CPU kernel
 CUBIN, PTX = ".cubin", ".ptx"  # of an image
 REPORT = "report.json"
+COMMON = "tirx.CommonSubexprElim"  # slow, and the compilers behind TVM do it anyway
+COMPACT = "s_tir.CompactBufferAllocation"  # slow, and our buffers are as large as they have to be: it finds nothing
 
 
 def source_name(spec: KernelSpec) -> str:
@@ -79,10 +82,10 @@ def _load_thread_pool() -> None:
 
 def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
     with without_torch():
-        import tvm
+        import tvm  # noqa: F401  (first of all)
     from tvm.target.codegen import llvm_get_system_cpu
 
-    from splatc.codegen.cpu import attention_cpu, llvm_target
+    from splatc.codegen.cpu import attention_cpu
     from splatc.codegen.cpu_backward import attention_backward_cpu
     from splatc.codegen.cpu_products import sddmm_cpu, spmm_cpu
     from splatc.codegen.cpu_softmax import softmax_cpu
@@ -95,10 +98,20 @@ def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
                 SPMM: spmm_cpu}  # fmt: skip
     module = emitters[spec.role](spec)
     (folder / "kernel.tir.py").write_text(module.script())
-    built = tvm.compile(module, target=llvm_target(spec.target.arch))
+    built = compile_cpu(module, spec.target.arch)
     (folder / source_name(spec)).write_text(built.mod.inspect_source("ll"))
     _export(built, folder)
     return {"target": str(spec.target)}
+
+
+def compile_cpu(module: Any, arch: str) -> Any:
+    """TVM's executable of a generated module, for an LLVM CPU name."""
+    import tvm
+
+    from splatc.codegen.cpu import llvm_target
+
+    with tvm.transform.PassContext(disabled_pass=[COMMON, COMPACT]):
+        return tvm.compile(module, target=llvm_target(arch))
 
 
 def _export(built: object, folder: Path) -> None:
@@ -172,7 +185,7 @@ def device_source(emitted: Emitted, arch: str) -> str:
     import tvm
 
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="cuda_host")
-    with tvm.transform.PassContext(disabled_pass=["tirx.CommonSubexprElim"]):  # CUDA compilers do it anyway
+    with tvm.transform.PassContext(disabled_pass=[COMMON]):
         built = tvm.compile(emitted.module, target=target, tir_pipeline="tirx").mod
     return arrays_to_variables(built.imports[0].inspect_source())
 

@@ -4,7 +4,7 @@ Lanes are queries: scores S^T = K Q^T and outputs O^T = V^T P^T are kept transpo
 horizontal reduction, and both products are one register tile: a scalar of K or V, broadcast, times vectors
 of queries. Q is packed once an item, K and V once a tile (cpu_pack.py).
 
-Build: tvm.compile(attention_cpu(spec), target=llvm_target(arch)).
+Build: compile_cpu(attention_cpu(spec), arch) of build.py.
 """
 
 from __future__ import annotations

@@ -104,19 +104,17 @@ def elements(domain: Domain) -> NDArray[np.bool_]:
         case Mask(acsr):
             return acsr.to_dense()
         case Regions(q_len, kv_len, regions):
-            times = np.zeros((q_len, kv_len), np.int64)
-            for region in regions:
-                q, k = _region_elements(region.pieces, region.rows, region.cols)
-                np.add.at(times, (q, k), 1)
-                np.add.at(times, region.remainder.elements(), 1)
-        case Cover():
-            times = np.zeros((domain.q_len, domain.kv_len), np.int64)
+            pairs = [found for region in regions for found in (
+                _region_elements(region.pieces, region.rows, region.cols), region.remainder.elements())]  # fmt: skip
+        case Cover(q_len=q_len, kv_len=kv_len):
+            pairs = []
             for q, k, held in tiles(domain):
-                np.add.at(
-                    times, np.ix_(q[q >= 0], k[k >= 0]), held[np.ix_(q >= 0, k >= 0)]
-                )  # lanes may share a position
-                if held[np.ix_(q >= 0, k < 0)].any():
+                i, j = np.nonzero(held & (q >= 0)[:, None])
+                if (k[j] < 0).any():
                     raise VerifyError(f"a tile at query {q[0]} attends to keys that do not exist")
+                pairs.append((q[i], k[j]))  # lanes may share a position
+    flat = np.concatenate([np.zeros(0, np.int64), *(np.ravel_multi_index(one, (q_len, kv_len)) for one in pairs)])
+    times = np.bincount(flat, minlength=q_len * kv_len).reshape(q_len, kv_len)
     if (times > 1).any():
         q, k = np.argwhere(times > 1)[0]
         raise VerifyError(f"the pair (q={q}, k={k}) is covered {times[q, k]} times")
