@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from splatc.codegen.kernel import BACKWARD, COLUMNS, DK_ALONE, DV_ALONE, ROWS, KernelSpec
+from splatc.codegen.hopper.shape import WARPGROUP_ROWS, shape_of
+from splatc.codegen.kernel import BACKWARD, COLUMNS, DK_ALONE, DV_ALONE, FORWARD, ROWS, KernelSpec
 
 FILE = Path(__file__).with_name("costs.json")
 
@@ -32,6 +33,11 @@ class Costs:
     workers: int
     source: str
     gather: float = 0.0
+
+    def shared(self, blocks: int) -> Costs:
+        """The same of one block of so many that share a multiprocessor: as many workers more, as much slower each."""
+        return replace(self, tile=self.tile * blocks, bits=self.bits * blocks, item=self.item * blocks,
+                       gather=self.gather * blocks, workers=self.workers * blocks)  # fmt: skip
 
 
 # Sustained rates of the tile loops, a multiply-add counted as two operations (docs/performance.md). CPU: a Zen 4 core;
@@ -71,9 +77,10 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
         near["tile_m"], near["tile_n"], near["head_dim"], near["head_dim"])  # fmt: skip
     if spec.role in GRADIENT_TILES:
         scale *= GRADIENT_TILES[spec.role][head_dim > 64]
-    return Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
-                 table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
-                 f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip
+    costs = Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
+                  table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
+                  f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip
+    return costs.shared(shape_of(spec).blocks) if spec.role == FORWARD and spec.tile_m == WARPGROUP_ROWS else costs
 
 
 def _operations(tile_m: int, tile_n: int, head_dim: float, v_head_dim: float) -> float:

@@ -28,7 +28,7 @@ SOFTMAX_THREADS, SOFTMAX_UNIT = 256, 8  # of a block; values of 16 bytes
 # (lanes, units of each), the first that has room for a row is taken; the last for any width
 SOFTMAX_LANES = ((16, 1), (32, 1), (32, 2), (32, 4), (32, 8), (32, None))
 TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3-tiles-and-lanes.md
-PATCH_TILE = (128, 112)
+PATCH_TILES = (128, 112), (64, 80)
 WIDEST_IN_ONE_WALK = 128  # head dim: dK, dV and dQ stay in registers
 WIDEST_TOGETHER = 256  # d + dv: dK and dV of 64 keys stay in a warpgroup's registers
 MOST_PADDED = 384  # d + dv, in columns of 128 bytes: two stages of 64 rows of each fit beside 128 rows of each
@@ -240,13 +240,15 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
         return ((128, 64),)
     others = replace(spec.score, pruning=None)  # with any, 192 rows take too many registers
     tall = ((192, 128),) if widest <= 64 and not others else ()
-    return (*tall, (128, 128), (128, 64))
+    return (*tall, (128, 128), (128, 64), (64, 64))
 
 
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
-    """What else is worth considering for neighbourhoods: 28 x 4 keys around 16 x 8 queries, where they fit."""
+    """What else is worth considering for neighbourhoods, where they fit: keys by 28 x 4 around 16 x 8 queries, or by
+    20 x 4 around 8 x 8."""
     wide = max(spec.head_dim, spec.v_head_dim) > 128
-    return (PATCH_TILE,) if PATCH_TILE in all_tiles(spec.kernel, spec.dtype) and not (wide or _crowded(spec)) else ()
+    known = all_tiles(spec.kernel, spec.dtype)
+    return () if wide or _crowded(spec) else tuple(tile for tile in PATCH_TILES if tile in known)
 
 
 def _crowded(spec: KernelSpec) -> bool:
@@ -277,5 +279,5 @@ def all_tiles(kernel: str, dtype: str) -> tuple[tuple[int, int], ...]:
     return TF32_TILES if dtype == "float32" else HOPPER_TILES
 
 
-HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 32), PATCH_TILE)
+HOPPER_TILES = (*((m, n) for m in (64, 128, 192) for n in (64, 128)), (128, 32), *PATCH_TILES)
 TF32_TILES = tuple((m, n) for m in (64, 128, 192) for n in (32, 64, 128))

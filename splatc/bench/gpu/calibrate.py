@@ -22,7 +22,7 @@ from splatc.bench.gpu.machine import ceilings, describe
 from splatc.bench.gpu.tune import PREPARATIONS, Sizes, Tell, contestant, multiprocessors, told
 from splatc.bench.timing import interleave
 from splatc.codegen.costs import Costs, costs_of
-from splatc.codegen.hopper.shape import MAX_VIEWS
+from splatc.codegen.hopper.shape import MAX_VIEWS, shape_of
 from splatc.codegen.kernel import HOPPER_TILES, KernelSpec, kernel_spec, tile_shapes
 from splatc.codegen.target import Target
 from splatc.patterns.base import Pattern
@@ -111,7 +111,8 @@ class Fit:
     def costs(self, kernel: Kernel, combine: float, workers: int) -> Costs:
         """The constants of a kernel as the cost model takes them."""
         tile, bits, item = self.kernels[kernel]
-        return Costs(tile, bits, item, self.launch, combine, math.inf, workers, "this run")
+        costs = Costs(tile, bits, item, self.launch, combine, math.inf, workers, "this run")
+        return costs.shared(shape_of(kernel.spec).blocks)
 
 
 @dataclass(frozen=True)

@@ -203,14 +203,14 @@ def slot_keys(n: int) -> list[int]:
 
 
 def can_gather(spec: KernelSpec) -> bool:
-    """Whether there is a kernel with lists of keys for these sizes: copying them takes registers, and threads that
-    tf32 needs for turning V over."""
+    """Whether there is a kernel with lists of keys for these sizes: copying them takes registers, which blocks that
+    share a multiprocessor lack as taller ones do, and threads that tf32 needs for turning V over."""
     if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role not in (FORWARD, ROWS):
         return False
     crowded = spec.score.positional and len(spec.score.names) > (2 if spec.role == FORWARD else 1)
     if spec.score.pruning is not None:
         return False
-    return spec.tile_m <= 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded
+    return spec.tile_m == 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded
 
 
 def smem_limit(blocks: int) -> int:
@@ -236,8 +236,7 @@ def shape_of(spec: KernelSpec) -> Shape:
         raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
     if spec.score.pruning is not None and spec.tile_n % 64:
         raise Unsupported(f"{spec.name}: metadata words are of 64 keys, so tiles must be of a multiple of them")
-    alone = spec.tile_m > WARPGROUP_ROWS or turned or spec.gather
-    for blocks in (1,) if alone else (3, 2, 1):
+    for blocks in (3, 2, 1) if spec.tile_m == WARPGROUP_ROWS and not turned else (1,):
         for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
             shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, spec.gather,
                           stages, q_stages, staged, blocks)  # fmt: skip
