@@ -52,6 +52,8 @@ SPECS = [
     spec_of(64, tile=(128, 128), gather=True),
     spec_of(192, 128), spec_of(128, 256),
     spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),
+    spec_of(64, tile=(64, 64), softcap=True), spec_of(128, tile=(64, 64)), spec_of(128, tile=(64, 80)),
+    spec_of(64, tile=(64, 80)), spec_of(64, tile=(64, 128), dtype="float16"),
 ]  # fmt: skip
 EVERYTHING = dict.fromkeys(("softcap", "alibi", "relative", "block", "sinks", "dropout"), True)
 SPECS += [spec_of(64, alibi=True), spec_of(128, dropout=True, gather=True), spec_of(128, **EVERYTHING),

@@ -95,6 +95,7 @@ TRUE = Fit(4.2, {
     Kernel("bfloat16", 64, 192, 128): (1.6, 0.05, 1.5), Kernel("bfloat16", 64, 128, 128): (1.2, 0.04, 1.4),
     Kernel("bfloat16", 64, 128, 64): (0.7, 0.04, 1.3), Kernel("bfloat16", 128, 128, 128): (1.65, 0.06, 1.8),
     Kernel("bfloat16", 128, 128, 64): (1.0, 0.05, 1.9), Kernel("bfloat16", 256, 128, 64): (1.7, 0.03, 2.6),
+    Kernel("bfloat16", 64, 64, 64): (0.4, 0.02, 0.5), Kernel("bfloat16", 128, 64, 64): (0.6, 0.03, 0.8),
     Kernel("float32", 64, 128, 128): (1.7, 0.1, 2.4), Kernel("float32", 128, 128, 64): (1.9, 0.07, 4.1),
     Kernel("float32", 256, 128, 32): (2.8, 0.05, 7.5),
 })  # fmt: skip
@@ -123,7 +124,7 @@ def true_time(case, plan):
     (launch,) = plan.launches(case.sizes.heads)
     work = work_of(launch, 1, costs.costs_of(plan.spec, WORKERS))
     assert len(work.combine) == 1
-    return true.launch + COMBINE + finish(true.item + true.tile * work.rows[:, 10], WORKERS).max()
+    return true.launch + COMBINE + finish(true.item + true.tile * work.rows[:, 10], true.workers).max()
 
 
 def test_the_fitted_masks_keep_every_multiprocessor_equally_busy(plans):
@@ -133,7 +134,7 @@ def test_the_fitted_masks_keep_every_multiprocessor_equally_busy(plans):
         tiles, rows = tables.items[:, 6], case.sizes.heads * len(tables.items)
         seen.add((case.kernel, case.role))
         if case.role == "fit":
-            assert (tiles == tiles[0]).all() and (rows == 1 or rows % WORKERS == 0)
+            assert (tiles == tiles[0]).all() and (rows == 1 or rows % costs.costs_of(plan.spec, WORKERS).workers == 0)
             assert tables.bit_tiles == (tables.tiles if "bits" in case.name else 0)
             (launch,) = plan.launches(case.sizes.heads)
             assert not len(work_of(launch, 1, costs.costs_of(plan.spec, WORKERS)).combine)  # the call cuts no row

@@ -116,7 +116,7 @@ def _usable(entry: Any, spec: KernelSpec) -> Tile | None:
         case {"tile": [int(m), int(n)], "splatc": str(version)}:
             if (m, n) in all_tiles("hopper", spec.dtype) and version == _splatc_version():
                 with suppress(Unsupported):
-                    shape_of(replace(spec, tile_m=m, tile_n=n))
+                    shape_of(replace(spec, tile_m=m, tile_n=n, gather=False))
                     return m, n
     return None
 

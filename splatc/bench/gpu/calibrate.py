@@ -159,7 +159,7 @@ def cases(spec: KernelSpec, workers: int) -> list[Case]:
 
     holes = ~P.strided(HOLES)
     return [
-        case("one tile", P.full(), spec.tile_m, spec.tile_n, 1),
+        *(case("one tile", P.full(), spec.tile_m, spec.tile_n, 1) for _ in range(shape_of(spec).blocks == 1)),
         *(case(f"blocks of {b}", P.blocked(b)) for b in BLOCKS),
         case("full", P.full()),
         *(case(f"blocks of {b}, bits", P.blocked(b) & holes) for b in BLOCKS[:2]),
@@ -288,7 +288,7 @@ def combine_cost(case: Case, plan: Plan, microseconds: float, found: Fit, worker
     for launch in plan.launches(case.sizes.heads, *MAX_VIEWS):
         work = work_of(launch, case.sizes.batch, costs_of(plan.spec, workers))  # cut as the call was: by earlier costs
         pieces = costs.item + costs.tile * work.rows[:, 10] + costs.bits * work.rows[:, 11]
-        end += costs.launch + float(finish(pieces, workers).max())
+        end += costs.launch + float(finish(pieces, costs.workers).max())
         combines += len(work.combine) > 0
     return max(microseconds - end, 0.0) / combines if combines else None
 
