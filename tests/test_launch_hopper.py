@@ -224,7 +224,7 @@ CAP, EVERYTHING = score_of(softcap=True), score_of(True, True, True, True, True,
 
 
 @pytest.mark.parametrize("options, tile", [
-    ({}, (64, 64)), ({}, (128, 128)), ({}, (192, 128)), ({"score": CAP}, (64, 128)), ({"gather": True}, (64, 64)),
+    ({}, (64, 64)), ({}, (128, 128)), ({}, (192, 128)), ({"score": CAP}, (64, 128)), ({"gather": True}, (128, 64)),
     ({"score": CAP, "gather": True}, (128, 128)), ({"dtype": "float32"}, (128, 64)), ({"score": EVERYTHING}, (128, 64)),
 ])  # fmt: skip
 def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tuple[int, int]) -> None:
