@@ -30,7 +30,6 @@ EACH_AND_ALL = [*TERMS, "all"]
 # kernel, in float32; with every dtype and with a softcap it meets that of all of them.
 EACH_AND_ALL_BY_DTYPE = pytest.mark.parametrize(
     ("which", "dtype"), [*((which, "float32") for which in EACH_AND_ALL), ("all", "bfloat16"), ("all", "float64")])
-SOFTCAPS = {"all": 2.0}
 ALL: dict[str, Any] = {name: value for options in TERMS.values() for name, value in options.items()}
 
 
@@ -83,6 +82,11 @@ def run(qkv: Any, mask: Any, dense: np.ndarray, which: str, softcap: Any = None,
     return got
 
 
+def softcap_of(which: str) -> float | None:
+    """With all terms only: see EACH_AND_ALL_BY_DTYPE."""
+    return 2.0 if which == "all" else None
+
+
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +102,7 @@ def test_views_heads_and_softcap(which):
     """Strided tiles, neighbourhoods, a pattern for each head, grouped heads, full tiles."""
     grid = P.neighborhood((12, 13), (5, 5))
     for pattern in (P.strided(7), grid, P.full(), P.longformer(10, 4)):
-        run(tensors(156, 156), pattern, pattern.dense(156), which, softcap=SOFTCAPS.get(which))
+        run(tensors(156, 156), pattern, pattern.dense(156), which, softcap=softcap_of(which))
     heads = [MIXED, P.full(), P.strided(7), MIXED]
     dense = np.stack([p.dense(150) for p in heads])
     run(tensors(150, 150, batch=2, heads=4, kv_heads=2), heads, dense, which, gqa=True)
@@ -168,7 +172,7 @@ def test_gradients_of_each_term_and_all(which, dtype):
 
 @pytest.mark.parametrize("which", EACH_AND_ALL)
 def test_gradients_with_views_heads_and_softcap(which):
-    cap = SOFTCAPS.get(which)
+    cap = softcap_of(which)
     for pattern in (P.strided(7), P.neighborhood((12, 13), (5, 5)), P.full(), P.longformer(10, 4)):
         attend = compiled(pattern, 156, 156, which, softcap=cap)
         check_gradients(attend, tensors(156, 156), pattern.dense(156), options_of(which, 2, 156, 156), softcap=cap)

@@ -117,9 +117,11 @@ class CompiledAttention:
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
         self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}  # by sizes: the tables for a CPU
-        self._on_gpu = kernel.spec.target.kind != "cpu"
         self._launcher = Launcher(kernel, layout, self._check, self._launches, cap)
-        self._run: Callable[..., tuple[Any, Any]] = self._launcher if self._on_gpu else self._run_on_cpu
+        # (q, k, v, scale, enable_gqa, terms) -> (o, lse), without gradients
+        self.run: Callable[..., tuple[Any, Any]] = (
+            self._run_on_cpu if kernel.spec.target.kind == "cpu" else self._launcher
+        )
 
     # -- what was compiled ---------------------------------------------------------------------------------------------
 
@@ -206,18 +208,13 @@ class CompiledAttention:
                 raise Unsupported(NO_TRANSFORMS)
             if traced or (torch.is_grad_enabled() and self._must_differentiate(q, k, v, terms)):
                 return self._differentiable(q, k, v, scale, return_lse, enable_gqa, terms)
-        o, lse = self._run(q, k, v, scale, enable_gqa, terms)
+        o, lse = self.run(q, k, v, scale, enable_gqa, terms)
         return (o, lse) if return_lse else o
 
     def _terms(self, q: Any, k: Any, options: Any) -> Terms | None:
         spec = self.kernel.spec
         terms = terms_of(q, k, self.layout, spec.dtype, spec.score, **options)
         return terms if self._asks else None
-
-    def run(self, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool,
-            terms: Terms | None = None) -> tuple[Any, Any]:  # fmt: skip
-        """(o, lse), without gradients."""
-        return self._run(q, k, v, scale, enable_gqa, terms)
 
     def backward(self, q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, scale: float | None,
                  enable_gqa: bool, terms: Terms | None = None,

@@ -23,7 +23,6 @@ from splatc.runtime.work import Work
 if TYPE_CHECKING:
     from splatc.ir.terms import Terms
 
-
 Allocate = Callable[[], Any]
 
 
@@ -113,7 +112,7 @@ class GpuCall:
         addresses: tuple[int, ...] = (q, k, v, o.data_ptr(), lse.data_ptr())
         if self._new_parts:
             parts = [new() for new in self._new_parts]
-            addresses += (parts[0].data_ptr(), parts[1].data_ptr())
+            addresses += tuple(part.data_ptr() for part in parts)
         stream, captured = ask.stream(ordinal), ask.capturing()
         with self._lock:
             if addresses != self._addresses:

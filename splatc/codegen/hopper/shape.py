@@ -19,8 +19,8 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # A row of the table of columns: three strides and 0, then for each lane of a column tile how far its position is from
 # that of the origin. There is one for each column view, up to MAX_VIEWS, then one for each list of keys.
 STRIDES = 4
-KEYS_AHEAD = 512
 MAX_VIEWS = (2, 4)  # row views and column views that one launch can hold: each is a tensor map
+KEYS_AHEAD = 512  # of a ring of K or V, where there is room: docs/decisions/34-rows-in-turn.md
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def smem_limit(blocks: int) -> int:
 
 
 def ring_stages(tile_n: int, turned: bool) -> tuple[tuple[int, int, int], ...]:
-    """(stages, q_stages, staged), the best first: more than KEYS_AHEAD keys under way are no faster."""
+    """(stages, q_stages, staged), the best first: the most keys under way up to KEYS_AHEAD."""
     deepest = 2 if turned else max(2, KEYS_AHEAD // tile_n)
     depths = [*((stages, 2) for stages in range(deepest, 1, -1)), (2, 1), (1, 1)]
     return tuple((*two, staged) for two in depths for staged in ((8, 4, 3, 2) if turned else (0,)))

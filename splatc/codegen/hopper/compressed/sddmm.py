@@ -23,7 +23,7 @@ from splatc.codegen.hopper.copies import (
     store_tile,
     wait_stores_read,
 )
-from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, let, loop, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.ring import Cursor, Ring
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
@@ -31,20 +31,14 @@ from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.kernel import COMPRESSED_SDDMM
 from splatc.formats.nm import TILE_KEYS, TILE_WORDS
 
-NAME = f"splatc_{COMPRESSED_SDDMM}"
 BUFFERS = 2  # of a warp's values on their way out
 
 
-def sddmm(s: Sizes):
-    """(the function, not lowered, its bytes of dynamic shared memory)."""
-    with kernel_function(NAME) as made:
-        kernel = _Kernel(s)
-        I.device_entry()
-        smem_bytes = kernel.run()
-    return made(), smem_bytes
+class Sddmm:
+    """Its parameters, and by ``run`` its body."""
 
+    name = f"splatc_{COMPRESSED_SDDMM}"
 
-class _Kernel:
     def __init__(self, s: Sizes) -> None:
         self.s = s
         self.q, self.k, self.values = Maps("q", 1), GroupedMaps("k", 1), Maps("values", 1)
@@ -56,6 +50,7 @@ class _Kernel:
             maps.declare()
 
     def run(self) -> int:
+        """Gives the bytes of dynamic shared memory."""
         s, w = self.s, self.walk
         w.start()
         sent = s.value_bytes * BUFFERS

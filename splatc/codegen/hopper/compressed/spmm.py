@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from tvm.script import tirx as T
-from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.block import start_block
 from splatc.codegen.hopper.combine import array
@@ -18,7 +17,7 @@ from splatc.codegen.hopper.copies import (
     store_tile,
     wait_stores_read,
 )
-from splatc.codegen.hopper.emit import Expr, do, kernel_function, let, loop, store, when
+from splatc.codegen.hopper.emit import Expr, do, let, loop, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import SparseOutput, along_row, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.ring import Ring
@@ -27,8 +26,6 @@ from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.wgmma import issue_product
 from splatc.codegen.kernel import COMPRESSED_SPMM
 from splatc.formats.nm import TILE_KEYS, TILE_WORDS
-
-NAME = f"splatc_{COMPRESSED_SPMM}"
 
 
 class StoredSparse(SparseOutput):
@@ -43,16 +40,11 @@ class StoredSparse(SparseOutput):
                       metadata=words)  # fmt: skip
 
 
-def spmm(s: Sizes):
-    """(the function, not lowered, its bytes of dynamic shared memory)."""
-    with kernel_function(NAME) as made:
-        kernel = _Kernel(s)
-        I.device_entry()
-        smem_bytes = kernel.run()
-    return made(), smem_bytes
+class Spmm:
+    """Its parameters, and by ``run`` its body."""
 
+    name = f"splatc_{COMPRESSED_SPMM}"
 
-class _Kernel:
     def __init__(self, s: Sizes) -> None:
         self.s = s
         self.values, self.v, self.out = Maps("values", 1), Maps("v", 1), Maps("out", 1)
@@ -62,6 +54,7 @@ class _Kernel:
             maps.declare()
 
     def run(self) -> int:
+        """Gives the bytes of dynamic shared memory."""
         s, w = self.s, self.walk
         w.start()
         self.words_bytes = s.warpgroups * TILE_WORDS * 4
