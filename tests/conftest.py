@@ -21,9 +21,15 @@ settings.load_profile("splatc")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the files under tests/golden")
+    parser.addoption("--every-lane", action="store_true", help="kernels that racecheck can follow (decision 35)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--every-lane"):
+        from splatc.codegen.hopper import ring
+
+        ring.SPEAKERS = 32
+        os.environ.pop("SPLATC_CACHE_DIR", None)  # nobody else's kernels
     # Set before pytest-xdist starts its workers, which inherit it: each kernel is compiled once a run.
     if not os.environ.get("SPLATC_CACHE_DIR"):
         folder = tempfile.mkdtemp(prefix="splatc-test-cache-")

@@ -19,7 +19,7 @@ from splatc.codegen.hopper.emit import (
     wait_for_kernels_before,
     when,
 )
-from splatc.codegen.hopper.ring import Ring
+from splatc.codegen.hopper.ring import Ring, of_warps
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, TURNERS, Shape
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.terms import TermArguments
@@ -94,14 +94,14 @@ class Block:
             self.places = pool.alloc((s.stages * PLACE,), "int32", align=8)  # of a K stage's tile
         self.next_row = pool.alloc((1,), "int32", align=16)  # between the producer's threads
         self.messages = pool.alloc((s.q_stages * MESSAGE,), "int32", align=16)
-        warps = 4 * s.warpgroups
+        warps = of_warps(4 * s.warpgroups)
         self.q_ring = Ring(pool, s.q_stages, readers=s.warpgroups)
         self.k_ring = Ring(pool, s.stages, readers=warps, writers=s.writers)
-        self.v_ring = Ring(pool, s.stages, readers=warps, writers=s.v_writers)
+        self.v_ring = Ring(pool, s.stages, readers=warps, writers=of_warps(TURNERS) if s.turned else s.writers)
         self.old_ring = Ring(pool, s.warpgroups, readers=1)  # the earlier pass's output, one stage a warpgroup
         self.rings = [self.q_ring, self.k_ring, self.v_ring, self.old_ring]
         if s.turned:
-            self.staged_ring = Ring(pool, s.staged, readers=TURNERS)
+            self.staged_ring = Ring(pool, s.staged, readers=of_warps(TURNERS))
             self.staged_values = pool.alloc((s.staged,), "int32", align=4)  # whether a stage has any, or is the end
             self.rings.append(self.staged_ring)
         pool.commit()

@@ -8,6 +8,18 @@ from tvm.script import tirx as T
 from splatc.codegen.hopper.emit import Cell, Expr, do, when
 from splatc.codegen.hopper.shared_memory import SharedMemory
 
+SPEAKERS = 1  # lanes of a warp that arrive for it. Tests under racecheck let all 32: docs/decisions/35-racecheck.md
+
+
+def of_warps(count: int) -> int:
+    """Arrivals of so many warps."""
+    return count * SPEAKERS
+
+
+def speaks(lane: Expr) -> Expr:
+    """Whether a lane arrives for its warp, whose lanes have met before."""
+    return T.EQ(lane, 0) if SPEAKERS == 1 else T.bool(True)
+
 
 class Ring:
     """``stages`` slots that a producer fills and consumers empty.

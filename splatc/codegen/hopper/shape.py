@@ -106,11 +106,6 @@ class Shape:
         return 1 + (TEAM if self.gather else 0)
 
     @property
-    def v_writers(self) -> int:
-        """Arrivals that fill a stage of V."""
-        return TURNERS if self.turned else self.writers
-
-    @property
     def turns(self) -> bool:
         """Whether warpgroups take turns at issuing products: 4 % faster with three of them, not with two, unless what
         they do in between is as long as the products, as in pruning."""

@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from splatc.codegen.hopper.emit import Expr, do, let, store
-from splatc.codegen.hopper.ring import Cursor, Ring
+from splatc.codegen.hopper.ring import Cursor, Ring, speaks
 
 OWN = 8  # named barriers from here on: each warpgroup's own
 
@@ -27,7 +27,7 @@ class Warpgroup:
 
     def leave(self, ring: Ring, at: Cursor) -> None:
         """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=T.EQ(self.block.lane, 0))
+        ring.release(at.stage(), only=speaks(self.block.lane))
         at.advance()
 
     def read_bits_of(self, stage: Expr, words: Expr) -> None:

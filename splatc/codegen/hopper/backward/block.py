@@ -15,7 +15,7 @@ from splatc.codegen.hopper.backward.shape import KEYS, STAGES, WARPGROUPS, Shape
 from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point
 from splatc.codegen.hopper.emit import Expr, let, loop
-from splatc.codegen.hopper.ring import Cursor, Ring
+from splatc.codegen.hopper.ring import Cursor, Ring, of_warps
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.terms import TermArguments
@@ -85,7 +85,7 @@ class Block:
         self.masked = pool.alloc((STAGES,), "int32", align=8)  # whether the tile in a stage has mask bits
         if s.positional:
             self.heads = pool.alloc((STAGES,), "int32", align=8)  # the query head of the tile in a stage
-        warps = 4 * WARPGROUPS
+        warps = of_warps(4 * WARPGROUPS)
         self.k_ring = Ring(pool, s.key_stages, readers=WARPGROUPS + s.makes("dq"))  # a third: who sends dQ
         self.key_rings = {"k": self.k_ring}
         if s.makes("dk"):
@@ -95,7 +95,7 @@ class Block:
         self.rings = [*self.key_rings.values(), self.q_ring, self.do_ring]
         if s.makes("dq"):
             self.ds_ring = Ring(pool, STAGES, readers=warps, writers=warps)
-            self.sums_ring = Ring(pool, WARPGROUPS, readers=1, writers=4)  # a stage a warpgroup
+            self.sums_ring = Ring(pool, WARPGROUPS, readers=1, writers=of_warps(4))  # a stage a warpgroup
             self.rings += [self.ds_ring, self.sums_ring]
         self.old_ring = Ring(pool, WARPGROUPS, readers=1)  # the earlier pass's results, a stage a warpgroup
         self.rings.append(self.old_ring)

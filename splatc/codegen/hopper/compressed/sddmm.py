@@ -25,7 +25,7 @@ from splatc.codegen.hopper.copies import (
 )
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
-from splatc.codegen.hopper.ring import Cursor, Ring
+from splatc.codegen.hopper.ring import Cursor, Ring, of_warps, speaks
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.kernel import COMPRESSED_SDDMM
@@ -60,7 +60,7 @@ class Sddmm:
         self.q_tiles = pool.alloc((q_stages * s.row_bytes // s.item_bytes,), s.dtype, align=1024)
         self.k_tiles = pool.alloc((stages * s.key_bytes // s.item_bytes,), s.dtype, align=1024)
         self.out = pool.alloc((sent // s.item_bytes,), s.dtype, align=1024)
-        self.q_ring, self.k_ring = (Ring(pool, count, readers=s.warps) for count in (q_stages, stages))
+        self.q_ring, self.k_ring = (Ring(pool, count, readers=of_warps(s.warps)) for count in (q_stages, stages))
         pool.commit()
         start_block(w.thread, (self.q, self.k, self.values), (self.q_ring, self.k_ring))
         w.split(self.copy, self.compute)
@@ -119,7 +119,7 @@ class Sddmm:
 
     def leave(self, ring: Ring, at: Cursor) -> None:
         """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=T.EQ(self.walk.lane, 0))
+        ring.release(at.stage(), only=speaks(self.walk.lane))
         at.advance()
 
     def send_values(self, item: Item, j: Expr) -> None:

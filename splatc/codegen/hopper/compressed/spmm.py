@@ -20,7 +20,7 @@ from splatc.codegen.hopper.copies import (
 from splatc.codegen.hopper.emit import Expr, do, let, loop, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import SparseOutput, along_row, at_stage, descriptor, wait_products
-from splatc.codegen.hopper.ring import Ring
+from splatc.codegen.hopper.ring import Ring, of_warps, speaks
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.wgmma import issue_product
@@ -64,7 +64,7 @@ class Spmm:
         self.p_tiles = pool.alloc((stages * s.value_bytes // s.item_bytes,), s.dtype, align=1024)
         self.v_tiles = pool.alloc((stages * s.key_bytes // s.item_bytes,), s.dtype, align=1024)
         self.words = pool.alloc((stages * self.words_bytes // 4,), "uint32", align=128)
-        self.ring = Ring(pool, stages, readers=s.warps)
+        self.ring = Ring(pool, stages, readers=of_warps(s.warps))
         pool.commit()
         start_block(w.thread, (self.values, self.v, self.out), (self.ring,))
         w.split(self.copy, self.compute)
@@ -107,7 +107,8 @@ class Spmm:
                                  at_stage("v_now", v_base, at.stage(), s.key_bytes))  # fmt: skip
                 wait_products(0)
                 out.fence()
-                ring.release(at.stage(), only=T.EQ(w.lane, 0))
+                do(T.cuda.warp_sync())
+                ring.release(at.stage(), only=speaks(w.lane))
                 at.advance()
             self.send(item, out)
         with when(T.EQ(w.lane, 0)):
