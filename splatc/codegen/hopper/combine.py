@@ -1,21 +1,18 @@
 """The second kernel of a split plan: partial results of one row tile, from scratch memory, into one.
 
 A row is a warp's work: O = sum of w_p O_p with w_p = exp(LSE_p - LSE), in a fixed order. With ``merge`` what an earlier
-pass left in place is one more part; else the head's sink is one, without O. There may be dozens of parts: lanes read an
-LSE each, and rows of O are fetched some at a time, so that few loads wait for others.
+pass left in place is one more part; else the head's sink is one, without O. There may be dozens of parts, and time is
+spent waiting for memory: lanes read an LSE each, rows of O are fetched many at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
+from splatc.codegen.cuda_parts import from_lane
 from splatc.codegen.hopper.emit import (
     Cell,
     Expr,
@@ -31,15 +28,20 @@ from splatc.codegen.hopper.emit import (
 )
 from splatc.codegen.hopper.epilogue import finite
 from splatc.codegen.hopper.shape import Shape
+from splatc.codegen.hopper.shared_memory import SharedMemory
+from splatc.codegen.hopper.stored import values_of, words_of
 
 NAME = "splatc_combine"
 THREADS = 256
 ROWS = THREADS // 32  # of one block
-LOADS = 8  # of each lane, of O, that need not wait for each other
+LOADS = 8  # of each lane, of O, that are under way together
+LOAD_BYTES = 16
+WORDS = LOAD_BYTES // 4
+STAGED = THREADS * LOADS * WORDS  # words of shared memory
 
 
 def combine_parts(s: Shape):
-    """The function, not lowered; a grid of (row tiles * m / ROWS) blocks.
+    """(The function, not lowered; the bytes of its shared memory). A grid of (row tiles * m / ROWS) blocks.
 
     combine: int32 (tiles, 8) batch, head, item, first scratch tile, parts, 0, 0, 0.
     """
@@ -60,6 +62,9 @@ def combine_parts(s: Shape):
         words = ("batch", "head", "item", "first", "parts")
         batch, head, item, first, parts = (let(name, table[tile, i]) for i, name in enumerate(words))
         position = let("position", positions[item, row])
+        pool = SharedMemory()
+        staged = pool.alloc((STAGED,), "uint32", align=LOAD_BYTES)
+        pool.commit()
         with when(position >= 0):
             at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
             at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
@@ -70,20 +75,22 @@ def combine_parts(s: Shape):
                 old.set(lse[at_lse])
             do(T.cuda.warp_sync())  # every lane has read it before one writes it
             weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
-            sums = Sums(s, lane)
+            sums = Sums(s, staged, thread)
             with when(merge != 0):
-                sums.add(out, at_out, weights.of(old()))
-            at_once = max(LOADS // ceil_div(s.dv, 32), 1)  # parts
-            with loop(T.truncdiv(parts + (at_once - 1), at_once)) as group:
-                for i in range(at_once):
-                    part = let("part", group * at_once + i)
-                    at = let("at", weights.row(T.min(part, parts - 1)))
-                    weight = weights.of(part_lse[at])
-                    sums.add(part_out, at * s.dv, T.if_then_else(part < parts, weight, T.float32(0.0)))
+                sums.fetch(out, [at_out], [T.EQ(sums.group, 0)])
+                sums.add(0, weights.of(old()))
+            at_once = sums.groups * sums.rows_at_once  # parts
+            with loop(T.truncdiv(parts + (at_once - 1), at_once)) as turn:
+                of_turn = [let("part", turn * at_once + i * sums.groups + sums.group) for i in range(sums.rows_at_once)]
+                rows = [let("part_row", weights.row(T.min(part, parts - 1))) for part in of_turn]
+                sums.fetch(part_out, [at * s.dv for at in rows], [part < parts for part in of_turn])
+                for i, at in enumerate(rows):
+                    sums.add(i, weights.of(part_lse[at]))
+            sums.gather()
             sums.write(out, at_out)
             with when(T.EQ(lane, 0)):
                 store(lse, at_lse, weights.lse)
-    return made()
+    return made(), pool.size
 
 
 def array(name: str, dtype: str, width: int = 1) -> Expr:
@@ -103,13 +110,16 @@ class Weights:
     def __init__(self, part_lse: Expr, first: Expr, step: int, parts: Expr, old: Expr, lane: Expr) -> None:
         self._first, self._step = let("first_row", first), step
         top, total = Cell("top", old, "float32"), Cell("total", T.float32(0.0), "float32")
-        rounds = T.truncdiv(parts + 31, 32)
-        with loop(rounds) as i, when(i * 32 + lane < parts):
-            top.set(T.max(top(), part_lse[self.row(i * 32 + lane)]))
+        part = Cell("my_part", lane)
+        with I.While(part() < parts):  # a for loop would be unrolled, for hundreds of parts
+            top.set(T.max(top(), part_lse[self.row(part())]))
+            part.set(part() + 32)
         top.set(T.cuda.warp_max(top()))
         self._top = let("safe_top", finite(top()))
-        with loop(rounds) as i, when(i * 32 + lane < parts):
-            total.set(total() + self._share(part_lse[self.row(i * 32 + lane)]))
+        part.set(lane)
+        with I.While(part() < parts):
+            total.set(total() + self._share(part_lse[self.row(part())]))
+            part.set(part() + 32)
         total.set(T.cuda.warp_sum(total()) + self._share(old))
         zero = T.float32(0.0)
         self._inverse = let("inverse", T.if_then_else(T.EQ(total(), zero), zero, T.float32(1.0) / total()))
@@ -128,28 +138,60 @@ class Weights:
 
 
 class Sums:
-    """A row of O in a warp's registers: each lane has every 32nd column."""
+    """A row of O in a warp's registers, fetched 16 bytes a lane. Where that takes less than a warp, groups of lanes
+    have parts in turn, and ``gather`` adds up their sums.
 
-    def __init__(self, s: Shape, lane: Expr) -> None:
-        self._s, self._lane = s, lane
-        self._acc = registers("acc", ceil_div(s.dv, 32))
-        for c in range(ceil_div(s.dv, 32)):
-            store(self._acc, c, T.float32(0.0))
+    Rows come by way of shared memory, where each lane reads what it fetched itself: compilers save registers, and ask
+    for no second row before they have used the first, but copies they leave alone.
+    """
 
-    def add(self, source: Expr, at: Expr, weight: Expr) -> None:
-        """Add weight * source[at:]."""
-        for c, column, inside in self._columns():
-            with inside:
-                store(self._acc, c, self._acc[c] + weight * T.cast(source[at + column], "float32"))
+    def __init__(self, s: Shape, staged: Expr, thread: Expr) -> None:
+        """staged: STAGED words."""
+        self._s, self._staged, self._thread = s, staged, thread
+        lane = thread % 32
+        self._unit = LOAD_BYTES // s.item_bytes
+        units = s.dv // self._unit
+        across = min(1 << (units - 1).bit_length(), 32)  # lanes of a row
+        self._each = ceil_div(units, across)  # loads of a lane, for a row
+        self.rows_at_once = LOADS // self._each
+        self.groups = 32 // across
+        self.group = let("group", lane // across)
+        self._columns = [let("column", (lane % across + across * i) * self._unit) for i in range(self._each)]
+        self._acc = registers("acc", self._each * self._unit)
+        for i in range(self._each * self._unit):
+            store(self._acc, i, T.float32(0.0))
+
+    def fetch(self, source: Expr, rows: list[Expr], wanted: list[Expr]) -> None:
+        """Rows of O that begin at these places in source, or zeros."""
+        for n, (row, want) in enumerate(zip(rows, wanted, strict=True)):
+            for i, column in enumerate(self._columns):
+                inside = column < self._s.dv
+                at = source.ptr_to([row + wide(T.if_then_else(inside, column, 0))])
+                size = T.if_then_else(T.And(want, inside), T.uint32(LOAD_BYTES), T.uint32(0))
+                do(T.ptx["cp.async.cg.shared.global"](self._place(n, i), at, LOAD_BYTES, size))
+        do(T.ptx.cp.async_.wait_all())
+
+    def add(self, n: int, weight: Expr) -> None:
+        """Add the n-th row that was fetched, weighted."""
+        words = registers("words", self._each * WORDS, "uint32")
+        for i in range(self._each):
+            do(T.ptx["ld.shared.v4.b32"](*(words[i * WORDS + j] for j in range(WORDS)), self._place(n, i)))
+        for i, value in enumerate(values_of([words[i] for i in range(self._each * WORDS)], self._s.dtype)):
+            store(self._acc, i, self._acc[i] + weight * value)
+
+    def _place(self, n: int, i: int) -> Expr:
+        """Where this lane has its i-th load of the n-th row."""
+        return self._staged.ptr_to([((n * self._each + i) * THREADS + self._thread) * WORDS])
+
+    def gather(self) -> None:
+        """The sum over all groups, in each of them."""
+        for i in range(self._each * self._unit):
+            for step in range(1, self.groups.bit_length()):
+                store(self._acc, i, self._acc[i] + from_lane(self._acc[i], 32 >> step))
 
     def write(self, target: Expr, at: Expr) -> None:
-        """target[at:] = the sums, rounded."""
-        for c, column, inside in self._columns():
-            with inside:
-                store(target, at + column, T.cast(self._acc[c], self._s.dtype))
-
-    def _columns(self) -> Iterator[tuple[int, Expr, AbstractContextManager[Any]]]:
-        """Number and column of each, and the condition that it exists: none where all do."""
-        for c in range(ceil_div(self._s.dv, 32)):
-            column = wide(c * 32 + self._lane)
-            yield c, column, when(column < T.int64(self._s.dv)) if (c + 1) * 32 > self._s.dv else nullcontext()
+        """target[at:] = the sums, rounded: by the first group."""
+        for i, column in enumerate(self._columns):
+            values = [self._acc[i * self._unit + j] for j in range(self._unit)]
+            with when(T.And(T.EQ(self.group, 0), column < self._s.dv)):
+                do(T.ptx["st.global.v4.b32"](target.ptr_to([at + wide(column)]), *words_of(values, self._s.dtype)))

@@ -22,7 +22,7 @@ from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, registers, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.shared_memory import SharedMemory
-from splatc.codegen.hopper.unfused.stored import split, words_of
+from splatc.codegen.hopper.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,

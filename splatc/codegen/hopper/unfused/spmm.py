@@ -20,7 +20,7 @@ from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Expr, do, kernel_function, let, registers, store, when
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
 from splatc.codegen.hopper.shared_memory import SharedMemory
-from splatc.codegen.hopper.unfused.stored import words_of
+from splatc.codegen.hopper.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
