@@ -34,7 +34,7 @@ CASES = [*((dtype, dim, merge, False) for dtype, dim in SIZES for merge in (Fals
 def kernel(dtype: str, dim: int, sinks: bool) -> tuple[Any, tuple[tuple[str, str], ...], int]:
     """(what runs a grid, its parameters, rows of a tile)."""
     shape = shape_of(spec_of(64, dim, dtype, sinks=sinks))
-    source = device_source(Emitted(tvm_module({NAME: combine_parts(shape)[0]}), ()), HOPPER.arch)
+    source = device_source(Emitted(tvm_module({NAME: combine_parts(shape)}), ()), HOPPER.arch)
     ((name, parameters),) = ((one.name, one.parameters) for one in parse_signatures(source))
     with TemporaryDirectory(prefix="splatc-emulated-") as folder:
         (Path(folder) / "kernel.cpp").write_text(cpp(source))

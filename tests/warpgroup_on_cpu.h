@@ -37,7 +37,6 @@ inline void tvm_builtin_ptx_cp_async_ca_src_size_async_ca_shared_global_4(uint32
   memcpy(pool_buf_ptr + to, from, size);
 }
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {}
-inline void tvm_builtin_ptx_cp_async_wait_all_async_wait_all() {}
 inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_1() {}
 inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0() {}
 inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}

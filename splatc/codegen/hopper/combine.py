@@ -28,7 +28,6 @@ from splatc.codegen.hopper.emit import (
 )
 from splatc.codegen.hopper.epilogue import finite
 from splatc.codegen.hopper.shape import Shape
-from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.stored import values_of, words_of
 
 NAME = "splatc_combine"
@@ -36,12 +35,12 @@ THREADS = 256
 ROWS = THREADS // 32  # of one block
 LOADS = 8  # of each lane, of O, that are under way together
 LOAD_BYTES = 16
+BLOCKS = 2  # on a multiprocessor, at least: unless told, ptxas saves registers for more of them, and loads one by one
 WORDS = LOAD_BYTES // 4
-STAGED = THREADS * LOADS * WORDS  # words of shared memory
 
 
 def combine_parts(s: Shape):
-    """(The function, not lowered; the bytes of its shared memory). A grid of (row tiles * m / ROWS) blocks.
+    """The function, not lowered; a grid of (row tiles * m / ROWS) blocks.
 
     combine: int32 (tiles, 8) batch, head, item, first scratch tile, parts, 0, 0, 0.
     """
@@ -53,44 +52,35 @@ def combine_parts(s: Shape):
         sinks = array("sinks", "float32") if s.score.sinks else None
         blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
         I.device_entry()
-        block = I.cta_id([blocks])
-        thread = I.thread_id([THREADS])
-        follow_kernels_before()
-        lane = let("lane", thread % 32)
-        tile = let("tile", T.truncdiv(block, s.m // ROWS))
-        row = let("row", T.truncmod(block, s.m // ROWS) * ROWS + thread // 32)
-        words = ("batch", "head", "item", "first", "parts")
-        batch, head, item, first, parts = (let(name, table[tile, i]) for i, name in enumerate(words))
-        position = let("position", positions[item, row])
-        pool = SharedMemory()
-        staged = pool.alloc((STAGED,), "uint32", align=LOAD_BYTES)
-        pool.commit()
-        with when(position >= 0):
-            at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
-            at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
-            old = Cell("old", T.float32(NEG_INF), "float32")  # LSE of the earlier pass
-            if sinks is not None:
-                old.set(sinks[head])
-            with when(merge != 0):
-                old.set(lse[at_lse])
-            do(T.cuda.warp_sync())  # every lane has read it before one writes it
-            weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
-            sums = Sums(s, staged, thread)
-            with when(merge != 0):
-                sums.fetch(out, [at_out], [T.EQ(sums.group, 0)])
-                sums.add(0, weights.of(old()))
-            at_once = sums.groups * sums.rows_at_once  # parts
-            with loop(T.truncdiv(parts + (at_once - 1), at_once)) as turn:
-                of_turn = [let("part", turn * at_once + i * sums.groups + sums.group) for i in range(sums.rows_at_once)]
-                rows = [let("part_row", weights.row(T.min(part, parts - 1))) for part in of_turn]
-                sums.fetch(part_out, [at * s.dv for at in rows], [part < parts for part in of_turn])
-                for i, at in enumerate(rows):
-                    sums.add(i, weights.of(part_lse[at]))
-            sums.gather()
-            sums.write(out, at_out)
-            with when(T.EQ(lane, 0)):
-                store(lse, at_lse, weights.lse)
-    return made(), pool.size
+        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS}):
+            block = I.cta_id([blocks])
+            thread = I.thread_id([THREADS])
+            follow_kernels_before()
+            lane = let("lane", thread % 32)
+            tile = let("tile", T.truncdiv(block, s.m // ROWS))
+            row = let("row", T.truncmod(block, s.m // ROWS) * ROWS + thread // 32)
+            words = ("batch", "head", "item", "first", "parts")
+            batch, head, item, first, parts = (let(name, table[tile, i]) for i, name in enumerate(words))
+            position = let("position", positions[item, row])
+            with when(position >= 0):
+                at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
+                at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
+                old = Cell("old", T.float32(NEG_INF), "float32")  # LSE of the earlier pass
+                if sinks is not None:
+                    old.set(sinks[head])
+                with when(merge != 0):
+                    old.set(lse[at_lse])
+                do(T.cuda.warp_sync())  # every lane has read it before one writes it
+                weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
+                sums = Sums(s, lane)
+                with when(T.And(merge != 0, T.EQ(sums.group, 0))):
+                    sums.add(sums.read(out, at_out), weights.of(old()))
+                sums.add_parts(part_out, weights, parts)
+                sums.gather()
+                sums.write(out, at_out)
+                with when(T.EQ(lane, 0)):
+                    store(lse, at_lse, weights.lse)
+    return made()
 
 
 def array(name: str, dtype: str, width: int = 1) -> Expr:
@@ -108,7 +98,7 @@ class Weights:
     """The weights of a row's parts: part p's LSE is part_lse[first + p * step]; ``old`` is one more."""
 
     def __init__(self, part_lse: Expr, first: Expr, step: int, parts: Expr, old: Expr, lane: Expr) -> None:
-        self._first, self._step = let("first_row", first), step
+        self._part_lse, self._first, self._step = part_lse, let("first_row", first), step
         top, total = Cell("top", old, "float32"), Cell("total", T.float32(0.0), "float32")
         part = Cell("my_part", lane)
         with I.While(part() < parts):  # a for loop would be unrolled, for hundreds of parts
@@ -133,60 +123,59 @@ class Weights:
         """The weight of a part with this LSE."""
         return let("weight", self._share(lse) * self._inverse)
 
+    def of_row(self, row: Expr) -> Expr:
+        """The weight of the part in this row of scratch memory."""
+        return self.of(self._part_lse[row])
+
     def _share(self, lse: Expr) -> Expr:
         return T.exp2((lse - self._top) * T.float32(LOG2E))
 
 
 class Sums:
-    """A row of O in a warp's registers, fetched 16 bytes a lane. Where that takes less than a warp, groups of lanes
-    have parts in turn, and ``gather`` adds up their sums.
+    """A row of O in a warp's registers, read 16 bytes a lane. Where that takes less than a warp, groups of lanes have
+    parts in turn, and ``gather`` adds up their sums."""
 
-    Rows come by way of shared memory, where each lane reads what it fetched itself: compilers save registers, and ask
-    for no second row before they have used the first, but copies they leave alone.
-    """
-
-    def __init__(self, s: Shape, staged: Expr, thread: Expr) -> None:
-        """staged: STAGED words."""
-        self._s, self._staged, self._thread = s, staged, thread
-        lane = thread % 32
+    def __init__(self, s: Shape, lane: Expr) -> None:
+        self._s = s
         self._unit = LOAD_BYTES // s.item_bytes
         units = s.dv // self._unit
         across = min(1 << (units - 1).bit_length(), 32)  # lanes of a row
         self._each = ceil_div(units, across)  # loads of a lane, for a row
-        self.rows_at_once = LOADS // self._each
-        self.groups = 32 // across
+        self._groups = 32 // across
         self.group = let("group", lane // across)
         self._columns = [let("column", (lane % across + across * i) * self._unit) for i in range(self._each)]
         self._acc = registers("acc", self._each * self._unit)
         for i in range(self._each * self._unit):
             store(self._acc, i, T.float32(0.0))
 
-    def fetch(self, source: Expr, rows: list[Expr], wanted: list[Expr]) -> None:
-        """Rows of O that begin at these places in source, or zeros."""
-        for n, (row, want) in enumerate(zip(rows, wanted, strict=True)):
-            for i, column in enumerate(self._columns):
-                inside = column < self._s.dv
-                at = source.ptr_to([row + wide(T.if_then_else(inside, column, 0))])
-                size = T.if_then_else(T.And(want, inside), T.uint32(LOAD_BYTES), T.uint32(0))
-                do(T.ptx["cp.async.cg.shared.global"](self._place(n, i), at, LOAD_BYTES, size))
-        do(T.ptx.cp.async_.wait_all())
-
-    def add(self, n: int, weight: Expr) -> None:
-        """Add the n-th row that was fetched, weighted."""
+    def read(self, source: Expr, at: Expr) -> list[Expr]:
+        """Words of this lane, of a row of O that begins at source[at]."""
         words = registers("words", self._each * WORDS, "uint32")
-        for i in range(self._each):
-            do(T.ptx["ld.shared.v4.b32"](*(words[i * WORDS + j] for j in range(WORDS)), self._place(n, i)))
-        for i, value in enumerate(values_of([words[i] for i in range(self._each * WORDS)], self._s.dtype)):
+        for i, column in enumerate(self._columns):
+            inside = T.min(column, self._s.dv - self._unit)  # what is read of other columns is not written
+            mine = (words[i * WORDS + j] for j in range(WORDS))
+            do(T.ptx["ld.global.v4.b32"](*mine, source.ptr_to([at + wide(inside)])))
+        return [words[i] for i in range(self._each * WORDS)]
+
+    def add(self, words: list[Expr], weight: Expr) -> None:
+        """Add a row that was read, weighted."""
+        for i, value in enumerate(values_of(words, self._s.dtype)):
             store(self._acc, i, self._acc[i] + weight * value)
 
-    def _place(self, n: int, i: int) -> Expr:
-        """Where this lane has its i-th load of the n-th row."""
-        return self._staged.ptr_to([((n * self._each + i) * THREADS + self._thread) * WORDS])
+    def add_parts(self, source: Expr, weights: Weights, parts: Expr) -> None:
+        """Add all parts, a group's every so many: rows of source, at the places that their weights have too."""
+        rows = LOADS // self._each  # of a lane, under way together
+        with loop(T.truncdiv(parts + (rows * self._groups - 1), rows * self._groups)) as turn:
+            mine = [let("part", (turn * rows + i) * self._groups + self.group) for i in range(rows)]
+            places = [let("part_row", weights.row(T.min(part, parts - 1))) for part in mine]
+            read = [self.read(source, at * self._s.dv) for at in places]
+            for part, at, words in zip(mine, places, read, strict=True):
+                self.add(words, T.if_then_else(part < parts, weights.of_row(at), T.float32(0.0)))
 
     def gather(self) -> None:
         """The sum over all groups, in each of them."""
         for i in range(self._each * self._unit):
-            for step in range(1, self.groups.bit_length()):
+            for step in range(1, self._groups.bit_length()):
                 store(self._acc, i, self._acc[i] + from_lane(self._acc[i], 32 >> step))
 
     def write(self, target: Expr, at: Expr) -> None:
