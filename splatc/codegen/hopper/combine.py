@@ -14,6 +14,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
 from splatc.codegen.cuda_parts import from_lane
 from splatc.codegen.hopper.emit import (
+    MIN_BLOCKS,
     Cell,
     Expr,
     do,
@@ -35,7 +36,7 @@ THREADS = 256
 ROWS = THREADS // 32  # of one block
 LOADS = 8  # of each lane, of O, that are under way together
 LOAD_BYTES = 16
-BLOCKS = 2  # on a multiprocessor, at least: unless told, ptxas saves registers for more of them, and loads one by one
+LEAST = 2  # blocks on a multiprocessor. Unless told, ptxas saves registers for more, by loads that wait for each other
 WORDS = LOAD_BYTES // 4
 
 
@@ -52,7 +53,7 @@ def combine_parts(s: Shape):
         sinks = array("sinks", "float32") if s.score.sinks else None
         blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
         I.device_entry()
-        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS}):
+        with I.attr({MIN_BLOCKS: LEAST}):
             block = I.cta_id([blocks])
             thread = I.thread_id([THREADS])
             follow_kernels_before()
