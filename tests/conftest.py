@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--every-lane"):
         from splatc.codegen.hopper import ring
 
-        ring.SPEAKERS = 32
+        ring.EVERY_LANE = True
         os.environ.pop("SPLATC_CACHE_DIR", None)  # nobody else's kernels
     # Set before pytest-xdist starts its workers, which inherit it: each kernel is compiled once a run.
     if not os.environ.get("SPLATC_CACHE_DIR"):

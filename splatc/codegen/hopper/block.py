@@ -19,7 +19,7 @@ from splatc.codegen.hopper.emit import (
     wait_for_kernels_before,
     when,
 )
-from splatc.codegen.hopper.ring import Ring, of_warps
+from splatc.codegen.hopper.ring import Ring, of_warpgroups, of_warps
 from splatc.codegen.hopper.shape import MAX_VIEWS, STRIDES, TURNERS, Shape
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.terms import TermArguments
@@ -95,7 +95,7 @@ class Block:
         self.next_row = pool.alloc((1,), "int32", align=16)  # between the producer's threads
         self.messages = pool.alloc((s.q_stages * MESSAGE,), "int32", align=16)
         warps = of_warps(4 * s.warpgroups)
-        self.q_ring = Ring(pool, s.q_stages, readers=s.warpgroups)
+        self.q_ring = Ring(pool, s.q_stages, readers=of_warpgroups(s.warpgroups))
         self.k_ring = Ring(pool, s.stages, readers=warps, writers=s.writers)
         self.v_ring = Ring(pool, s.stages, readers=warps, writers=of_warps(TURNERS) if s.turned else s.writers)
         self.old_ring = Ring(pool, s.warpgroups, readers=1)  # the earlier pass's output, one stage a warpgroup

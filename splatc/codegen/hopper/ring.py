@@ -8,17 +8,22 @@ from tvm.script import tirx as T
 from splatc.codegen.hopper.emit import Cell, Expr, do, when
 from splatc.codegen.hopper.shared_memory import SharedMemory
 
-SPEAKERS = 1  # lanes of a warp that arrive for it. Tests under racecheck let all 32: docs/decisions/35-racecheck.md
+EVERY_LANE = False  # whether all threads arrive at barriers, not one for many: docs/decisions/35-racecheck.md
 
 
 def of_warps(count: int) -> int:
     """Arrivals of so many warps."""
-    return count * SPEAKERS
+    return count * 32 if EVERY_LANE else count
 
 
-def speaks(lane: Expr) -> Expr:
-    """Whether a lane arrives for its warp, whose lanes have met before."""
-    return T.EQ(lane, 0) if SPEAKERS == 1 else T.bool(True)
+def of_warpgroups(count: int) -> int:
+    """Arrivals of so many warpgroups."""
+    return of_warps(4 * count) if EVERY_LANE else count
+
+
+def speaks(first: Expr) -> Expr:
+    """Whether a thread arrives for those that have met it before: where it is the first of them."""
+    return T.bool(True) if EVERY_LANE else first
 
 
 class Ring:

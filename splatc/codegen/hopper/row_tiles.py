@@ -120,6 +120,12 @@ class RowTiles(Warpgroup):
         self.own_barrier()
         with when(self.leader):
             self._store_output()
+        with when(self.speaker):
+            if self.s.q_stages == 1:
+                wait_stores_read()
+                self.block.q_ring.release(0)
+            else:
+                self.unreleased.set(1)
 
     def _store_output(self) -> None:
         b, s, a = self.block, self.s, self.a
@@ -131,15 +137,10 @@ class RowTiles(Warpgroup):
                 at = Point(row, 0, 0, 0, 0)
                 store_tile(a.part, T.int32(0), at, b.q, self.slot_base(), s.out_chunks, s.m)
         commit_stores()
-        if s.q_stages == 1:
-            wait_stores_read()
-            b.q_ring.release(0)
-        else:
-            self.unreleased.set(1)
 
     def release_last_slot(self) -> None:
         """Give the row tile before's Q stage back as soon as its result has left."""
         if self.s.q_stages > 1:
-            with when(T.And(self.leader, self.unreleased() != 0)):
+            with when(T.And(self.speaker, self.unreleased() != 0)):
                 wait_stores_read()
                 self.block.q_ring.release(T.bitwise_xor(self.q_at.stage(), 1))

@@ -127,12 +127,12 @@ class Turner:
                 self.turn.set(self.turn() + TURNERS)
             self.turn.set(self.turn() - s.n // CHUNK * SQUARES)
             do(T.cuda.warp_sync())  # before lane 0 says for all that the chunk is read
-            b.staged_ring.release(self.staged_at.stage(), only=speaks(b.lane))
+            b.staged_ring.release(self.staged_at.stage(), only=speaks(T.EQ(b.lane, 0)))
             self.staged_at.advance()
             rows.set(rows() + CHUNK)
         do(T.ptx.fence.proxy.async_.shared__cta())
         do(T.cuda.warp_sync())
-        with when(speaks(b.lane)):
+        with when(speaks(T.EQ(b.lane, 0))):
             b.v_ring.fill(self.v_at.stage())
         self.v_at.advance()
 

@@ -21,13 +21,14 @@ class Warpgroup:
         self.me: Expr = None
 
     def take_number(self) -> None:
-        """Find ``me`` and the thread that speaks for all."""
+        """Find ``me``, the thread that acts for all, and the one that arrives at barriers for all."""
         self.me = let("consumer", self.block.warpgroup - 1)
         self.leader = T.And(T.EQ(self.block.warp, 0), T.EQ(self.block.lane, 0))
+        self.speaker = speaks(self.leader)
 
     def leave(self, ring: Ring, at: Cursor) -> None:
         """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=speaks(self.block.lane))
+        ring.release(at.stage(), only=speaks(T.EQ(self.block.lane, 0)))
         at.advance()
 
     def read_bits_of(self, stage: Expr, words: Expr) -> None:

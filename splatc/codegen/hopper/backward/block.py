@@ -15,7 +15,7 @@ from splatc.codegen.hopper.backward.shape import KEYS, STAGES, WARPGROUPS, Shape
 from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point
 from splatc.codegen.hopper.emit import Expr, let, loop
-from splatc.codegen.hopper.ring import Cursor, Ring, of_warps
+from splatc.codegen.hopper.ring import Cursor, Ring, of_warpgroups, of_warps
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.terms import TermArguments
@@ -86,10 +86,11 @@ class Block:
         if s.positional:
             self.heads = pool.alloc((STAGES,), "int32", align=8)  # the query head of the tile in a stage
         warps = of_warps(4 * WARPGROUPS)
-        self.k_ring = Ring(pool, s.key_stages, readers=WARPGROUPS + s.makes("dq"))  # a third: who sends dQ
+        groups = of_warpgroups(WARPGROUPS)
+        self.k_ring = Ring(pool, s.key_stages, readers=groups + s.makes("dq"))  # one more: who sends dQ
         self.key_rings = {"k": self.k_ring}
         if s.makes("dk"):
-            self.v_ring = self.key_rings["v"] = Ring(pool, s.key_stages, readers=WARPGROUPS)
+            self.v_ring = self.key_rings["v"] = Ring(pool, s.key_stages, readers=groups)
         self.q_ring = Ring(pool, STAGES, readers=warps)
         self.do_ring = Ring(pool, STAGES, readers=warps)
         self.rings = [*self.key_rings.values(), self.q_ring, self.do_ring]

@@ -184,14 +184,14 @@ class Consumer(Warpgroup):
         if self.s.makes("dv"):
             wait_products(1)  # frees the registers of P: without that, ptxas finds too few for the next scores
             self.take_result("dv")
-        self.block.do_ring.release(stage, only=speaks(self.block.lane))
+        self.block.do_ring.release(stage, only=speaks(T.EQ(self.block.lane, 0)))
 
     def settle(self, before: Expr, pending: int) -> None:
         """Wait for what ``use`` has left under way; ``pending`` products were started after it."""
         wait_products(pending)
         self.take_result("dk")
         do(T.cuda.warp_sync())
-        self.block.q_ring.release(self.used, only=speaks(self.block.lane))
+        self.block.q_ring.release(self.used, only=speaks(T.EQ(self.block.lane, 0)))
 
     def take_result(self, name: str) -> None:
         """A result that has been waited for may be used."""
@@ -211,7 +211,7 @@ class Consumer(Warpgroup):
         self.box = Point(x1, x2, x3, batch, head)
         self.finish_products()
         for place in b.keys.keys() - s.places.values():  # nothing leaves through it
-            b.key_rings[place].release(b.slot(self.keys_at), only=self.leader)
+            b.key_rings[place].release(b.slot(self.keys_at), only=self.speaker)
         ends = [self.end(name) for name in s.places]
         one = T.float32(1.0)
         merging = T.And(a.merge != 0, T.EQ(self.part, 0))
@@ -229,6 +229,7 @@ class Consumer(Warpgroup):
         with when(self.leader):
             for end in ends:
                 self.store(end)
+        with when(self.speaker):
             if s.key_stages > 1:
                 self.unreleased.set(1)
             else:
@@ -250,7 +251,7 @@ class Consumer(Warpgroup):
         for."""
         b = self.block
         if self.s.key_stages > 1:
-            with when(T.And(self.leader, self.unreleased() != 0)):
+            with when(T.And(self.speaker, self.unreleased() != 0)):
                 wait_stores_read()
                 for place in self.s.places.values():
                     b.key_rings[place].release(T.bitwise_xor(b.slot(self.keys_at), 1))
@@ -314,13 +315,13 @@ class ValuesConsumer(Consumer):
     def leave_queries(self) -> None:
         """Q of a tile is done with, and what was read beside it."""
         do(T.cuda.warp_sync())
-        self.block.q_ring.release(self.at.stage(), only=speaks(self.block.lane))
+        self.block.q_ring.release(self.at.stage(), only=speaks(T.EQ(self.block.lane, 0)))
 
     def take_value_gradients(self, used: Expr) -> None:
         """dV has arrived; its dO, in the stage ``used``, is done with."""
         wait_products(0)
         self.take_result("dv")
-        self.block.do_ring.release(used, only=speaks(self.block.lane))
+        self.block.do_ring.release(used, only=speaks(T.EQ(self.block.lane, 0)))
 
 
 class SummingConsumer(Consumer):
@@ -349,7 +350,7 @@ class SummingConsumer(Consumer):
         self.scores.stage_gradients(b.ds, self.ds_at.stage(), self.me * WARPGROUP_ROWS + b.warp * 16, b.lane)
         do(T.ptx.fence.proxy.async_.shared__cta())
         do(T.cuda.warp_sync())
-        with when(speaks(b.lane)):
+        with when(speaks(T.EQ(b.lane, 0))):
             b.ds_ring.fill(self.ds_at.stage())
         self.products.key_gradients(self.results["dk"], self.scores.ds, stage)
         with when(before):
@@ -362,8 +363,8 @@ class SummingConsumer(Consumer):
         self.take_result("dv")
         self.take_result("dk")
         do(T.cuda.warp_sync())
-        b.do_ring.release(stage, only=speaks(b.lane))
-        b.q_ring.release(stage, only=speaks(b.lane))
+        b.do_ring.release(stage, only=speaks(T.EQ(b.lane, 0)))
+        b.q_ring.release(stage, only=speaks(T.EQ(b.lane, 0)))
         self.ds_at.advance()
 
     def settle(self, before: Expr, pending: int) -> None:
@@ -392,7 +393,7 @@ class SummingConsumer(Consumer):
         self.sums.stage(b.sums)
         do(T.ptx.fence.proxy.async_.shared__cta())
         do(T.cuda.warp_sync())
-        with when(speaks(b.lane)):
+        with when(speaks(T.EQ(b.lane, 0))):
             b.sums_ring.fill(self.me)
         self.sums_phase.set(T.bitwise_xor(self.sums_phase(), 1))
 

@@ -119,7 +119,7 @@ class Sddmm:
 
     def leave(self, ring: Ring, at: Cursor) -> None:
         """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=speaks(self.walk.lane))
+        ring.release(at.stage(), only=speaks(T.EQ(self.walk.lane, 0)))
         at.advance()
 
     def send_values(self, item: Item, j: Expr) -> None:

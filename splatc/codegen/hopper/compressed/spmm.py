@@ -108,7 +108,7 @@ class Spmm:
                 wait_products(0)
                 out.fence()
                 do(T.cuda.warp_sync())
-                ring.release(at.stage(), only=speaks(w.lane))
+                ring.release(at.stage(), only=speaks(T.EQ(w.lane, 0)))
                 at.advance()
             self.send(item, out)
         with when(T.EQ(w.lane, 0)):
