@@ -46,8 +46,9 @@ SANITIZED := tests/test_gpu_attention.py::test_head_dims tests/test_gpu_attentio
 TOOL ?= memcheck
 
 sanitize: install  ## small GPU tests under compute-sanitizer; TOOL=racecheck for races
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --kernel-regex kns=splatc --report-api-errors no \
-	  --error-exitcode 3 $(PY) -m pytest -m gpu -q -p no:cacheprovider $(SANITIZED) $(ARGS)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 SPLATC_LINE_INFO=1 compute-sanitizer --tool $(TOOL) --kernel-regex kns=splatc \
+	  --report-api-errors no --error-exitcode 3 $(PY) -m pytest -m gpu -q -p no:cacheprovider \
+	  $(if $(filter racecheck,$(TOOL)),--every-lane) $(SANITIZED) $(ARGS)
 
 lint: install  ## ruff: style, imports, formatting
 	$(PY) -m ruff check $(SOURCE)

@@ -8,6 +8,8 @@ SPLATC_DUMP_DIR       where to write it (default: ./splatc-dump)
 SPLATC_LOG_LEVEL      debug, info, warning, error, critical: log to stderr (default: the application decides)
 SPLATC_ARCH           compile for this (sm_90a, x86-64-v4, ...), not for what is here (default: detected)
 SPLATC_CUDA_COMPILER  what compiles CUDA: nvrtc or nvcc (default: the first of them that is installed)
+SPLATC_LINE_INFO      1: kernels tell profilers and compute-sanitizer which line of kernel.cu an instruction is of, and
+                      take an eighth longer to compile (default: 0)
 SPLATC_GRADIENT_WALKS how a Hopper GPU computes gradients: in one walk over tiles or two (default: the faster by the
                       cost model)
 
@@ -45,7 +47,7 @@ class Config:
     cache_dir, dump_dir: absolute, need not exist. cache_size: bytes. dump: a subset of DUMPS.
     log_level: a `logging` level, or None to leave logging to the application. arch: None means "detect".
     cuda_compiler: one of CUDA_COMPILERS, or None for the first that is installed. gradient_walks: one of
-    GRADIENT_WALKS, or None for the one that is predicted to be faster.
+    GRADIENT_WALKS, or None for the one that is predicted to be faster. line_info: whether CUDA kernels have it.
     """
 
     cache_dir: Path
@@ -57,6 +59,7 @@ class Config:
     arch: str | None = None
     cuda_compiler: str | None = None
     gradient_walks: str | None = None
+    line_info: bool = False
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
@@ -76,6 +79,7 @@ class Config:
             arch=_arch("SPLATC_ARCH", get("ARCH")),
             cuda_compiler=_one("SPLATC_CUDA_COMPILER", get("CUDA_COMPILER"), CUDA_COMPILERS),
             gradient_walks=_one("SPLATC_GRADIENT_WALKS", get("GRADIENT_WALKS"), GRADIENT_WALKS),
+            line_info=_flag("SPLATC_LINE_INFO", get("LINE_INFO")),
         )
 
 

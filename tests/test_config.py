@@ -29,6 +29,7 @@ def test_every_variable(tmp_path):
             "SPLATC_ARCH": "sm_90a",
             "SPLATC_CUDA_COMPILER": "NVCC",
             "SPLATC_GRADIENT_WALKS": "Two",
+            "SPLATC_LINE_INFO": "1",
             "SPLATC_CACHE_SIZE": "500MB",
         }
     )
@@ -42,6 +43,7 @@ def test_every_variable(tmp_path):
         arch="sm_90a",
         cuda_compiler="nvcc",
         gradient_walks="two",
+        line_info=True,
     )
 
 

@@ -170,7 +170,7 @@ def test_the_user_may_choose_the_compiler(monkeypatch: pytest.MonkeyPatch) -> No
         found[name] = toolchain.find_compiler()
         assert key_fields(spec)["cuda"] == found[name].identity
     assert [one.name for one in found.values()] == ["nvrtc", "nvcc", "nvrtc"]
-    assert [one.compile for one in found.values()] == [compile_nvrtc, compile_nvcc, compile_nvrtc]
+    assert [one.compile.func for one in found.values()] == [compile_nvrtc, compile_nvcc, compile_nvrtc]
 
 
 def test_compilers_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

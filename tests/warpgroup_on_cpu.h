@@ -16,6 +16,14 @@ inline int tvm_builtin_cuda_any_sync(unsigned, int value) {
   tvm_builtin_cuda_warp_sync();
   return any != 0;
 }
+template <typename T> T tvm_builtin_cuda_warp_reduce_max_32(T x) {
+  for (int mask = 16; mask; mask /= 2) x = max(x, __shfl_xor_sync(0, x, mask, 32));
+  return x;
+}
+template <typename T> T tvm_builtin_cuda_warp_reduce_sum_32(T x) {
+  for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(0, x, mask, 32);
+  return x;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Copies happen at once: that their data may come late is what a GPU must show.
@@ -33,6 +41,8 @@ inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_1() {}
 inline void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0() {}
 inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}
 inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() {}
+inline void tvm_builtin_ptx_griddepcontrol_wait() {}
+inline void tvm_builtin_ptx_griddepcontrol_launch_dependents() {}
 inline void splatc_fence_float32(float&) {}
 inline void splatc_fence_int32(int&) {}
 

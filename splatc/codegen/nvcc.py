@@ -13,7 +13,7 @@ from splatc.codegen.ptxas import Compiled, first_error
 from splatc.errors import CompileError
 
 FLAGS = (
-    "-O3", "-std=c++17", "--use_fast_math", "--expt-relaxed-constexpr", "-lineinfo", "-diag-suppress", "174,177,1046",
+    "-O3", "-std=c++17", "--use_fast_math", "--expt-relaxed-constexpr", "-diag-suppress", "174,177,1046",
     "-Xptxas", "-v,--warn-on-local-memory-usage",
 )  # fmt: skip
 
@@ -29,15 +29,18 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next((p for h in toolkits() if (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
 
 
-def compile_nvcc(source: str, arch: str) -> Compiled:
-    """Compile device source to a cubin and PTX for ``arch`` ("sm_90a"). Raises CompileError with the first error."""
+def compile_nvcc(source: str, arch: str, more: tuple[str, ...] = ()) -> Compiled:
+    """Compile device source to a cubin and PTX for ``arch`` ("sm_90a"), with ``more`` options.
+
+    Raises CompileError with the first error.
+    """
     nvcc = find_nvcc()
     assert nvcc is not None, "the caller checks find_nvcc()"
     with tempfile.TemporaryDirectory(prefix="splatc-nvcc-") as name:
         folder = Path(name)
         (folder / "kernel.cu").write_text(source)
         code = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
-        command = [nvcc, "-cubin", "-gencode", code, *FLAGS, "-keep", "-keep-dir", name, "-o", "kernel.cubin"]
+        command = [nvcc, "-cubin", "-gencode", code, *FLAGS, *more, "-keep", "-keep-dir", name, "-o", "kernel.cubin"]
         done = subprocess.run([*command, "kernel.cu"], cwd=folder, capture_output=True, text=True, check=False)
         log = done.stdout + done.stderr
         if done.returncode:

@@ -17,7 +17,7 @@ from splatc.codegen.ptxas import Compiled, first_error
 from splatc.errors import CompileError
 
 OPTIONS = (
-    "-std=c++17", "--use_fast_math", "-lineinfo", "--device-as-default-execution-space", "-diag-suppress=174,177,1046",
+    "-std=c++17", "--use_fast_math", "--device-as-default-execution-space", "-diag-suppress=174,177,1046",
     "--ptxas-options=-v", "--ptxas-options=--warn-on-local-memory-usage", "--pre-include=splatc_nvrtc.h",
     "--no-cache",  # a result from NVRTC's own cache comes without ptxas's report
 )  # fmt: skip
@@ -76,8 +76,11 @@ def find_nvrtc() -> Nvrtc | None:
     return Nvrtc(library, tuple(dict.fromkeys(f for f in wanted if f))) if all(wanted) else None
 
 
-def compile_nvrtc(source: str, arch: str) -> Compiled:
-    """Compile device source to a cubin and PTX for ``arch`` ("sm_90a"). Raises CompileError with the first error."""
+def compile_nvrtc(source: str, arch: str, more: tuple[str, ...] = ()) -> Compiled:
+    """Compile device source to a cubin and PTX for ``arch`` ("sm_90a"), with ``more`` options.
+
+    Raises CompileError with the first error.
+    """
     found = find_nvrtc()
     assert found is not None, "the caller checks find_nvrtc()"
     nvrtc = _load(found.library)
@@ -87,7 +90,7 @@ def compile_nvrtc(source: str, arch: str) -> Compiled:
         ctypes.byref(program), source.encode(), b"kernel.cu", len(HEADERS), texts, names
     ))  # fmt: skip
     try:
-        options = [f"--gpu-architecture={arch}", *OPTIONS, *(f"-I{folder}" for folder in found.includes)]
+        options = [f"--gpu-architecture={arch}", *OPTIONS, *more, *(f"-I{folder}" for folder in found.includes)]
         status = nvrtc.nvrtcCompileProgram(program, len(options), _strings(options))
         log = _fetch(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from splatc.codegen.nvcc import compile_nvcc, find_nvcc
 from splatc.codegen.nvrtc import compile_nvrtc, find_nvrtc
@@ -12,6 +13,7 @@ from splatc.codegen.ptxas import Compiled
 from splatc.config import CUDA_COMPILERS, Config
 from splatc.errors import Unsupported
 
+LINE_INFO = "-lineinfo"
 INSTALL = "install the CUDA toolkit, or pip install 'splatc[cuda]'"
 
 
@@ -19,8 +21,9 @@ INSTALL = "install the CUDA toolkit, or pip install 'splatc[cuda]'"
 class CudaCompiler:
     """A compiler of device source. compile(source, arch) raises CompileError.
 
-    identity: what tells this installation from another without starting it: path, size and time of the file. apart:
-    whether it compiles the functions of a source one by one, side by side, in less time than all at once.
+    identity: what tells this installation from another without starting it, path, size and time of the file, and the
+    options that Config adds. apart: whether it compiles the functions of a source one by one, side by side, in less
+    time than all at once.
     """
 
     name: str
@@ -34,7 +37,8 @@ def find_compiler() -> CudaCompiler | None:
 
     Raises Unsupported if the one that was named is not installed.
     """
-    wanted = Config.from_env().cuda_compiler
+    config = Config.from_env()
+    wanted, more = config.cuda_compiler, (LINE_INFO,) * config.line_info
     paths = {name: _path(name) for name in CUDA_COMPILERS if wanted in (None, name)}
     name, path = next(((n, p) for n, p in paths.items() if p), (None, None))
     if name is None or path is None:
@@ -42,10 +46,10 @@ def find_compiler() -> CudaCompiler | None:
             raise Unsupported(f"SPLATC_CUDA_COMPILER={wanted}, but {wanted} is not installed: {INSTALL}")
         return None
     stat = os.stat(path)
-    identity = f"{name}:{os.path.realpath(path)}:{stat.st_size}:{stat.st_mtime_ns}"
+    identity = ":".join([name, os.path.realpath(path), str(stat.st_size), str(stat.st_mtime_ns), *more])
     if name == "nvcc":  # a process reads half a second of headers
-        return CudaCompiler(name, identity, compile_nvcc)
-    return CudaCompiler(name, identity, compile_nvrtc, apart=True)
+        return CudaCompiler(name, identity, partial(compile_nvcc, more=more))
+    return CudaCompiler(name, identity, partial(compile_nvrtc, more=more), apart=True)
 
 
 def _path(name: str) -> str | None:

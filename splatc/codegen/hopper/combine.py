@@ -1,22 +1,20 @@
 """The second kernel of a split plan: partial results of one row tile, from scratch memory, into one.
 
 A row is a warp's work: O = sum of w_p O_p with w_p = exp(LSE_p - LSE), in a fixed order. With ``merge`` what an earlier
-pass left in place is one more part; else the head's sink is one, without O. There may be dozens of parts: lanes read an
-LSE each, and rows of O are fetched some at a time, so that few loads wait for others.
+pass left in place is one more part; else the head's sink is one, without O. There may be dozens of parts, and time is
+spent waiting for memory: lanes read an LSE each, rows of O are fetched many at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
+from splatc.codegen.cuda_parts import from_lane
 from splatc.codegen.hopper.emit import (
+    MIN_BLOCKS,
     Cell,
     Expr,
     do,
@@ -31,11 +29,15 @@ from splatc.codegen.hopper.emit import (
 )
 from splatc.codegen.hopper.epilogue import finite
 from splatc.codegen.hopper.shape import Shape
+from splatc.codegen.hopper.stored import values_of, words_of
 
 NAME = "splatc_combine"
 THREADS = 256
 ROWS = THREADS // 32  # of one block
-LOADS = 8  # of each lane, of O, that need not wait for each other
+LOADS = 8  # of each lane, of O, that are under way together
+LOAD_BYTES = 16
+LEAST = 2  # blocks on a multiprocessor. Unless told, ptxas saves registers for more, by loads that wait for each other
+WORDS = LOAD_BYTES // 4
 
 
 def combine_parts(s: Shape):
@@ -51,38 +53,34 @@ def combine_parts(s: Shape):
         sinks = array("sinks", "float32") if s.score.sinks else None
         blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
         I.device_entry()
-        block = I.cta_id([blocks])
-        thread = I.thread_id([THREADS])
-        follow_kernels_before()
-        lane = let("lane", thread % 32)
-        tile = let("tile", T.truncdiv(block, s.m // ROWS))
-        row = let("row", T.truncmod(block, s.m // ROWS) * ROWS + thread // 32)
-        words = ("batch", "head", "item", "first", "parts")
-        batch, head, item, first, parts = (let(name, table[tile, i]) for i, name in enumerate(words))
-        position = let("position", positions[item, row])
-        with when(position >= 0):
-            at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
-            at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
-            old = Cell("old", T.float32(NEG_INF), "float32")  # LSE of the earlier pass
-            if sinks is not None:
-                old.set(sinks[head])
-            with when(merge != 0):
-                old.set(lse[at_lse])
-            do(T.cuda.warp_sync())  # every lane has read it before one writes it
-            weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
-            sums = Sums(s, lane)
-            with when(merge != 0):
-                sums.add(out, at_out, weights.of(old()))
-            at_once = max(LOADS // ceil_div(s.dv, 32), 1)  # parts
-            with loop(T.truncdiv(parts + (at_once - 1), at_once)) as group:
-                for i in range(at_once):
-                    part = let("part", group * at_once + i)
-                    at = let("at", weights.row(T.min(part, parts - 1)))
-                    weight = weights.of(part_lse[at])
-                    sums.add(part_out, at * s.dv, T.if_then_else(part < parts, weight, T.float32(0.0)))
-            sums.write(out, at_out)
-            with when(T.EQ(lane, 0)):
-                store(lse, at_lse, weights.lse)
+        with I.attr({MIN_BLOCKS: LEAST}):
+            block = I.cta_id([blocks])
+            thread = I.thread_id([THREADS])
+            follow_kernels_before()
+            lane = let("lane", thread % 32)
+            tile = let("tile", T.truncdiv(block, s.m // ROWS))
+            row = let("row", T.truncmod(block, s.m // ROWS) * ROWS + thread // 32)
+            words = ("batch", "head", "item", "first", "parts")
+            batch, head, item, first, parts = (let(name, table[tile, i]) for i, name in enumerate(words))
+            position = let("position", positions[item, row])
+            with when(position >= 0):
+                at_lse = let("at_lse", wide(batch * heads + head) * wide(q_len) + wide(position))
+                at_out = let("at_out", wide(batch) * o_batch + wide(head) * o_head + wide(position) * o_seq)
+                old = Cell("old", T.float32(NEG_INF), "float32")  # LSE of the earlier pass
+                if sinks is not None:
+                    old.set(sinks[head])
+                with when(merge != 0):
+                    old.set(lse[at_lse])
+                do(T.cuda.warp_sync())  # every lane has read it before one writes it
+                weights = Weights(part_lse, first * s.m + row, s.m, parts, old(), lane)
+                sums = Sums(s, lane)
+                with when(T.And(merge != 0, T.EQ(sums.group, 0))):
+                    sums.add(sums.read(out, at_out), weights.of(old()))
+                sums.add_parts(part_out, weights, parts)
+                sums.gather()
+                sums.write(out, at_out)
+                with when(T.EQ(lane, 0)):
+                    store(lse, at_lse, weights.lse)
     return made()
 
 
@@ -101,15 +99,18 @@ class Weights:
     """The weights of a row's parts: part p's LSE is part_lse[first + p * step]; ``old`` is one more."""
 
     def __init__(self, part_lse: Expr, first: Expr, step: int, parts: Expr, old: Expr, lane: Expr) -> None:
-        self._first, self._step = let("first_row", first), step
+        self._part_lse, self._first, self._step = part_lse, let("first_row", first), step
         top, total = Cell("top", old, "float32"), Cell("total", T.float32(0.0), "float32")
-        rounds = T.truncdiv(parts + 31, 32)
-        with loop(rounds) as i, when(i * 32 + lane < parts):
-            top.set(T.max(top(), part_lse[self.row(i * 32 + lane)]))
+        part = Cell("my_part", lane)
+        with I.While(part() < parts):  # a for loop would be unrolled, for hundreds of parts
+            top.set(T.max(top(), part_lse[self.row(part())]))
+            part.set(part() + 32)
         top.set(T.cuda.warp_max(top()))
         self._top = let("safe_top", finite(top()))
-        with loop(rounds) as i, when(i * 32 + lane < parts):
-            total.set(total() + self._share(part_lse[self.row(i * 32 + lane)]))
+        part.set(lane)
+        with I.While(part() < parts):
+            total.set(total() + self._share(part_lse[self.row(part())]))
+            part.set(part() + 32)
         total.set(T.cuda.warp_sum(total()) + self._share(old))
         zero = T.float32(0.0)
         self._inverse = let("inverse", T.if_then_else(T.EQ(total(), zero), zero, T.float32(1.0) / total()))
@@ -123,33 +124,64 @@ class Weights:
         """The weight of a part with this LSE."""
         return let("weight", self._share(lse) * self._inverse)
 
+    def of_row(self, row: Expr) -> Expr:
+        """The weight of the part in this row of scratch memory."""
+        return self.of(self._part_lse[row])
+
     def _share(self, lse: Expr) -> Expr:
         return T.exp2((lse - self._top) * T.float32(LOG2E))
 
 
 class Sums:
-    """A row of O in a warp's registers: each lane has every 32nd column."""
+    """A row of O in a warp's registers, read 16 bytes a lane. Where that takes less than a warp, groups of lanes have
+    parts in turn, and ``gather`` adds up their sums."""
 
     def __init__(self, s: Shape, lane: Expr) -> None:
-        self._s, self._lane = s, lane
-        self._acc = registers("acc", ceil_div(s.dv, 32))
-        for c in range(ceil_div(s.dv, 32)):
-            store(self._acc, c, T.float32(0.0))
+        self._s = s
+        self._unit = LOAD_BYTES // s.item_bytes
+        units = s.dv // self._unit
+        across = min(1 << (units - 1).bit_length(), 32)  # lanes of a row
+        self._each = ceil_div(units, across)  # loads of a lane, for a row
+        self._groups = 32 // across
+        self.group = let("group", lane // across)
+        self._columns = [let("column", (lane % across + across * i) * self._unit) for i in range(self._each)]
+        self._acc = registers("acc", self._each * self._unit)
+        for i in range(self._each * self._unit):
+            store(self._acc, i, T.float32(0.0))
 
-    def add(self, source: Expr, at: Expr, weight: Expr) -> None:
-        """Add weight * source[at:]."""
-        for c, column, inside in self._columns():
-            with inside:
-                store(self._acc, c, self._acc[c] + weight * T.cast(source[at + column], "float32"))
+    def read(self, source: Expr, at: Expr) -> list[Expr]:
+        """Words of this lane, of a row of O that begins at source[at]."""
+        words = registers("words", self._each * WORDS, "uint32")
+        for i, column in enumerate(self._columns):
+            inside = T.min(column, self._s.dv - self._unit)  # what is read of other columns is not written
+            mine = (words[i * WORDS + j] for j in range(WORDS))
+            do(T.ptx["ld.global.v4.b32"](*mine, source.ptr_to([at + wide(inside)])))
+        return [words[i] for i in range(self._each * WORDS)]
+
+    def add(self, words: list[Expr], weight: Expr) -> None:
+        """Add a row that was read, weighted."""
+        for i, value in enumerate(values_of(words, self._s.dtype)):
+            store(self._acc, i, self._acc[i] + weight * value)
+
+    def add_parts(self, source: Expr, weights: Weights, parts: Expr) -> None:
+        """Add all parts, a group's every so many: rows of source, at the places that their weights have too."""
+        rows = LOADS // self._each  # of a lane, under way together
+        with loop(T.truncdiv(parts + (rows * self._groups - 1), rows * self._groups)) as turn:
+            mine = [let("part", (turn * rows + i) * self._groups + self.group) for i in range(rows)]
+            places = [let("part_row", weights.row(T.min(part, parts - 1))) for part in mine]
+            read = [self.read(source, at * self._s.dv) for at in places]
+            for part, at, words in zip(mine, places, read, strict=True):
+                self.add(words, T.if_then_else(part < parts, weights.of_row(at), T.float32(0.0)))
+
+    def gather(self) -> None:
+        """The sum over all groups, in each of them."""
+        for i in range(self._each * self._unit):
+            for step in range(1, self._groups.bit_length()):
+                store(self._acc, i, self._acc[i] + from_lane(self._acc[i], 32 >> step))
 
     def write(self, target: Expr, at: Expr) -> None:
-        """target[at:] = the sums, rounded."""
-        for c, column, inside in self._columns():
-            with inside:
-                store(target, at + column, T.cast(self._acc[c], self._s.dtype))
-
-    def _columns(self) -> Iterator[tuple[int, Expr, AbstractContextManager[Any]]]:
-        """Number and column of each, and the condition that it exists: none where all do."""
-        for c in range(ceil_div(self._s.dv, 32)):
-            column = wide(c * 32 + self._lane)
-            yield c, column, when(column < T.int64(self._s.dv)) if (c + 1) * 32 > self._s.dv else nullcontext()
+        """target[at:] = the sums, rounded: by the first group."""
+        for i, column in enumerate(self._columns):
+            values = [self._acc[i * self._unit + j] for j in range(self._unit)]
+            with when(T.And(T.EQ(self.group, 0), column < self._s.dv)):
+                do(T.ptx["st.global.v4.b32"](target.ptr_to([at + wide(column)]), *words_of(values, self._s.dtype)))

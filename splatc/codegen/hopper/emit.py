@@ -12,6 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 Expr = Any
+MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"  # an attribute around a kernel's body
 
 
 @contextmanager

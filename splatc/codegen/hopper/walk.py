@@ -9,7 +9,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.hopper.emit import do, kernel_function
+from splatc.codegen.hopper.emit import MIN_BLOCKS, do, kernel_function
 
 
 def walking_kernel(name: str, s: Any, arguments: Callable[[Any], Any], block_of: Callable[[Any, Any], Any],
@@ -22,7 +22,7 @@ def walking_kernel(name: str, s: Any, arguments: Callable[[Any], Any], block_of:
     with kernel_function(name) as made:
         a = arguments(s)
         I.device_entry()
-        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": s.blocks}):
+        with I.attr({MIN_BLOCKS: s.blocks}):
             block = block_of(s, a)
             block.start()
             of_producer, of_consumer = s.registers

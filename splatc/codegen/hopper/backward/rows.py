@@ -22,6 +22,7 @@ know no NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
@@ -40,6 +41,7 @@ from splatc.codegen.hopper.backward.shape import (
 )
 from splatc.codegen.hopper.combine import array, wide
 from splatc.codegen.hopper.emit import (
+    MIN_BLOCKS,
     Cell,
     Expr,
     do,
@@ -102,15 +104,19 @@ class Place:
         self.lanes, self.lane, self.warp = lanes, let("lane", thread % 32), thread // 32
 
 
-def kernel(name: str, declare: Callable[[], dict[str, Expr]], body: Callable[..., None]):
-    """A function of ``blocks`` blocks of THREADS: declare() its own parameters, body(block, thread, **parameters)."""
+def kernel(name: str, declare: Callable[[], dict[str, Expr]], body: Callable[..., None], least: int = 0):
+    """A function of ``blocks`` blocks of THREADS: declare() its own parameters, body(block, thread, **parameters).
+
+    least: of its blocks that a multiprocessor must have room for, 0 for as many as ptxas likes.
+    """
     with kernel_function(name) as made:
         parameters = declare()
         blocks = I.arg("blocks", I.int32())
         I.device_entry()
-        block, thread = I.cta_id([blocks]), I.thread_id([THREADS])
-        follow_kernels_before()
-        body(block, thread, **parameters)
+        with I.attr({MIN_BLOCKS: least}) if least else nullcontext():
+            block, thread = I.cta_id([blocks]), I.thread_id([THREADS])
+            follow_kernels_before()
+            body(block, thread, **parameters)
     return made()
 
 

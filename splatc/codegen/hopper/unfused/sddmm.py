@@ -19,10 +19,10 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import FULL_WARP
 from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, registers, store, when
+from splatc.codegen.hopper.emit import MIN_BLOCKS, Cell, Expr, do, kernel_function, registers, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.shared_memory import SharedMemory
-from splatc.codegen.hopper.unfused.stored import split, words_of
+from splatc.codegen.hopper.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
@@ -54,7 +54,7 @@ def sddmm(spec: KernelSpec):
         values, walk = value_array("values", s), Walk(align=s.sector)
         factor, parts = I.arg("factor", I.float32()), int_arg("parts")
         I.device_entry()
-        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS if s.dim <= 64 else 1}):
+        with I.attr({MIN_BLOCKS: BLOCKS if s.dim <= 64 else 1}):
             smem_bytes = _Block(s, q, k, values, walk, factor).run(parts)
     return made(), THREADS, smem_bytes
 

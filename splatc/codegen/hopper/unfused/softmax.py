@@ -22,7 +22,7 @@ from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, let, registers, store, when
 from splatc.codegen.hopper.epilogue import finite
-from splatc.codegen.hopper.unfused.stored import split, values_of, words_of
+from splatc.codegen.hopper.stored import split, values_of, words_of
 from splatc.codegen.hopper.unfused.tiles import Sizes, sizes_of, value_array
 from splatc.codegen.kernel import SOFTMAX_BACKWARD_FUNCTION as BACKWARD
 from splatc.codegen.kernel import SOFTMAX_FUNCTION as FORWARD

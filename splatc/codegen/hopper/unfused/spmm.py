@@ -17,10 +17,10 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Expr, do, kernel_function, let, registers, store, when
+from splatc.codegen.hopper.emit import MIN_BLOCKS, Expr, do, kernel_function, let, registers, store, when
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
 from splatc.codegen.hopper.shared_memory import SharedMemory
-from splatc.codegen.hopper.unfused.stored import words_of
+from splatc.codegen.hopper.stored import words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
@@ -66,7 +66,7 @@ def _spmm(spec: KernelSpec, name: str, queries_are_rows: bool):
         I.device_entry()
         block = _Block(s, y, values, walk, queries_are_rows)
         blocks = WARPGROUPS // block.teams if s.dim <= 64 else 1
-        with I.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks}):
+        with I.attr({MIN_BLOCKS: blocks}):
             smem_bytes = block.run()
             block.add_up()
             with when(T.EQ(walk.team, 0)):

@@ -19,7 +19,7 @@ from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.copies import commit_copies
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, chunk
-from splatc.codegen.hopper.unfused.stored import type_of
+from splatc.codegen.hopper.stored import type_of
 from splatc.codegen.kernel import KernelSpec
 from splatc.errors import Unsupported
 
