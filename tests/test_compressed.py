@@ -1,4 +1,4 @@
-"""Scores compressed 2:4 without a GPU: the reference on a CPU, what launches tell the kernels, the emitted code."""
+"""Compressed scores without a GPU: the reference on a CPU, what launches tell the kernels, the emitted code."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.errors import InvalidInput, Unsupported
 from splatc.formats.nm import encode, from_registers, prune, to_registers
-from splatc.patterns.pruned import Pruning
+from splatc.patterns.pruned import ONE_OF_TWO, RATIOS, TWO_OF_FOUR, Pruning
 
 torch = pytest.importorskip("torch")
-NM = Pruning(2, 4)
 HOPPER = Target("cuda", "sm_90a")
 LENGTHS = [(1, 1), (17, 3), (70, 130), (64, 128), (300, 257)]
 
@@ -38,24 +37,30 @@ def draw(q_len: int, kv_len: int, heads: int = 2, kv_heads: int = 2, dim: int = 
 # -- the reference -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pruning", RATIOS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_the_three_are_pruned_attention(lengths: tuple[int, int]) -> None:
+def test_the_three_are_pruned_attention(lengths: tuple[int, int], pruning: Pruning) -> None:
     q, k, v = draw(*lengths, heads=4)
-    scores = splatc.nm_scores(q, k, enable_gqa=True)
+    scores = splatc.nm_scores(q, k, pruning.n, pruning.m, enable_gqa=True)
     probs = scores.softmax()
     wide_q, wide_k, wide_v = (x.astype(np.float64) for x in (q, k, v))
-    want, _ = oracle.attention(wide_q, wide_k, wide_v, np.ones(lengths, bool), pruning=NM)
+    want, _ = oracle.attention(wide_q, wide_k, wide_v, np.ones(lengths, bool), pruning=pruning)
     assert oracle.relative_error(probs.spmm(v, enable_gqa=True).astype(np.float64), want) < 5e-3
     assert np.allclose(probs.values.astype(np.float32).sum(-1), 1, atol=2e-3)
     assert scores.softmax(in_place=True) is scores and np.array_equal(scores.values, probs.values)
 
 
-def test_dense_form_and_size() -> None:
+@pytest.mark.parametrize("pruning", RATIOS, ids=str)
+def test_dense_form(pruning: Pruning) -> None:
     q, k, _ = draw(70, 133)
-    scores = splatc.nm_scores(q, k, scale=0.5)
+    scores = splatc.nm_scores(q, k, pruning.n, pruning.m, scale=0.5)
     exact = q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2) * 0.5
-    assert np.array_equal(scores.to_dense(-np.inf), prune(exact, NM).astype(np.float16))
+    assert np.array_equal(scores.to_dense(-np.inf), prune(exact, pruning).astype(np.float16))
     assert scores.values.shape == (2, 2, 70, 72) and "2 x 70" not in repr(scores) and "x 133" in repr(scores)
+    assert str(pruning) in repr(scores) and scores.softmax().pruning == pruning
+
+
+def test_size() -> None:
     q, k, _ = draw(256, 512)
     assert splatc.nm_scores(q, k).nbytes == 4 * 256 * 512 * (1 + 1 / 8)  # 2 bytes for two keys, 4 bits for four
 
@@ -72,10 +77,11 @@ def test_torch_tensors() -> None:
 
 def test_bad_input() -> None:
     q, k, v = draw(8, 8)
-    with pytest.raises(Unsupported, match=r"nm\(1, 2\) has no compressed scores"):
-        splatc.nm_scores(q, k, 1, 2)
-    with pytest.raises(Unsupported, match="float16 or bfloat16, not float32"):
-        splatc.nm_scores(q.astype(np.float32), k.astype(np.float32))
+    with pytest.raises(InvalidInput, match=r"nm\(1, 4\): it must be nm\(2, 4\) or nm\(1, 2\)"):
+        splatc.nm_scores(q, k, 1, 4)
+    for pruning in RATIOS:
+        with pytest.raises(Unsupported, match="float16 or bfloat16, not float32"):
+            splatc.nm_scores(q.astype(np.float32), k.astype(np.float32), pruning.n, pruning.m)
     with pytest.raises(Unsupported, match="gradients"):
         splatc.nm_scores(torch.from_numpy(q).requires_grad_(), torch.from_numpy(k))
     with pytest.raises(InvalidInput, match="enable_gqa"):
@@ -106,6 +112,13 @@ def test_order_of_registers() -> None:
             assert word >> (row % 16 // 8 * 16) & 0xFFFF == words[1, row, c]
 
 
+@pytest.mark.parametrize("pruning", RATIOS, ids=str)
+def test_registers_of_what_does_not_exist(pruning: Pruning) -> None:
+    """Keys and rows beyond the end are as the encoder has keys of -inf."""
+    free = encode(np.full((64, 128), -np.inf), pruning).words
+    assert np.array_equal(to_registers(free[:1, :1], pruning), to_registers(free, pruning))
+
+
 # -- the generated kernels, run on the CPU by the code that launches them on a GPU -------------------------------------
 
 
@@ -117,10 +130,10 @@ def gpu() -> Any:
     return Emulated()
 
 
-def check(gpu: Any, q: Any, k: Any, v: Any, scale: float, o_within: float = 5e-3) -> None:
+def check(gpu: Any, q: Any, k: Any, v: Any, scale: float, pruning: Pruning, o_within: float = 5e-3) -> None:
     """All three, of tensors that are whole numbers: values and metadata bit by bit."""
-    want = splatc.nm_scores(q, k, scale=scale, enable_gqa=True)
-    values, metadata = gpu.scores(q, k, scale)
+    want = splatc.nm_scores(q, k, pruning.n, pruning.m, scale=scale, enable_gqa=True)
+    values, metadata = gpu.scores(q, k, scale, pruning)
     assert torch.equal(values, want.values) and torch.equal(metadata, want.metadata)
     p, probs = gpu.softmax(values, False), want.softmax()
     assert torch.allclose(p.float(), probs.values.float(), rtol=2**-7, atol=1e-6) and p is not values
@@ -129,19 +142,20 @@ def check(gpu: Any, q: Any, k: Any, v: Any, scale: float, o_within: float = 5e-3
     assert oracle.relative_error(o.double().numpy(), wanted.double().numpy()) < o_within
 
 
+@pytest.mark.parametrize("pruning", RATIOS, ids=str)
 @pytest.mark.parametrize("lengths", [(1, 1), (17, 3), (130, 300)])
-def test_lengths_and_shared_heads(gpu: Any, lengths: tuple[int, int]) -> None:
+def test_lengths_and_shared_heads(gpu: Any, lengths: tuple[int, int], pruning: Pruning) -> None:
     """Lengths that are no multiples of anything, tensors that are not contiguous, any scale."""
     q, k, v = ((torch.from_numpy(x) * 4).bfloat16() for x in draw(*lengths, 2, 1))
     strided = q.transpose(1, 2).contiguous().transpose(1, 2), k, torch.cat([v, v], 3)[..., :16]
     for scale in (0.3, -0.25, 0.0) if lengths[0] < 100 else (0.3,):
-        check(gpu, *strided, scale)
+        check(gpu, *strided, scale, pruning)
 
 
 def test_tall_tiles(gpu: Any) -> None:
     """8 tiles of 256 rows are enough for 3 multiprocessors."""
     q, k, v = ((torch.from_numpy(x) * 4).bfloat16() for x in draw(260, 20, 4, 4, batch=1))
-    check(gpu, q, k, v, 0.3)
+    check(gpu, q, k, v, 0.3, TWO_OF_FOUR)
     names = [name for name, *_ in gpu.driver.launched[-4:]]
     assert "m256" in names[0] and "m256" in names[-1]
 
@@ -168,16 +182,17 @@ def test_empty_tensors(gpu: Any) -> None:
 
 @pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
 @pytest.mark.parametrize(
-    ("role", "dim", "rows"),
+    ("role", "dim", "rows", "pruning"),
     [
-        (COMPRESSED_SDDMM, 64, 256),
-        (COMPRESSED_SPMM, 64, 256),
-        (COMPRESSED_SPMM, 128, 128),
-        (COMPRESSED_SOFTMAX, 8, 256),
+        (COMPRESSED_SDDMM, 64, 256, TWO_OF_FOUR),
+        (COMPRESSED_SDDMM, 64, 256, ONE_OF_TWO),
+        (COMPRESSED_SPMM, 64, 256, TWO_OF_FOUR),
+        (COMPRESSED_SPMM, 128, 128, TWO_OF_FOUR),
+        (COMPRESSED_SOFTMAX, 8, 256, TWO_OF_FOUR),
     ],
 )
-def test_compiles_without_spills(role: str, dim: int, rows: int, tmp_path: Path) -> None:
-    build(compressed_spec(role, dim, "bfloat16", HOPPER, rows), tmp_path)  # refuses spills and C75xx remarks
+def test_compiles_without_spills(role: str, dim: int, rows: int, pruning: Pruning, tmp_path: Path) -> None:
+    build(compressed_spec(role, dim, "bfloat16", HOPPER, rows, pruning), tmp_path)  # refuses spills and C75xx remarks
     for function in json.loads((tmp_path / "report.json").read_text())["functions"]:
         assert function["spill_bytes"] == function["stack_bytes"] == 0
         assert function["smem_bytes"] <= SMEM_BYTES and function["registers"] * function["threads"] <= 65536
@@ -187,11 +202,21 @@ def test_compiles_without_spills(role: str, dim: int, rows: int, tmp_path: Path)
     assert products == expected.get(role, set())
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16"])
-def test_selection_and_metadata(kind: str, tmp_path: Path) -> None:
+def test_only_the_sddmm_knows_the_ratio() -> None:
+    """A softmax and a product are compiled once for both."""
+    for role in (COMPRESSED_SDDMM, COMPRESSED_SOFTMAX, COMPRESSED_SPMM):
+        specs = {compressed_spec(role, 64, "float16", HOPPER, pruning=pruning) for pruning in RATIOS}
+        assert len(specs) == (2 if role == COMPRESSED_SDDMM else 1)
+
+
+CODES = {TWO_OF_FOUR: {4, 8, 12, 9, 13, 14}, ONE_OF_TWO: {8, 12, 9, 13}}
+
+
+@pytest.mark.parametrize(("kind", "pruning"), [("bf16", TWO_OF_FOUR), ("f16", TWO_OF_FOUR), ("bf16", ONE_OF_TWO)])
+def test_selection_and_metadata(kind: str, pruning: Pruning, tmp_path: Path) -> None:
     """Metadata of a warp's 16 rows is that of the plain encoder, bit by bit, with ties, -inf, zeros of both signs; kept
     values are its values, scaled and rounded."""
-    run = emitted_selection(kind, tmp_path)
+    run = emitted_selection(kind, pruning, tmp_path)
     random = np.random.default_rng(len(kind))
     codes: set[int] = set()
     for case in range(8):
@@ -203,11 +228,11 @@ def test_selection_and_metadata(kind: str, tmp_path: Path) -> None:
         if case == 3:
             scores = np.where(random.random(scores.shape) < 0.5, -0.0, 0.0).astype(np.float32)
         count = 128 if case < 4 else int(random.integers(1, 128))
-        codes |= check_warp(run, scores, count, 0.37 if case % 2 else 1.0, kind)
-    assert codes == {4, 8, 12, 9, 13, 14}
+        codes |= check_warp(run, scores, count, 0.37 if case % 2 else 1.0, kind, pruning)
+    assert codes == CODES[pruning]
 
 
-def check_warp(run: Any, rows: np.ndarray, count: int, scale: float, kind: str) -> set[int]:
+def check_warp(run: Any, rows: np.ndarray, count: int, scale: float, kind: str, pruning: Pruning) -> set[int]:
     """Check a warp's rows, of which only the first ``count`` keys exist; the codes that there were."""
     n = rows.shape[1]
     lane, i = np.arange(32)[:, None], np.arange(n // 2)[None, :]
@@ -217,7 +242,7 @@ def check_warp(run: Any, rows: np.ndarray, count: int, scale: float, kind: str) 
     run(*(ctypes.c_void_p(x.ctypes.data) for x in (scores, kept, words)), count, ctypes.c_float(scale))
     exact = rows.copy()
     exact[:, count:] = -np.inf
-    want = encode(exact, NM)
+    want = encode(exact, pruning)
     # words are of a warp of 16 rows: the first of a tile of 64
     registers = np.full((1, 1, 2, 128), 0x44444444, np.uint32)
     registers[0, 0, :, :32] = words.T
@@ -231,7 +256,7 @@ def check_warp(run: Any, rows: np.ndarray, count: int, scale: float, kind: str) 
     return set(np.unique(got[..., None] >> np.arange(0, 16, 4) & 15).tolist())
 
 
-def emitted_selection(kind: str, folder: Path) -> Any:
+def emitted_selection(kind: str, pruning: Pruning, folder: Path) -> Any:
     """select(scores float32 (32, 64), kept uint32 (32, 16), words uint32 (32, 2), count, scale): a warp's threads."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script.builder import ir as I
@@ -252,7 +277,7 @@ def emitted_selection(kind: str, folder: Path) -> Any:
         mine = registers("mine", 64)
         for i in range(64):
             store(mine, i, of_warp["scores"][lane, i])
-        selection = Selection(128, {"bf16": "bfloat16", "f16": "float16"}[kind], lane)
+        selection = Selection(128, {"bf16": "bfloat16", "f16": "float16"}[kind], lane, pruning)
         selection.mask(mine, count)
         selection.select(mine, scale)
         selection.encode()

@@ -10,7 +10,7 @@ import pytest
 import splatc
 from splatc import oracle
 from splatc.formats.nm import encode, to_registers
-from splatc.patterns.pruned import Pruning
+from splatc.patterns.pruned import ONE_OF_TWO, RATIOS, TWO_OF_FOUR, Pruning
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
                        reason="needs a Hopper GPU"),
 ]  # fmt: skip
-NM = Pruning(2, 4)
+both_ratios = pytest.mark.parametrize("pruning", RATIOS, ids=str)
+CODES = {TWO_OF_FOUR: {4, 8, 12, 9, 13, 14}, ONE_OF_TWO: {8, 12, 9, 13}}
 SIZES = [(1, 1), (17, 3), (64, 128), (129, 126), (300, 257), (512, 512), (1000, 1001)]
 DTYPES = ["float16", "bfloat16"]
 
@@ -43,33 +44,35 @@ def wide(x: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("dim", [64, 128, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_and_metadata_are_the_encoders(dtype: str, dim: int) -> None:
+@both_ratios
+def test_values_and_metadata_are_the_encoders(pruning: Pruning, dtype: str, dim: int) -> None:
     """All of both, bit by bit, with many ties; the scale makes scores round."""
     codes: set[int] = set()
     for q_len, kv_len in SIZES:
         q, k, _ = draw(q_len, kv_len, dim, dtype)
         q, k = whole(q), whole(k)
-        got = splatc.nm_scores(q, k, scale=0.3, enable_gqa=True)
+        got = splatc.nm_scores(q, k, pruning.n, pruning.m, scale=0.3, enable_gqa=True)
         exact = wide(q).astype(np.float32) @ wide(k).astype(np.float32).repeat(2, 1).swapaxes(-1, -2)
-        want = encode(exact * np.float32(0.3), NM)
+        want = encode(exact * np.float32(0.3), pruning)
         assert torch.equal(got.values.cpu(), torch.from_numpy(want.values).to(q.dtype))
-        assert np.array_equal(got.metadata.cpu().numpy().view(np.uint32), to_registers(want.words))
+        assert np.array_equal(got.metadata.cpu().numpy().view(np.uint32), to_registers(want.words, pruning))
         assert np.array_equal(got.words, want.words)
         codes |= set(np.unique(got.words[..., None] >> np.arange(0, 16, 4) & 15).tolist())
-    assert codes == {4, 8, 12, 9, 13, 14}
+    assert codes == CODES[pruning]
 
 
 @pytest.mark.parametrize("dim", [64, 128, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_three_are_pruned_attention(dtype: str, dim: int) -> None:
+@both_ratios
+def test_the_three_are_pruned_attention(pruning: Pruning, dtype: str, dim: int) -> None:
     for q_len, kv_len in SIZES:
         q, k, v = draw(q_len, kv_len, dim, dtype)
-        scores = splatc.nm_scores(q, k, enable_gqa=True)
+        scores = splatc.nm_scores(q, k, pruning.n, pruning.m, enable_gqa=True)
         probs = scores.softmax()
         again = scores.softmax(in_place=True)
         assert again.values.data_ptr() == scores.values.data_ptr() and torch.equal(again.values, probs.values)
         o = probs.spmm(v, enable_gqa=True)
-        want, _ = oracle.attention(wide(q), wide(k), wide(v), np.ones((q_len, kv_len), bool), pruning=NM)
+        want, _ = oracle.attention(wide(q), wide(k), wide(v), np.ones((q_len, kv_len), bool), pruning=pruning)
         assert oracle.relative_error(wide(o), want) < 1e-2
         dense = wide(probs.to_dense()) @ wide(v).repeat(2, 1)
         assert oracle.relative_error(wide(o), dense) < 4e-3, "the product alone rounds once"
@@ -85,12 +88,13 @@ def test_softmax_of_every_width(kv_len: int) -> None:
     assert ((got - want).abs() <= want * 2**-8 + 1e-30).all()
 
 
-def test_tall_tiles() -> None:
+@both_ratios
+def test_tall_tiles(pruning: Pruning) -> None:
     """As many rows as there are tiles of 256 for all multiprocessors."""
     q, k, v = draw(1000, 130, 64, "bfloat16", batch=20)
     q, k = whole(q), whole(k)
-    got = splatc.nm_scores(q, k, scale=0.3, enable_gqa=True)
-    want = splatc.nm_scores(q.cpu(), k.cpu(), scale=0.3, enable_gqa=True)
+    got = splatc.nm_scores(q, k, pruning.n, pruning.m, scale=0.3, enable_gqa=True)
+    want = splatc.nm_scores(q.cpu(), k.cpu(), pruning.n, pruning.m, scale=0.3, enable_gqa=True)
     assert torch.equal(got.values.cpu(), want.values) and torch.equal(got.metadata.cpu(), want.metadata)
     probs = got.softmax()
     dense = wide(probs.to_dense()) @ wide(v).repeat(2, 1)

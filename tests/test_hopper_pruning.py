@@ -22,21 +22,24 @@ from splatc.codegen.toolchain import find_compiler
 from splatc.errors import Unsupported
 from splatc.formats.nm import encode, prune
 from splatc.ir.score import score_of
-from splatc.patterns.pruned import Pruning
+from splatc.patterns.pruned import ONE_OF_TWO, RATIOS, TWO_OF_FOUR, Pruning
 from tests.cuda_on_cpu import HEADER
 
 pytest.importorskip("tvm")
 HOPPER = Target("cuda", "sm_90a")
-NM = Pruning(2, 4)
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
 
 
-def spec_of(d: int, dtype: str, tile: tuple[int, int], softcap: bool = False, **score: bool) -> KernelSpec:
-    return with_pruning(kernel_spec(d, None, dtype, HOPPER, score_of(softcap, **score), tile), NM)
+def spec_of(d: int, dtype: str, tile: tuple[int, int], softcap: bool = False, pruning: Pruning = TWO_OF_FOUR,
+            **score: bool) -> KernelSpec:  # fmt: skip
+    return with_pruning(kernel_spec(d, None, dtype, HOPPER, score_of(softcap, **score), tile), pruning)
 
 
 SPECS = [spec_of(128, "bfloat16", (128, 128)), spec_of(64, "float16", (192, 128)),
-         spec_of(128, "float16", (128, 64), softcap=True, sinks=True)]  # fmt: skip
+         spec_of(128, "float16", (128, 64), softcap=True, sinks=True),
+         spec_of(128, "bfloat16", (128, 128), pruning=ONE_OF_TWO),
+         spec_of(64, "float16", (192, 128), pruning=ONE_OF_TWO),
+         spec_of(256, "float16", (128, 64), softcap=True, pruning=ONE_OF_TWO, sinks=True)]  # fmt: skip
 
 
 @needs_compiler
@@ -54,11 +57,12 @@ def test_compiles_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
 
 def test_what_is_refused() -> None:
     plain = kernel_spec(64, None, "float16", HOPPER)
-    for spec, ratio, why in ((plain, (1, 2), "take 2:4"), (kernel_spec(64, None, "float32", HOPPER), (2, 4), "16-bit"),
-                             (replace(plain, score=score_of(False, alibi=True)), (2, 4), "no biases"),
-                             (kernel_spec(60, None, "float16", HOPPER), (2, 4), "multiples of 8")):  # fmt: skip
-        with pytest.raises(Unsupported, match=why):
-            with_pruning(spec, Pruning(*ratio))
+    for spec, why in ((kernel_spec(64, None, "float32", HOPPER), "16-bit"),
+                      (replace(plain, score=score_of(False, alibi=True)), "no biases"),
+                      (kernel_spec(60, None, "float16", HOPPER), "multiples of 8")):  # fmt: skip
+        for pruning in RATIOS:
+            with pytest.raises(Unsupported, match=rf"{re.escape(str(pruning))} has no kernel .* {why}"):
+                with_pruning(spec, pruning)
     with pytest.raises(Unsupported, match="64 keys"):
         shape_of(replace(SPECS[0], tile_n=112))
     assert "none of nm" in str(no_gradients(SPECS[0]))
@@ -84,6 +88,8 @@ inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
 }
 """
 ASSEMBLY = {  # what the instructions do, of their operands in turn
+    "{ .reg .pred upper; setp.lt.f32 upper, %1, %2; @upper or.b32 %0, %0, %3; }": "if ({1} < {2}) {0} |= {3};",
+    "max.NaN.f32 %0, %1, %2;": "{0} = {1} != {1} || {2} != {2} ? NAN : fmaxf({1}, {2});",
     "lop3.b32 %0, %1, %2, %3, 0xEA;": "{0} = ({1} & {2}) | {3};",
     "max.f32 %0, %1, %2;": "{0} = fmaxf({1}, {2});",
     "min.f32 %0, %1, %2;": "{0} = fminf({1}, {2});",
@@ -98,13 +104,13 @@ def without_assembly(source: str) -> str:
     source = re.sub(r'asm volatile\("" [^;]*;', "", source)
 
     def plain(match: re.Match[str]) -> str:
-        operands = re.findall(r'"=?[rnf]"\(((?:[^()]|\([^()]*\))*)\)', match[2])
+        operands = re.findall(r'"[=+]?[rnf]"\(((?:[^()]|\([^()]*\))*)\)', match[2])
         return ASSEMBLY[match[1]].format(*operands)
 
     return re.sub(r'asm(?: volatile)?\("([^"]+)"((?:[^;"]|"[^"]*")*)\);', plain, source)
 
 
-def emitted_pruning(n: int, folder: Path) -> Any:
+def emitted_pruning(n: int, pruning: Pruning, folder: Path) -> Any:
     """prune(scores float32 (32, n / 2), kept float32 (32, n / 4), words uint32 (32, n / 64)): a warp's, by thread."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script.builder import ir as I
@@ -123,10 +129,8 @@ def emitted_pruning(n: int, folder: Path) -> Any:
         mine = {name: registers(f"my_{name}", width, dtype) for name, (dtype, width) in sizes.items()}
         for i in range(n // 2):
             store(mine["scores"], i, of_warp["scores"][lane, i])
-        pruner = Pruner(n, lane)
-        pruner.select(mine["scores"])
-        pruner.encode(mine["scores"])
-        pruner.unmask(mine["scores"])
+        pruner = Pruner(n, lane, pruning)
+        pruner.prune(mine["scores"], masked=True)
         pruner.finish(mine["words"])
         for i in range(n // 4):
             I.buffer_store(of_warp["kept"], mine["scores"][i], [lane, i])
@@ -166,7 +170,7 @@ def arguments_of(name: str, kernel: str) -> str:
 @pytest.mark.parametrize("n", [64, 128])
 def test_selection_and_metadata(n: int, tmp_path: Path) -> None:
     """Kept scores and metadata of a warp's 16 rows are those of the plain encoder, at the places that wgmma reads."""
-    run = emitted_pruning(n, tmp_path)
+    run = emitted_pruning(n, TWO_OF_FOUR, tmp_path)
     random = np.random.default_rng(n)
     for case in range(12):
         rows = random.standard_normal((16, n)).astype(np.float32)
@@ -181,12 +185,52 @@ def test_selection_and_metadata(n: int, tmp_path: Path) -> None:
 
 
 def check_warp(run: Any, rows: np.ndarray, n: int) -> None:
+    masked = np.where(rows < -1e29, -np.inf, rows).astype(np.float64)
+    at, values = pruned_warp(run, rows, n)
+    assert (at[..., 0] != at[..., 1]).all()
+    dense = np.full((16, n // 4, 4), -np.inf)
+    np.put_along_axis(dense, at, values.astype(np.float64), -1)
+    want = prune(masked, TWO_OF_FOUR)
+    finite = np.isfinite(want)
+    assert np.array_equal(np.isfinite(dense.reshape(16, n)), finite)
+    assert np.allclose(dense.reshape(16, n)[finite], want[finite], rtol=2.0**-16, atol=1e-40)
+    full = np.isfinite(masked.reshape(16, -1, 4)).sum(-1) >= 2  # of others one nibble is as good as another
+    low, high = np.sort(at, -1)[..., 0], np.sort(at, -1)[..., 1]
+    ordered = encode(masked, TWO_OF_FOUR).words[..., None] >> 4 * np.arange(4) & 15
+    assert np.array_equal((low | high << 2)[full], ordered.reshape(16, -1)[full])
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_one_of_two_is_exact(n: int, tmp_path: Path) -> None:
+    """1:2: kept scores and metadata are the encoder's bit by bit, with ties of any sign, denormals, -inf; NaN stays."""
+    run = emitted_pruning(n, ONE_OF_TWO, tmp_path)
+    random = np.random.default_rng(n)
+    for case in range(8):
+        rows = random.standard_normal((16, n)).astype(np.float32)
+        if case % 4 == 1:
+            rows = np.round(rows * 2)
+        if case % 4 == 2:
+            rows[random.random(rows.shape) < (0.5, 0.9)[case // 4]] = -np.inf
+        if case % 4 == 3:
+            size = np.float32(0 if case == 3 else 1e-43) * random.integers(3, size=rows.shape)
+            rows = np.copysign(size, rows).astype(np.float32)
+        at, values = pruned_warp(run, rows, n)
+        want = encode(rows, ONE_OF_TWO)
+        nibbles = want.words[..., None] >> 4 * np.arange(4) & 15
+        assert np.array_equal(at[..., 0] | at[..., 1] << 2, nibbles.reshape(16, -1))
+        assert np.array_equal(values.reshape(16, -1), want.values)
+    rows[random.random(rows.shape) < 0.1] = np.nan
+    _, values = pruned_warp(run, rows, n)
+    assert np.array_equal(np.isnan(values.reshape(16, -1)), np.isnan(rows.reshape(16, -1, 2)).any(-1))
+
+
+def pruned_warp(run: Any, rows: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(where in each group of four its two kept scores are, these) of a warp's rows: (16, n / 4, 2)."""
     lane, i = np.arange(32)[:, None], np.arange(n // 2)[None, :]
     key = np.array(slot_keys(n))[8 * (i // 4) + 2 * (lane % 4) + i % 2]
     scores = np.ascontiguousarray(rows[lane // 4 + 8 * (i // 2 % 2), key])
     kept, words = np.zeros((32, n // 4), np.float32), np.zeros((32, n // 64), np.uint32)
     run(*(ctypes.c_void_p(x.ctypes.data) for x in (scores, kept, words)))
-    masked = np.where(rows < -1e29, -np.inf, rows).astype(np.float64)
     # metadata: lane 4g + b of a word has 16-key block b; rows g and g + 8 in its halves
     nibbles = np.zeros((16, n // 4), np.int64)
     for w in range(n // 64):
@@ -194,17 +238,6 @@ def check_warp(run: Any, rows: np.ndarray, n: int) -> None:
             for j in range(4):
                 nibbles[8 * r : 8 * r + 8, w * 16 + j : w * 16 + 16 : 4] = (
                     words[:, w].reshape(8, 4) >> np.uint32(16 * r + 4 * j) & 15)  # fmt: skip
-    at = np.stack([nibbles & 3, nibbles >> 2], -1)  # of each group, where its two kept scores are
-    assert (at[..., 0] != at[..., 1]).all()
     # values: register 4b + 2r + c of lane 4g + q is kept score c of group 4b + q
     values = kept.reshape(8, 4, n // 16, 2, 2).transpose(3, 0, 2, 1, 4).reshape(16, n // 4, 2)
-    dense = np.full((16, n // 4, 4), -np.inf)
-    np.put_along_axis(dense, at, values.astype(np.float64), -1)
-    want = prune(masked, NM)
-    finite = np.isfinite(want)
-    assert np.array_equal(np.isfinite(dense.reshape(16, n)), finite)
-    assert np.allclose(dense.reshape(16, n)[finite], want[finite], rtol=2.0**-16, atol=1e-40)
-    full = np.isfinite(masked.reshape(16, -1, 4)).sum(-1) >= 2  # of others one nibble is as good as another
-    low, high = np.sort(at, -1)[..., 0], np.sort(at, -1)[..., 1]
-    ordered = encode(masked, NM).words[..., None] >> 4 * np.arange(4) & 15
-    assert np.array_equal((low | high << 2)[full], ordered.reshape(16, -1)[full])
+    return np.stack([nibbles & 3, nibbles >> 2], -1), values

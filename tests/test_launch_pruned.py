@@ -11,18 +11,18 @@ import pytest
 from splatc import patterns as P
 from splatc.codegen.hopper.shape import slot_keys
 from splatc.ir.score import Score
-from splatc.patterns.pruned import Pruning
+from splatc.patterns.pruned import RATIOS
 from splatc.runtime.tensor_map import Layout, geometry, grouped
 from tests.fake_gpu import TensorMap
 from tests.fake_gpu import check as check_within
 from tests.test_launch_hopper import D, Machine, draw
 
 torch = pytest.importorskip("torch")
-NM = Score(pruning=Pruning(2, 4))
+NM, NM12 = (Score(pruning=pruning) for pruning in RATIOS)
 
 
-def check(got: Any, qkv: Any, dense: np.ndarray) -> None:
-    check_within(got, qkv, dense, None, (2e-3, 1e-3), NM.pruning)
+def check(got: Any, qkv: Any, dense: np.ndarray, score: Score = NM) -> None:
+    check_within(got, qkv, dense, None, (2e-3, 1e-3), score.pruning)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,19 @@ def test_what_the_kernel_sees(pattern: Any, lengths: tuple[int, int], m: int, n:
     attend = Machine(tmp_path, pattern, m=m, n=n, score=NM)
     qkv = draw(*lengths, heads=2, kv_heads=1)
     check(attend(*qkv), qkv, pattern.dense(*lengths))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "lengths", "n"),
+    [
+        (P.causal(), (150, 150), 64), (P.window(30, 10), (100, 101), 64), (P.full(), (17, 3), 64),
+        (P.window(45, 0) & P.fixed(9, 2), (130, 130), 128),
+    ],
+)  # fmt: skip
+def test_one_of_two(pattern: Any, lengths: tuple[int, int], n: int, tmp_path: Path) -> None:
+    """Keys are read in groups of four all the same."""
+    attend, qkv = Machine(tmp_path, pattern, n=n, score=NM12), draw(*lengths, heads=2, kv_heads=1)
+    check(attend(*qkv), qkv, pattern.dense(*lengths), NM12)
 
 
 @pytest.mark.parametrize("length", [128, 130])

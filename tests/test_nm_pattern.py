@@ -67,9 +67,10 @@ def test_other_refusals():
         splatc.analyze("causal & nm(2, 4)", 64)
     with pytest.raises(InvalidInput, match="q_len is 0"):
         NM24.check(0, 1)
-    for arch, ratio in (("sm_80", "2, 4"), ("sm_90a", "1, 2")):
+    for arch, dtype, ratio in (("sm_80", "float16", "2, 4"), ("sm_80", "float16", "1, 2"),
+                               ("sm_90a", "float32", "1, 2")):  # fmt: skip
         with pytest.raises(Unsupported, match=r"compile for the CPU, or let splatc\.nn\.functional\.dense_attention"):
-            splatc.compile(f"causal & nm({ratio})", seq_len=64, head_dim=64, dtype="float16", target=arch)
+            splatc.compile(f"causal & nm({ratio})", seq_len=64, head_dim=64, dtype=dtype, target=arch)
 
 
 def test_explain():

@@ -1,6 +1,7 @@
 """DFSS in three kernels against dense attention in three, in the setting of its paper: 48 (24) x 4 heads of 64, bf16.
 
     python -m splatc.bench.dfss --json dfss.json
+    python -m splatc.bench.dfss --ratio 1 2
 
 Times are of CUDA graphs of several rounds. The dense ones are torch.bmm, softmax, torch.bmm, without a scale.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import splatc
+from splatc.patterns.pruned import Pruning, nm
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 HEADS, DIM = 4, 64
@@ -42,7 +44,7 @@ class Record:
         return f"L={self.seq_len:5} B={self.batch:3}  {parts} us  x{self.speed_up:5.2f}  error {self.error:.1e}"
 
 
-def measure(length: int) -> Record:
+def measure(length: int, pruning: Pruning) -> Record:
     """All of one length."""
     import torch
 
@@ -50,18 +52,21 @@ def measure(length: int) -> Record:
     inputs = [[torch.randn(batch, HEADS, length, DIM, device="cuda").bfloat16() for _ in range(3)] for _ in range(SETS)]
     flat = [[x.flatten(0, 1) for x in one] for one in inputs]
 
+    def scores_of(i: int) -> splatc.CompressedScores:
+        q, k, _ = inputs[i]
+        return splatc.nm_scores(q, k, pruning.n, pruning.m)
+
     def ours(i: int) -> Any:
-        q, k, v = inputs[i]
-        return splatc.nm_scores(q, k).softmax(in_place=True).spmm(v)
+        return scores_of(i).softmax(in_place=True).spmm(inputs[i][2])
 
     def dense(i: int) -> Any:
         q, k, v = flat[i]
         return torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v)
 
-    made = [splatc.nm_scores(q, k).softmax() for q, k, _ in inputs]
+    made = [scores_of(i).softmax() for i in range(SETS)]
     scores = [torch.bmm(q, k.mT) for q, k, _ in flat]
     of_ours = {
-        "sddmm": seconds(lambda i: splatc.nm_scores(inputs[i][0], inputs[i][1])),
+        "sddmm": seconds(scores_of),
         "softmax": seconds(lambda i: made[i].softmax(in_place=True)),
         "spmm": seconds(lambda i: made[i].spmm(inputs[i][2])),
         "all": seconds(ours),
@@ -72,7 +77,8 @@ def measure(length: int) -> Record:
         "spmm": seconds(lambda i: torch.bmm(scores[i], flat[i][2])),
         "all": seconds(dense),
     }
-    return Record(length, batch, of_ours, of_dense, error(*(x[:1, :1] for x in inputs[0])))
+    q, k, v = (x[:1, :1] for x in inputs[0])
+    return Record(length, batch, of_ours, of_dense, error(q, k, v, pruning))
 
 
 def seconds(call: Callable[[int], Any]) -> float:
@@ -97,14 +103,14 @@ def seconds(call: Callable[[int], Any]) -> float:
     return float(statistics.median(samples[1:]))
 
 
-def error(q: Any, k: Any, v: Any) -> float:
+def error(q: Any, k: Any, v: Any, pruning: Pruning) -> float:
     """Relative error of o against float64, selected anew."""
     import torch
 
-    got = splatc.nm_scores(q, k).softmax().spmm(v).double()
+    got = splatc.nm_scores(q, k, pruning.n, pruning.m).softmax().spmm(v).double()
     s = q.double() @ k.double().mT / DIM**0.5
-    groups = s.unflatten(-1, (-1, 4))
-    kept = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.topk(2, -1).indices, True).flatten(-2)
+    groups = s.unflatten(-1, (-1, pruning.m))
+    kept = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.topk(pruning.n, -1).indices, True).flatten(-2)
     want = torch.softmax(s.masked_fill(~kept, -torch.inf), -1) @ v.double()
     return float((got - want).norm() / want.norm())
 
@@ -114,10 +120,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the records there")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--ratio", type=int, nargs=2, metavar=("N", "M"), default=(2, 4))
     options = parser.parse_args()
+    pruning = nm(*options.ratio).pruning
     records = []
     for length in options.lengths:
-        records.append(measure(length))
+        records.append(measure(length, pruning))
         print(records[-1], flush=True)
     missed = [one.seq_len for one in records if one.speed_up < TARGET]
     print(f"target: x{TARGET} at each length; " + (f"missed at {missed}" if missed else "met"))

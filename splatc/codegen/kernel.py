@@ -8,7 +8,7 @@ from typing import Any
 from splatc.codegen.target import Target
 from splatc.errors import InvalidInput, Unsupported
 from splatc.ir.score import NO_SCORE, Score
-from splatc.patterns.pruned import Pruning
+from splatc.patterns.pruned import TWO_OF_FOUR, Pruning
 
 DTYPES = ("float32", "float16", "bfloat16")
 CPU_DTYPES = (*DTYPES, "float64")
@@ -21,7 +21,7 @@ SDDMM, SOFTMAX, SPMM = "sddmm", "softmax", "spmm"  # unfused: a kernel each, ove
 PRODUCTS = SDDMM, SOFTMAX, SPMM
 SDDMM_FUNCTION, SOFTMAX_FUNCTION, SPMM_FUNCTION = (f"splatc_{role}" for role in PRODUCTS)
 SOFTMAX_BACKWARD_FUNCTION, SPMM_TRANSPOSED_FUNCTION = "splatc_softmax_backward", "splatc_spmm_transposed"
-# On GPUs, of scores compressed 2:4: a kernel each (codegen/hopper/compressed).
+# On GPUs, of scores compressed 2:4 or 1:2: a kernel each (codegen/hopper/compressed).
 COMPRESSED_SDDMM, COMPRESSED_SOFTMAX, COMPRESSED_SPMM = (f"compressed_{role}" for role in PRODUCTS)
 COMPRESSED = COMPRESSED_SDDMM, COMPRESSED_SOFTMAX, COMPRESSED_SPMM
 SOFTMAX_THREADS, SOFTMAX_UNIT = 256, 8  # of a block; values of 16 bytes
@@ -105,20 +105,18 @@ def with_pruning(spec: KernelSpec, pruning: Pruning | None) -> KernelSpec:
     """The spec of a kernel that prunes scores, too (None: the same); Unsupported where there is no such kernel."""
     if pruning is None:
         return spec
-    if (why := not_pruned(spec, pruning)) is not None:
+    if (why := not_pruned(spec)) is not None:
         raise Unsupported(f"{pruning} has no kernel for {spec.target} here: {why}; compile for the CPU, or let "
                           "splatc.nn.functional.dense_attention compute it densely, on any device")  # fmt: skip
     return replace(spec, score=replace(spec.score, pruning=pruning))
 
 
-def not_pruned(spec: KernelSpec, pruning: Pruning) -> str | None:
-    """Why no kernel of this kind prunes scores so, None if one does."""
+def not_pruned(spec: KernelSpec) -> str | None:
+    """Why no kernel of this kind prunes scores, None if one does."""
     if spec.kernel == "cpu":
         return None
     if spec.kernel != "hopper" or spec.dtype == "float32":
         return "it needs the Hopper kernel (sm_90a, head dims that are multiples of 8, 16-bit types)"
-    if (pruning.n, pruning.m) != (2, 4):
-        return "sparse tensor cores take 2:4 in 16-bit types"
     return "with pruning there are no biases and no dropout" if spec.score.positional else None
 
 
@@ -136,13 +134,16 @@ def product_spec(role: str, dim: int, dtype: str, target: Target) -> KernelSpec:
     return replace(spec, kernel="hopper")
 
 
-def compressed_spec(role: str, dim: int, dtype: str, target: Target, rows: int = 256) -> KernelSpec:
-    """The spec of one of COMPRESSED for a head dim (a softmax has none: 8); rows: of a tile. Raises InvalidInput for
-    what is no such type or size, Unsupported for what there is no kernel for."""
+def compressed_spec(role: str, dim: int, dtype: str, target: Target, rows: int = 256,
+                    pruning: Pruning = TWO_OF_FOUR) -> KernelSpec:  # fmt: skip
+    """The spec of one of COMPRESSED for a head dim (a softmax has none: 8); rows: of a tile; pruning: how the sddmm
+    selects, all that differs. Raises InvalidInput for what is no such type or size, Unsupported for what there is no
+    kernel for."""
     spec = replace(kernel_spec(dim, dim, dtype, target), role=role)
-    if (why := not_pruned(spec, Pruning(2, 4))) is not None:
+    if (why := not_pruned(spec)) is not None:
         raise Unsupported(f"there is no kernel for compressed scores of {dtype} with head dim {dim} on {target}: {why}")
-    return replace(spec, tile_m=rows if dim <= 64 else 128, tile_n=128)
+    score = Score(pruning=pruning) if role == COMPRESSED_SDDMM else NO_SCORE
+    return replace(spec, tile_m=rows if dim <= 64 else 128, tile_n=128, score=score)
 
 
 def dtypes_of(target: Target) -> tuple[str, ...]:

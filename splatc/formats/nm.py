@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import InvalidInput
-from splatc.patterns.pruned import Pruning
+from splatc.patterns.pruned import ONE_OF_TWO, TWO_OF_FOUR, Pruning
 
 Floats = NDArray[Any]
 Bools = NDArray[np.bool_]
@@ -28,7 +28,7 @@ LANE_CODES = np.array([4, 14])  # of 1:2 in 32 bits
 WORD_GROUPS = 4  # nibbles in a word
 # Words in the order of registers: tiles of 64 rows and 128 keys, of two times 64 keys a word for each of 128 threads.
 TILE_ROWS, TILE_KEYS, TILE_WORDS = 64, 128, 256
-_FREE = 0x4444  # the word of keys that do not exist
+_FREE = {TWO_OF_FOUR: 0x4444, ONE_OF_TWO: 0x8888}  # the word of keys that do not exist: the lowest ones stay
 
 
 def select(scores: Floats, pruning: Pruning) -> Bools:
@@ -92,16 +92,16 @@ def decode(c: Compressed, fill: float = -np.inf) -> Floats:
     return out.reshape(*nibbles.shape[:-1], -1)[..., : c.kv_len]
 
 
-def to_registers(words: NDArray[np.uint16]) -> NDArray[np.uint32]:
+def to_registers(words: NDArray[np.uint16], pruning: Pruning = TWO_OF_FOUR) -> NDArray[np.uint32]:
     """Words (..., rows, n), 16 keys each, in the order in which sparse tensor cores take them from registers:
     (..., ceil(n / 8), ceil(rows / 64), 2, 128).
 
     Of 64 keys, thread 32 w + 4 g + b has block b of 16 keys: of row 16 w + g in the lower half, of 8 rows on in the
-    upper one. Rows and keys beyond the end have the word 0x4444.
+    upper one. Rows and keys beyond the end have the word 0x4444, of 1:2 0x8888.
     """
     *front, rows, count = words.shape
     row_tiles, key_tiles = -(-rows // TILE_ROWS), -(-count // (TILE_KEYS // 16))
-    whole = np.full((*front, TILE_ROWS * row_tiles, TILE_KEYS // 16 * key_tiles), _FREE, np.uint32)
+    whole = np.full((*front, TILE_ROWS * row_tiles, TILE_KEYS // 16 * key_tiles), _FREE[pruning], np.uint32)
     whole[..., :rows, :count] = words
     parts = np.moveaxis(whole.reshape(*front, row_tiles, 4, 2, 8, key_tiles, 2, 4), -5, 0)
     low, high = np.moveaxis(parts, (-3, -6, -2, -5, -4, -1), range(-6, 0))
@@ -128,7 +128,7 @@ def check_ratio(pruning: Pruning, bits: int) -> None:
     """Raise InvalidInput unless sparse tensor cores take this ratio for values of so many bits."""
     if bits not in (16, 32):
         raise InvalidInput(f"bits is {bits}: values have 16 or 32")
-    if bits == 32 and (pruning.n, pruning.m) != (1, 2):
+    if bits == 32 and pruning != ONE_OF_TWO:
         raise InvalidInput(f"{pruning} of 32-bit values: sparse tensor cores take nm(1, 2) only, or 16 bits")
 
 

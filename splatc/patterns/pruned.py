@@ -12,8 +12,6 @@ from splatc.patterns.base import And, Bool, Int, Or, Pattern, whole
 from splatc.patterns.heads import PerHead
 from splatc.patterns.library import Full
 
-RATIOS = ((2, 4), (1, 2))  # what sparse tensor cores take
-
 
 @dataclass(frozen=True)
 class Pruning:
@@ -30,6 +28,9 @@ class Pruning:
 
     def __str__(self) -> str:
         return f"nm({self.n}, {self.m})"
+
+
+TWO_OF_FOUR, ONE_OF_TWO = RATIOS = Pruning(2, 4), Pruning(1, 2)  # what sparse tensor cores take
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,11 +90,10 @@ def _both(a: Pattern, b: Pattern) -> Pattern:
 
 def nm(n: int, m: int) -> Pruned:
     """Of every m consecutive keys the n with the largest scores, n:m being 2:4 or 1:2; ``Pruning`` has the rules."""
-    ratio = whole("nm", "n", n, at_least=1), whole("nm", "m", m, at_least=2)
-    if ratio not in RATIOS:
-        known = " or ".join(f"nm{one}" for one in RATIOS)
-        raise InvalidInput(f"nm({n}, {m}): it must be {known}, as sparse tensor cores have it")
-    return Pruned(Full(), Pruning(*ratio))
+    pruning = Pruning(whole("nm", "n", n, at_least=1), whole("nm", "m", m, at_least=2))
+    if pruning not in RATIOS:
+        raise InvalidInput(f"{pruning}: it must be {' or '.join(map(str, RATIOS))}, as sparse tensor cores have it")
+    return Pruned(Full(), pruning)
 
 
 def split(pattern: Pattern) -> tuple[Pattern, Pruning | None]:

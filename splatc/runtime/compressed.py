@@ -1,4 +1,4 @@
-"""DFSS in three kernels, for those who need the parts: scores pruned 2:4, their softmax, their product with V.
+"""DFSS in three kernels, for those who need the parts: scores pruned 2:4 or 1:2, their softmax, their product with V.
 
     probs = splatc.nm_scores(q, k).softmax()
     o = probs.spmm(v)                     # splatc.attention(q, k, v, patterns.nm(2, 4)), but for how near ties go
@@ -18,28 +18,29 @@ from numpy.typing import NDArray
 
 from splatc.errors import InvalidInput, Unsupported
 from splatc.formats import nm
-from splatc.patterns.pruned import Pruning
+from splatc.patterns.pruned import TWO_OF_FOUR, Pruning
+from splatc.patterns.pruned import nm as nm_pattern
 from splatc.runtime.tensors import check_call, check_gradients, check_scale, dtype_name, is_torch
 
 if TYPE_CHECKING:
     from splatc.runtime.compressed_gpu import CompressedKernels
 
 DTYPES = ("float16", "bfloat16")
-PRUNING = Pruning(2, 4)
 
 
 @dataclass(frozen=True, eq=False)
 class CompressedScores:
-    """The kept two of every four scores, or their probabilities, with metadata that says which these are.
+    """The kept half of scores, or their probabilities, with metadata that says which these are.
 
     values: (batch, heads, q_len, 8 ceil(kv_len / 16)), float16 or bfloat16, row-major, in the order of keys; for keys
     beyond the last -inf, after a softmax 0. metadata: 32-bit words, as ``formats.nm.to_registers`` orders them;
-    ``words`` has the standard order.
+    ``words`` has the standard order. pruning: what was kept, two of every four scores or one of every two.
     """
 
     values: Any
     metadata: Any
     kv_len: int
+    pruning: Pruning = TWO_OF_FOUR
 
     @property
     def dtype(self) -> str:
@@ -95,43 +96,40 @@ class CompressedScores:
 
     def to_dense(self, fill: float = 0.0) -> Any:
         """(batch, heads, q_len, kv_len), ``fill`` where nothing is kept. Made on the CPU: to look at, not for speed."""
-        compressed = nm.Compressed(_wide(self.values), self.words, self.kv_len, PRUNING, 16)
+        compressed = nm.Compressed(_wide(self.values), self.words, self.kv_len, self.pruning, 16)
         return _like(nm.decode(compressed, fill), self.values)
 
     def __repr__(self) -> str:
-        return f"<splatc {PRUNING} scores {tuple(self.values.shape[:3])} x {self.kv_len} {self.dtype}>"
+        return f"<splatc {self.pruning} scores {tuple(self.values.shape[:3])} x {self.kv_len} {self.dtype}>"
 
 
 def nm_scores(q: Any, k: Any, n: int = 2, m: int = 4, *, scale: float | None = None,
               enable_gqa: bool = False) -> CompressedScores:  # fmt: skip
-    """The n largest of every m consecutive scores scale * <q_i, k_j> of each query i, compressed; 2:4 only.
+    """The n largest of every m consecutive scores scale * <q_i, k_j> of each query i, compressed; 2:4 or 1:2.
 
     q (batch, heads, q_len, dim), k (batch, kv_heads, kv_len, dim): torch tensors or NumPy arrays, float16 or bfloat16,
     on a Hopper GPU with dims that are multiples of 8. Scores are summed in float32 and selected so; of equal ones the
-    lower key stays. What is kept is rounded to the type of q. Where NaN is among four, which two stay is undefined.
+    lower key stays. What is kept is rounded to the type of q. Where NaN is among m, which n stay is undefined.
     scale: default 1/sqrt(dim). enable_gqa: allow fewer key heads. No gradients. Raises InvalidInput for what does not
     fit, Unsupported for what there is no kernel for.
     """
     shape = check_call(q, k, k, "bhsd", enable_gqa)
     number = check_scale(scale, shape.head_dim)
-    pruning = Pruning(n, m)
-    if pruning != PRUNING:
-        raise Unsupported(f"{pruning} has no compressed scores: give {PRUNING}, or let splatc.attention take it as a "
-                          "pattern")  # fmt: skip
+    pruning = nm_pattern(n, m).pruning
     if shape.dtype not in DTYPES:
         raise Unsupported(f"compressed scores are {' or '.join(DTYPES)}, not {shape.dtype}: convert q and k")
     check_gradients(q, k)
     if (gpu := _gpu_of(q)) is not None:
-        return CompressedScores(*gpu.scores(q, k, number), shape.kv_len)
+        return CompressedScores(*gpu.scores(q, k, number, pruning), shape.kv_len, pruning)
     keys = _wide(k).repeat(shape.heads // shape.kv_heads, axis=1)
     scores = _wide(q) @ keys.swapaxes(-1, -2) * np.float32(number)
-    compressed = nm.encode(scores, PRUNING)
-    metadata: Any = nm.to_registers(compressed.words).view(np.int32)
+    compressed = nm.encode(scores, pruning)
+    metadata: Any = nm.to_registers(compressed.words, pruning).view(np.int32)
     if is_torch(q):
         import torch
 
         metadata = torch.from_numpy(metadata)
-    return CompressedScores(_like(compressed.values, q), metadata, shape.kv_len)
+    return CompressedScores(_like(compressed.values, q), metadata, shape.kv_len, pruning)
 
 
 def _wide(x: Any) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from splatc.codegen.kernel import (
 )
 from splatc.codegen.target import Target
 from splatc.formats.nm import TILE_KEYS, TILE_ROWS, TILE_WORDS
+from splatc.patterns.pruned import TWO_OF_FOUR, Pruning
 from splatc.runtime.arguments import Arguments, Bound, Function, Map, encode
 from splatc.runtime.gpu import Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step, config_of, start_of
@@ -40,7 +41,7 @@ class CompressedKernels:
         self._gpu, self._load = on, load
         self._ready: dict[tuple[Any, ...], _Launch] = {}
 
-    def scores(self, q: Any, k: Any, scale: float) -> tuple[Any, Any]:
+    def scores(self, q: Any, k: Any, scale: float, pruning: Pruning = TWO_OF_FOUR) -> tuple[Any, Any]:
         """(values, metadata) of CompressedScores."""
         import torch
 
@@ -54,14 +55,15 @@ class CompressedKernels:
         if scale <= 0:  # the kernel masks before it scales; exact: what is scaled is q
             q, scale = q.neg() if scale else q.mul(0), -scale or 1.0
         q, k = mapped(q), mapped(padded_keys(k) if kv_len % GROUP else k)
-        key = COMPRESSED_SDDMM, q.shape, q.stride(), k.shape, k.stride(), q.dtype, scale
+        key = COMPRESSED_SDDMM, q.shape, q.stride(), k.shape, k.stride(), q.dtype, scale, pruning
         if key not in self._ready:
             rows = self._rows(batch * heads, q_len, int(q.shape[3]))
             of_k = padded_layout(layout_of(k)) if kv_len % GROUP else layout_of(k)
             maps = {"q": (layout_of(q), rows, geometry), "k": (of_k, TILE_KEYS, grouped),
                     "values": (layout_of(values), WARP_ROWS, geometry)}  # fmt: skip
             numbers = {"scale": scale, "kv_len": kv_len, "group": heads // k.shape[1]}
-            remember(self._ready, key, self._product(COMPRESSED_SDDMM, q, rows, numbers, maps, values, metadata))
+            remember(self._ready, key, self._product(COMPRESSED_SDDMM, q, rows, numbers, maps, values, metadata,
+                                                       pruning))  # fmt: skip
         self._ready[key]({"q": q, "k": k, "values": values, "metadata": metadata})
         return values, metadata
 
@@ -103,10 +105,10 @@ class CompressedKernels:
         return o
 
     def _product(self, role: str, like: Any, rows: int, numbers: Mapping[str, float], maps: Mapping[str, MapOf],
-                 values: Any, metadata: Any) -> _Launch:  # fmt: skip
+                 values: Any, metadata: Any, pruning: Pruning = TWO_OF_FOUR) -> _Launch:  # fmt: skip
         """A product's launch. numbers: what is not of its walk."""
         on, dtype = self._gpu, dtype_name(like)
-        (function,) = self._functions(role, int(like.shape[3]), dtype, rows)
+        (function,) = self._functions(role, int(like.shape[3]), dtype, rows, pruning)
         batch, heads, q_len, _ = values.shape
         row_tiles = -(-q_len // rows)
         items = batch * heads * row_tiles
@@ -128,11 +130,12 @@ class CompressedKernels:
         enough = pairs * -(-q_len // TALL) >= 2 * self._gpu.driver.multiprocessors(self._gpu.ordinal)
         return TALL if enough and dim <= 64 else SHORT
 
-    def _functions(self, role: str, dim: int, dtype: str, rows: int) -> tuple[Function, ...]:
+    def _functions(self, role: str, dim: int, dtype: str, rows: int,
+                   pruning: Pruning = TWO_OF_FOUR) -> tuple[Function, ...]:  # fmt: skip
         on = self._gpu
         major, minor = on.driver.capability(on.ordinal)
-        return self._load(compressed_spec(role, dim, dtype, Target("cuda", f"sm_{major}{minor}" + "a" * (major >= 9)),
-                                          rows), on)  # fmt: skip
+        target = Target("cuda", f"sm_{major}{minor}" + "a" * (major >= 9))
+        return self._load(compressed_spec(role, dim, dtype, target, rows, pruning), on)
 
 
 class _Launch:

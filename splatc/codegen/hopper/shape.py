@@ -50,7 +50,7 @@ class Shape:
 
     @property
     def pruned(self) -> bool:
-        """Whether two of every four scores are kept."""
+        """Whether half of the scores are kept: two of four, or one of two."""
         return self.score.pruning is not None
 
     @property

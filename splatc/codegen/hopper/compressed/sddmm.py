@@ -1,4 +1,4 @@
-"""values, metadata = 2:4 of scale * Q K^T: scores stay in registers until half of them is pruned.
+"""values, metadata = 2:4 or 1:2 of scale * Q K^T: scores stay in registers until half of them is pruned.
 
 Each warp stores its own 16 rows of a tile, two tiles in turn, so that selection, products of other warpgroups and
 stores overlap.
@@ -92,8 +92,9 @@ class Sddmm:
     def compute(self) -> None:
         s, w = self.s, self.walk
         q_at, k_at = self.q_ring.consumer("q"), self.k_ring.consumer("k")
+        assert s.pruning is not None
         scores = Scores(s.dtype, s.dim, TILE_KEYS, s.rows)
-        self.selection = Selection(TILE_KEYS, s.dtype, w.lane)
+        self.selection = Selection(TILE_KEYS, s.dtype, w.lane, s.pruning)
         q_base = descriptor("q_desc", self.q_tiles, w.me * (WARPGROUP_ROWS * s.chunk), 1)
         k_base = descriptor("k_desc", self.k_tiles, 0, 1)
         self.buffer = Cell("buffer", 0)

@@ -22,6 +22,7 @@ from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, WARPG
 from splatc.codegen.kernel import KernelSpec
 from splatc.errors import Unsupported
 from splatc.formats.nm import TILE_KEYS, TILE_WORDS
+from splatc.patterns.pruned import Pruning
 
 MOST_STAGES = 4
 WARP_ROWS = 16
@@ -30,11 +31,12 @@ PAGE = 2048  # of shared memory, for barriers
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one kernel. dim: head dim of q and k, or of v and o."""
+    """Of one kernel. dim: head dim of q and k, or of v and o. pruning: of an sddmm."""
 
     dim: int
     dtype: str
     warpgroups: int
+    pruning: Pruning | None
 
     @property
     def rows(self) -> int:
@@ -88,7 +90,7 @@ class Sizes:
 
 def sizes_of(spec: KernelSpec) -> Sizes:
     """The sizes of a kernel."""
-    return Sizes(spec.v_head_dim, spec.dtype, spec.tile_m // WARPGROUP_ROWS)
+    return Sizes(spec.v_head_dim, spec.dtype, spec.tile_m // WARPGROUP_ROWS, spec.score.pruning)
 
 
 @dataclass(frozen=True)
