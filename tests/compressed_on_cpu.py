@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from splatc.codegen.build import device_source, emit
@@ -16,6 +14,7 @@ from splatc.codegen.kernel import KernelSpec
 from splatc.runtime.arguments import Function
 from splatc.runtime.compressed_gpu import CompressedKernels
 from splatc.runtime.gpu import Gpu
+from tests.cuda_on_cpu import load_cpp
 from tests.fake_gpu import FakeDriver, FakeTorch, TensorMap, fake_gpu
 from tests.test_hopper_pruning import INTRINSICS, without_assembly
 
@@ -56,11 +55,7 @@ def compiled(spec: KernelSpec) -> list[tuple[str, list[tuple[str, str]], Any]]:
     """(name, parameters, launch) of each function of a kernel."""
     emitted = emit(spec)
     source = device_source(emitted, "sm_90a")
-    folder = Path(mkdtemp(prefix="splatc-emulated-"))
-    (folder / "kernel.cpp").write_text(cpp(source))
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
-    subprocess.run(command, check=True, cwd=folder)
-    library = ctypes.CDLL(str(folder / "kernel.so"))
+    library = load_cpp(cpp(source))
     signatures = {one.name: list(one.parameters) for one in parse_signatures(source)}
     return [(one.name, signatures[one.name], launcher(library, one.name, signatures[one.name]))
             for one in emitted.functions]  # fmt: skip

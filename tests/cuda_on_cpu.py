@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,15 @@ def kernel_text(source: str, kernel: str) -> tuple[str, list[tuple[str, str]]]:
     parameters = [parameter.strip().rpartition(" ") for parameter in inside.split(",")]
     end = source.index("\n}\n", start) + 3
     return source[start:end], [(kind, name) for kind, _, name in parameters]
+
+
+def load_cpp(text: str) -> ctypes.CDLL:
+    """C++ as a library. Raises CalledProcessError if g++ refuses it."""
+    with TemporaryDirectory(prefix="splatc-emulated-") as folder:
+        (Path(folder) / "kernel.cpp").write_text(text)
+        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
+        subprocess.run(command, check=True, cwd=folder)
+        return ctypes.CDLL(f"{folder}/kernel.so")
 
 
 def compile_on_cpu(source: str, folder: Path, flags: tuple[str, ...] = (),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from splatc.codegen.build import device_source, emit
@@ -16,6 +14,7 @@ from splatc.codegen.kernel import PRODUCTS, SOFTMAX, KernelSpec, product_spec
 from splatc.runtime.arguments import Function
 from splatc.runtime.gpu import Gpu
 from splatc.runtime.products_gpu import GpuProducts
+from tests.cuda_on_cpu import load_cpp
 from tests.fake_gpu import FakeDriver, FakeTorch, fake_gpu
 
 HEADER = Path(__file__).with_name("warpgroup_on_cpu.h")
@@ -39,7 +38,7 @@ class EmulatedProducts(GpuProducts):
         functions = []
         for one in emit_once(spec).functions:
             parameters = signatures[one.name]
-            self.driver.kernels[one.name] = _launcher(getattr(library, f"launch_{one.name}"), parameters)
+            self.driver.kernels[one.name] = launcher(getattr(library, f"launch_{one.name}"), parameters)
             self.driver.parameters[one.name] = list(parameters)
             handle = self.driver.kernel(0, one.name, 0, one.smem_bytes)
             functions.append(Function(one.name, handle, one.threads, one.smem_bytes, parameters))
@@ -54,15 +53,13 @@ def _compiled(dim: int, dtype: str, target: Any) -> tuple[ctypes.CDLL, dict[str,
     """All kernels in one library, and their parameters."""
     specs = [product_spec(role, 1 if role == SOFTMAX else dim, dtype, target) for role in PRODUCTS]
     sources = [device_source(emit_once(spec), target.arch) for spec in specs]
-    with TemporaryDirectory(prefix="splatc-emulated-") as folder:
-        (Path(folder) / "kernel.cpp").write_text(cpp("\n".join(sources)))
-        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
-        subprocess.run(command, check=True, cwd=folder)
-        library = ctypes.CDLL(f"{folder}/kernel.so")
-    return library, {one.name: one.parameters for source in sources for one in parse_signatures(source)}
+    signatures = {one.name: one.parameters for source in sources for one in parse_signatures(source)}
+    return load_cpp(cpp("\n".join(sources))), signatures
 
 
-def _launcher(entry: Any, parameters: tuple[tuple[str, str], ...]) -> Any:
+def launcher(entry: Any, parameters: tuple[tuple[str, str], ...]) -> Any:
+    """What runs a grid of a kernel, given its arguments by name."""
+
     def run(grid: tuple[int, int, int], **arguments: Any) -> None:
         entry(ctypes.c_int(grid[0]), *(TYPES[kind](arguments[name]) for kind, name in parameters))
 

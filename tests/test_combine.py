@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,7 +13,8 @@ from splatc.codegen.build import device_source
 from splatc.codegen.emitted import Emitted, parse_signatures
 from splatc.codegen.hopper.combine import NAME, ROWS, combine_parts
 from splatc.codegen.hopper.shape import shape_of
-from tests.products_on_cpu import TYPES, cpp
+from tests.cuda_on_cpu import load_cpp
+from tests.products_on_cpu import cpp, launcher
 from tests.test_hopper_pruning import tvm_module
 from tests.test_hopper_source import HOPPER, spec_of
 
@@ -31,23 +28,18 @@ CASES = [*((dtype, dim, merge, False) for dtype, dim in SIZES for merge in (Fals
 
 
 @cache
-def kernel(dtype: str, dim: int, sinks: bool) -> tuple[Any, tuple[tuple[str, str], ...], int]:
-    """(what runs a grid, its parameters, rows of a tile)."""
+def kernel(dtype: str, dim: int, sinks: bool) -> tuple[Any, int]:
+    """(What runs a grid, rows of a tile)."""
     shape = shape_of(spec_of(64, dim, dtype, sinks=sinks))
     source = device_source(Emitted(tvm_module({NAME: combine_parts(shape)}), ()), HOPPER.arch)
     ((name, parameters),) = ((one.name, one.parameters) for one in parse_signatures(source))
-    with TemporaryDirectory(prefix="splatc-emulated-") as folder:
-        (Path(folder) / "kernel.cpp").write_text(cpp(source))
-        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
-        subprocess.run(command, check=True, cwd=folder)
-        library = ctypes.CDLL(f"{folder}/kernel.so")
-    return library[f"launch_{name}"], parameters, shape.m
+    return launcher(load_cpp(cpp(source))[f"launch_{name}"], parameters), shape.m
 
 
 @pytest.mark.parametrize("counts", [(2, 5, 1), (33, 3, 32), (16, 70, 8)])
 @pytest.mark.parametrize(("dtype", "dim", "merge", "sinks"), CASES)
 def test_parts_of_rows(dtype: str, dim: int, merge: bool, sinks: bool, counts: tuple[int, ...]) -> None:
-    run, parameters, m = kernel(dtype, dim, sinks)
+    run, m = kernel(dtype, dim, sinks)
     rng = np.random.default_rng(dim + len(counts))
     kind = getattr(torch, dtype)
     tiles = [(i % BATCH, (i + 1) % HEADS, i, sum(counts[:i]), n) for i, n in enumerate(counts)]
@@ -75,10 +67,11 @@ def test_parts_of_rows(dtype: str, dim: int, merge: bool, sinks: bool, counts: t
             want_o[at] = np.exp(weights - total) @ parts if np.isfinite(total) else 0
     table = np.array([[*tile, 0, 0, 0] for tile in tiles], np.int32)
     arrays = {"combine": table, "positions": positions, "part_lse": part_lse, "lse": lse, "sinks": sink}
-    given = {f"{name}_ptr": array.ctypes.data for name, array in arrays.items()}
-    given |= {"o_ptr": o.data_ptr(), "part_o_ptr": part_o.data_ptr(), "heads": HEADS, "q_len": QUERIES, "merge": merge}
-    given |= dict(zip(("o_batch", "o_head", "o_seq"), o.stride(), strict=False))
     blocks = len(tiles) * m // ROWS
-    run(ctypes.c_int(blocks), *(TYPES[kind](given.get(name, blocks)) for kind, name in parameters))
+    given = {f"{name}_ptr": array.ctypes.data for name, array in arrays.items()}
+    given |= {"o_ptr": o.data_ptr(), "part_o_ptr": part_o.data_ptr(), "heads": HEADS, "q_len": QUERIES, "merge": merge,
+              "blocks": blocks}  # fmt: skip
+    given |= dict(zip(("o_batch", "o_head", "o_seq"), o.stride(), strict=False))
+    run((blocks, 1, 1), **given)
     assert oracle.relative_error(o.double().numpy(), want_o) < TOLERANCE[dtype]
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)

@@ -158,8 +158,9 @@ def cases(spec: KernelSpec, workers: int) -> list[Case]:
         return Case(name, kernel, pattern, sizes, role)
 
     holes = ~P.strided(HOLES)
+    alone = [case("one tile", P.full(), spec.tile_m, spec.tile_n, 1)]  # as blocks that share a multiprocessor never are
     return [
-        *(case("one tile", P.full(), spec.tile_m, spec.tile_n, 1) for _ in range(shape_of(spec).blocks == 1)),
+        *(alone if shape_of(spec).blocks == 1 else []),
         *(case(f"blocks of {b}", P.blocked(b)) for b in BLOCKS),
         case("full", P.full()),
         *(case(f"blocks of {b}, bits", P.blocked(b) & holes) for b in BLOCKS[:2]),

@@ -36,7 +36,7 @@ THREADS = 256
 ROWS = THREADS // 32  # of one block
 LOADS = 8  # of each lane, of O, that are under way together
 LOAD_BYTES = 16
-LEAST = 2  # blocks on a multiprocessor. Unless told, ptxas saves registers for more, by loads that wait for each other
+RESIDENT = 2  # blocks on a multiprocessor: unless told, ptxas saves registers for more, and loads wait for each other
 WORDS = LOAD_BYTES // 4
 
 
@@ -53,7 +53,7 @@ def combine_parts(s: Shape):
         sinks = array("sinks", "float32") if s.score.sinks else None
         blocks, heads, q_len, merge = (I.arg(name, I.int32()) for name in ("blocks", "heads", "q_len", "merge"))
         I.device_entry()
-        with I.attr({MIN_BLOCKS: LEAST}):
+        with I.attr({MIN_BLOCKS: RESIDENT}):
             block = I.cta_id([blocks])
             thread = I.thread_id([THREADS])
             follow_kernels_before()
@@ -77,7 +77,7 @@ def combine_parts(s: Shape):
                 with when(T.And(merge != 0, T.EQ(sums.group, 0))):
                     sums.add(sums.read(out, at_out), weights.of(old()))
                 sums.add_parts(part_out, weights, parts)
-                sums.gather()
+                sums.add_groups()
                 sums.write(out, at_out)
                 with when(T.EQ(lane, 0)):
                     store(lse, at_lse, weights.lse)
@@ -134,7 +134,7 @@ class Weights:
 
 class Sums:
     """A row of O in a warp's registers, read 16 bytes a lane. Where that takes less than a warp, groups of lanes have
-    parts in turn, and ``gather`` adds up their sums."""
+    parts in turn, and ``add_groups`` adds up their sums."""
 
     def __init__(self, s: Shape, lane: Expr) -> None:
         self._s = s
@@ -173,7 +173,7 @@ class Sums:
             for part, at, words in zip(mine, places, read, strict=True):
                 self.add(words, T.if_then_else(part < parts, weights.of_row(at), T.float32(0.0)))
 
-    def gather(self) -> None:
+    def add_groups(self) -> None:
         """The sum over all groups, in each of them."""
         for i in range(self._each * self._unit):
             for step in range(1, self._groups.bit_length()):

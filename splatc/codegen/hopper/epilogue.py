@@ -9,6 +9,7 @@ from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.products import PTX_TYPE, fence
 from splatc.codegen.hopper.shape import chunk
+from splatc.codegen.hopper.stored import unpack
 
 
 def finite(x: Expr) -> Expr:
@@ -84,13 +85,3 @@ def _stage_words(o: Expr, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: 
                 new = o[i * 4 + 2 * r + c] * inverse[r]
                 store(pair, c, new if old_weight is None else new + old_weight[r] * old[c])
             do(T.ptx["st.shared.v2.f32"](at, pair[0], pair[1]))
-
-
-def unpack(word: Expr, half: str) -> tuple[Expr, Expr]:
-    """The two halves of a word as fp32."""
-    if half == "bfloat16":
-        low, high = T.shift_left(word, T.uint32(16)), T.bitwise_and(word, T.uint32(0xFFFF0000))
-        return T.reinterpret("float32", low), T.reinterpret("float32", high)
-    parts = (T.bitwise_and(word, T.uint32(0xFFFF)), T.shift_right(word, T.uint32(16)))
-    low, high = (T.cast(T.reinterpret("float16", T.cast(part, "uint16")), "float32") for part in parts)
-    return low, high

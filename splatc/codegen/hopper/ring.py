@@ -67,6 +67,15 @@ class Ring:
         arrive = T.ptx.mbarrier.arrive.shared.b64
         do(arrive(pointer) if only is None else arrive(pointer, pred=only))
 
+    def fill_by_warp(self, stage: Expr, lane: Expr) -> None:
+        """The same, of a warp whose lanes have met: one of them says so for all."""
+        with when(speaks(T.EQ(lane, 0))):
+            self.fill(stage)
+
+    def release_by_warp(self, stage: Expr, lane: Expr) -> None:
+        """Of a warp whose lanes have met: one of them says for all that it is done with the stage."""
+        self.release(stage, only=speaks(T.EQ(lane, 0)))
+
     def wait_full(self, at: Cursor) -> None:
         do(T.cuda.mbarrier_wait(self._full.ptr_to([at.stage()]), at.phase()))
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from tvm.script import tirx as T
 
 from splatc.codegen.hopper.emit import Expr, do, registers
-from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE
 from splatc.codegen.hopper.shape import ITEM_BYTES
 
@@ -41,3 +40,13 @@ def split(words: Sequence[Expr], dtype: str) -> list[Expr]:
         return list(words)
     return [T.cast(T.bitwise_and(T.shift_right(word, T.uint32(16 * i)), T.uint32(0xFFFF)), "uint16")
             for word in words for i in range(2)]  # fmt: skip
+
+
+def unpack(word: Expr, half: str) -> tuple[Expr, Expr]:
+    """The two halves of a word as fp32."""
+    if half == "bfloat16":
+        low, high = T.shift_left(word, T.uint32(16)), T.bitwise_and(word, T.uint32(0xFFFF0000))
+        return T.reinterpret("float32", low), T.reinterpret("float32", high)
+    parts = (T.bitwise_and(word, T.uint32(0xFFFF)), T.shift_right(word, T.uint32(16)))
+    low, high = (T.cast(T.reinterpret("float16", T.cast(part, "uint16")), "float32") for part in parts)
+    return low, high

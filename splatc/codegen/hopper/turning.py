@@ -21,7 +21,6 @@ from splatc.codegen.hopper.block import Block
 from splatc.codegen.hopper.copies import Point, load_tile
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, registers, store, when
 from splatc.codegen.hopper.producer import Producer
-from splatc.codegen.hopper.ring import speaks
 from splatc.codegen.hopper.shape import TURNERS, chunk
 
 CHUNK = chunk("float32")  # columns of a staged chunk, and keys of a row of V^T
@@ -127,13 +126,12 @@ class Turner:
                 self.turn.set(self.turn() + TURNERS)
             self.turn.set(self.turn() - s.n // CHUNK * SQUARES)
             do(T.cuda.warp_sync())  # before lane 0 says for all that the chunk is read
-            b.staged_ring.release(self.staged_at.stage(), only=speaks(T.EQ(b.lane, 0)))
+            b.staged_ring.release_by_warp(self.staged_at.stage(), b.lane)
             self.staged_at.advance()
             rows.set(rows() + CHUNK)
         do(T.ptx.fence.proxy.async_.shared__cta())
         do(T.cuda.warp_sync())
-        with when(speaks(T.EQ(b.lane, 0))):
-            b.v_ring.fill(self.v_at.stage())
+        b.v_ring.fill_by_warp(self.v_at.stage(), b.lane)
         self.v_at.advance()
 
     def move(self, source: Expr, target: Expr) -> None:

@@ -28,7 +28,7 @@ class Warpgroup:
 
     def leave(self, ring: Ring, at: Cursor) -> None:
         """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=speaks(T.EQ(self.block.lane, 0)))
+        ring.release_by_warp(at.stage(), self.block.lane)
         at.advance()
 
     def read_bits_of(self, stage: Expr, words: Expr) -> None:

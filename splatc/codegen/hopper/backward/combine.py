@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.backward.rows import Rows, ints, kernel
 from splatc.codegen.hopper.backward.shape import KEYS, WARPS
-from splatc.codegen.hopper.combine import LEAST, array, wide
+from splatc.codegen.hopper.combine import RESIDENT, array, wide
 from splatc.codegen.hopper.emit import Expr, let, loop, registers, store, when
 
 NAME = "splatc_gradient_combine"
@@ -46,7 +46,7 @@ def combine_parts(dtype: str, dims: Mapping[str, int]):
                 add_parts(tensors[name], tensors[f"part_{name[1:]}"], (batch, head, position), first_row, parts, lane,
                           merge)  # fmt: skip
 
-    return kernel(NAME, declare, body, LEAST)
+    return kernel(NAME, declare, body, RESIDENT)
 
 
 def add_parts(out: Rows, scratch: Expr, at: tuple[Expr, Expr, Expr], row: Expr, parts: Expr, lane: Expr,

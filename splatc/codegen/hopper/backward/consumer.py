@@ -27,7 +27,7 @@ from splatc.codegen.hopper.copies import (
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import fence, hidden, wait_products
-from splatc.codegen.hopper.ring import Ring, speaks
+from splatc.codegen.hopper.ring import Ring
 from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS, chunk
 from splatc.codegen.hopper.terms import Pairs, TermEmitter
 from splatc.codegen.hopper.warpgroup import Warpgroup
@@ -184,14 +184,14 @@ class Consumer(Warpgroup):
         if self.s.makes("dv"):
             wait_products(1)  # frees the registers of P: without that, ptxas finds too few for the next scores
             self.take_result("dv")
-        self.block.do_ring.release(stage, only=speaks(T.EQ(self.block.lane, 0)))
+        self.block.do_ring.release_by_warp(stage, self.block.lane)
 
     def settle(self, before: Expr, pending: int) -> None:
         """Wait for what ``use`` has left under way; ``pending`` products were started after it."""
         wait_products(pending)
         self.take_result("dk")
         do(T.cuda.warp_sync())
-        self.block.q_ring.release(self.used, only=speaks(T.EQ(self.block.lane, 0)))
+        self.block.q_ring.release_by_warp(self.used, self.block.lane)
 
     def take_result(self, name: str) -> None:
         """A result that has been waited for may be used."""
@@ -315,13 +315,13 @@ class ValuesConsumer(Consumer):
     def leave_queries(self) -> None:
         """Q of a tile is done with, and what was read beside it."""
         do(T.cuda.warp_sync())
-        self.block.q_ring.release(self.at.stage(), only=speaks(T.EQ(self.block.lane, 0)))
+        self.block.q_ring.release_by_warp(self.at.stage(), self.block.lane)
 
     def take_value_gradients(self, used: Expr) -> None:
         """dV has arrived; its dO, in the stage ``used``, is done with."""
         wait_products(0)
         self.take_result("dv")
-        self.block.do_ring.release(used, only=speaks(T.EQ(self.block.lane, 0)))
+        self.block.do_ring.release_by_warp(used, self.block.lane)
 
 
 class SummingConsumer(Consumer):
@@ -350,8 +350,7 @@ class SummingConsumer(Consumer):
         self.scores.stage_gradients(b.ds, self.ds_at.stage(), self.me * WARPGROUP_ROWS + b.warp * 16, b.lane)
         do(T.ptx.fence.proxy.async_.shared__cta())
         do(T.cuda.warp_sync())
-        with when(speaks(T.EQ(b.lane, 0))):
-            b.ds_ring.fill(self.ds_at.stage())
+        b.ds_ring.fill_by_warp(self.ds_at.stage(), b.lane)
         self.products.key_gradients(self.results["dk"], self.scores.ds, stage)
         with when(before):
             b.ds_ring.wait_full(self.made_at)
@@ -363,8 +362,8 @@ class SummingConsumer(Consumer):
         self.take_result("dv")
         self.take_result("dk")
         do(T.cuda.warp_sync())
-        b.do_ring.release(stage, only=speaks(T.EQ(b.lane, 0)))
-        b.q_ring.release(stage, only=speaks(T.EQ(b.lane, 0)))
+        b.do_ring.release_by_warp(stage, b.lane)
+        b.q_ring.release_by_warp(stage, b.lane)
         self.ds_at.advance()
 
     def settle(self, before: Expr, pending: int) -> None:
@@ -393,8 +392,7 @@ class SummingConsumer(Consumer):
         self.sums.stage(b.sums)
         do(T.ptx.fence.proxy.async_.shared__cta())
         do(T.cuda.warp_sync())
-        with when(speaks(T.EQ(b.lane, 0))):
-            b.sums_ring.fill(self.me)
+        b.sums_ring.fill_by_warp(self.me, b.lane)
         self.sums_phase.set(T.bitwise_xor(self.sums_phase(), 1))
 
     def finish_products(self) -> None:

@@ -53,8 +53,8 @@ from splatc.codegen.hopper.emit import (
     store,
     when,
 )
-from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE
+from splatc.codegen.hopper.stored import unpack
 from splatc.codegen.hopper.terms import query_word
 
 NAN = T.uint32(0x7FC00000)
@@ -104,16 +104,16 @@ class Place:
         self.lanes, self.lane, self.warp = lanes, let("lane", thread % 32), thread // 32
 
 
-def kernel(name: str, declare: Callable[[], dict[str, Expr]], body: Callable[..., None], least: int = 0):
+def kernel(name: str, declare: Callable[[], dict[str, Expr]], body: Callable[..., None], resident: int = 0):
     """A function of ``blocks`` blocks of THREADS: declare() its own parameters, body(block, thread, **parameters).
 
-    least: of its blocks that a multiprocessor must have room for, 0 for as many as ptxas likes.
+    resident: its blocks that a multiprocessor must have room for, 0 for as many as ptxas likes.
     """
     with kernel_function(name) as made:
         parameters = declare()
         blocks = I.arg("blocks", I.int32())
         I.device_entry()
-        with I.attr({MIN_BLOCKS: least}) if least else nullcontext():
+        with I.attr({MIN_BLOCKS: resident}) if resident else nullcontext():
             block, thread = I.cta_id([blocks]), I.thread_id([THREADS])
             follow_kernels_before()
             body(block, thread, **parameters)

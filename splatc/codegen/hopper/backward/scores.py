@@ -15,10 +15,10 @@ from tvm.script import tirx as T
 from splatc.codegen.constants import LOG2E
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, SUM_CHUNK, RowShape, Shape
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
-from splatc.codegen.hopper.epilogue import unpack
 from splatc.codegen.hopper.products import PTX_TYPE, hidden
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, chunk
 from splatc.codegen.hopper.softmax import capped, mask_values
+from splatc.codegen.hopper.stored import unpack
 from splatc.codegen.hopper.terms import Pairs
 from splatc.ir.score import Alibi
 

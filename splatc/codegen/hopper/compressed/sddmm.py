@@ -25,7 +25,7 @@ from splatc.codegen.hopper.copies import (
 )
 from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
-from splatc.codegen.hopper.ring import Cursor, Ring, of_warps, speaks
+from splatc.codegen.hopper.ring import Cursor, Ring, of_warps
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.kernel import COMPRESSED_SDDMM
@@ -120,7 +120,7 @@ class Sddmm:
 
     def leave(self, ring: Ring, at: Cursor) -> None:
         """Release a stage, one arrival a warp, and go on."""
-        ring.release(at.stage(), only=speaks(T.EQ(self.walk.lane, 0)))
+        ring.release_by_warp(at.stage(), self.walk.lane)
         at.advance()
 
     def send_values(self, item: Item, j: Expr) -> None:

@@ -26,8 +26,9 @@ from splatc.codegen.hopper.emit import (
     store,
     when,
 )
-from splatc.codegen.hopper.epilogue import finite, unpack
+from splatc.codegen.hopper.epilogue import finite
 from splatc.codegen.hopper.products import PTX_TYPE
+from splatc.codegen.hopper.stored import unpack
 from splatc.codegen.kernel import COMPRESSED_SOFTMAX, SOFTMAX_THREADS, SOFTMAX_UNIT
 
 NAME = f"splatc_{COMPRESSED_SOFTMAX}"

@@ -20,7 +20,7 @@ from splatc.codegen.hopper.copies import (
 from splatc.codegen.hopper.emit import Expr, do, let, loop, store, when
 from splatc.codegen.hopper.epilogue import stage_output
 from splatc.codegen.hopper.products import SparseOutput, along_row, at_stage, descriptor, wait_products
-from splatc.codegen.hopper.ring import Ring, of_warps, speaks
+from splatc.codegen.hopper.ring import Ring, of_warps
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.wgmma import issue_product
@@ -108,7 +108,7 @@ class Spmm:
                 wait_products(0)
                 out.fence()
                 do(T.cuda.warp_sync())
-                ring.release(at.stage(), only=speaks(T.EQ(w.lane, 0)))
+                ring.release_by_warp(at.stage(), w.lane)
                 at.advance()
             self.send(item, out)
         with when(T.EQ(w.lane, 0)):
