@@ -150,16 +150,18 @@ class _Block:
                     store(self.lines, place + 8 * i + self.column + c, value)
 
     def stage_some(self, line: _Line, words: list[Expr]) -> None:
-        """The same of what the mask holds. The rest goes behind a line's values: there is room where some are not."""
+        """The same of what the mask holds. The rest goes behind a line's values, where there is room then: every lane
+        has a place of its own."""
         for r in range(2):
             own, place = self.row(line, r)
             held = [kept("held", from_lane(word, own), "uint32") for word in words]
-            last, before = kept("line_count", from_lane(line.count, own)), kept("before", ones(held[0]))
+            before = kept("before", ones(held[0]))
+            unheld = kept("unheld", from_lane(line.count, own) + self.walk.lane % 4)
             for i in range(LANES // 8):
                 bit = T.cast(8 * (i % 4) + self.column, "uint32")
                 places = ranks(held[i // 4], bit, before if i >= 4 else 0)
                 for (mine, number), value in zip(places, self.stored(r, i), strict=True):
-                    store(self.lines, place + T.Select(mine, number, last), value)
+                    store(self.lines, place + T.Select(mine, number, unheld), value)
 
     @property
     def column(self) -> Expr:
