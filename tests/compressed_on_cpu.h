@@ -1,4 +1,4 @@
-// What kernels of copying and computing warps need beside cuda_on_cpu.h: tensor maps, mbarriers, wgmma, as PTX has them.
+// What kernels of copying and computing warps need beside cuda_on_cpu.h: tensor maps, bulk copies, wgmma, as PTX has them.
 // Copies happen at once: that their data may come late, and be read late, is what a GPU must show.
 #pragma once
 #include "cuda_on_cpu.h"
@@ -13,7 +13,6 @@ using namespace std;
 #define __grid_constant__
 
 constexpr int kWarpgroup = 128;
-inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(const void* p) { return uint32_t((unsigned char*)p - pool_buf_ptr); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_cuda_warp_sync() { sync_warp(); }
 inline void tvm_builtin_ptx_prefetch_tensormap(const void*) {}
@@ -27,38 +26,6 @@ inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}
 inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() {}
 inline void splatc_fence_float32(float&) {}
 inline void splatc_fence_uint32(uint32_t&) {}
-
-// Barriers in shared memory: a phase ends when all have arrived and all bytes are there.
-struct Barrier {
-  int expected = 0, missing = 0, phase = 0;
-  long bytes = 0;
-  void update(int arrivals, long more) {
-    bytes += more;
-    if ((missing -= arrivals) < 0) abort();
-    if (missing || bytes) return;
-    phase ^= 1, missing = expected;
-    ++changes;
-  }
-};
-inline Barrier barriers[sizeof pool_buf_ptr / 8];
-inline Barrier& barrier_at(uint32_t at) {
-  if (at % 8) abort();
-  return barriers[at / 8];
-}
-inline void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t at, uint count) {
-  Barrier& b = barrier_at(at);
-  b.expected = b.missing = count, b.phase = b.bytes = 0;
-}
-inline void tvm_builtin_ptx_mbarrier_arrive_expect_tx_arrive_expect_tx_shared_b64(uint32_t at, uint bytes) {
-  barrier_at(at).update(1, bytes);
-}
-inline void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64_pred(uint32_t at, int only) {
-  if (only) barrier_at(at).update(1, 0);
-}
-inline void tvm_builtin_cuda_mbarrier_wait(void* p, int parity) {
-  Barrier& b = barrier_at(tvm_builtin_cuda_cvta_generic_to_shared(p));
-  wait_until([&] { return b.phase != parity; });
-}
 
 // Tensor maps of 16-bit values; strides in bytes, the first one unused. Boxes have rows of 128 swizzled bytes.
 struct CUtensorMap { unsigned char* base; int64_t dims[5], strides[5], box[5]; };

@@ -100,6 +100,42 @@ template <typename Kernel> void run_grid(int grid, int threads, Kernel kernel) {
   }
 }
 
+// -- mbarriers
+
+inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(const void* p) { return uint32_t((unsigned char*)p - pool_buf_ptr); }
+// Barriers in shared memory: a phase ends when all have arrived and all bytes are there.
+struct Barrier {
+  int expected = 0, missing = 0, phase = 0;
+  long bytes = 0;
+  void update(int arrivals, long more) {
+    bytes += more;
+    if ((missing -= arrivals) < 0) abort();
+    if (missing || bytes) return;
+    phase ^= 1, missing = expected;
+    ++changes;
+  }
+};
+inline Barrier barriers[sizeof pool_buf_ptr / 8];
+inline Barrier& barrier_at(uint32_t at) {
+  if (at % 8) abort();
+  return barriers[at / 8];
+}
+inline void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t at, unsigned count) {
+  Barrier& b = barrier_at(at);
+  b.expected = b.missing = count, b.phase = b.bytes = 0;
+}
+inline void tvm_builtin_ptx_mbarrier_arrive_expect_tx_arrive_expect_tx_shared_b64(uint32_t at, unsigned bytes) {
+  barrier_at(at).update(1, bytes);
+}
+inline void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64(uint32_t at) { barrier_at(at).update(1, 0); }
+inline void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64_pred(uint32_t at, int only) {
+  if (only) barrier_at(at).update(1, 0);
+}
+inline void tvm_builtin_cuda_mbarrier_wait(void* p, int parity) {
+  Barrier& b = barrier_at(tvm_builtin_cuda_cvta_generic_to_shared(p));
+  wait_until([&] { return b.phase != parity; });
+}
+
 // -- what threads exchange
 
 template <typename T> T exchange(T* slots, T value, int source) {

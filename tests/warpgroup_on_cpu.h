@@ -5,7 +5,6 @@
 using namespace std;
 
 constexpr int kWarpgroup = 128;
-inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void* p) { return uint32_t((unsigned char*)p - pool_buf_ptr); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_cuda_warp_sync() { sync_warp(); }
 inline int tvm_builtin_cuda_any_sync(unsigned, int value) {

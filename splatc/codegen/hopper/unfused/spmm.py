@@ -43,6 +43,7 @@ from splatc.codegen.kernel import SPMM_FUNCTION, SPMM_TRANSPOSED_FUNCTION, Kerne
 
 TEAMS = 2  # warpgroups that share the column tiles of a row tile, where they fit
 WARPGROUPS = 4  # of a multiprocessor, that registers should allow
+BARRIER_BYTES = 8
 
 
 def spmm(spec: KernelSpec):
@@ -80,13 +81,13 @@ class _Block:
         self.queries_are_rows = queries_are_rows
         self.pitch = LANES + s.unit  # of lines in shared memory: room for one that begins inside a unit
         self.stage_bytes = s.tile_bytes + LANES * (self.pitch * s.item_bytes + 4 * (1 + WORDS)) + 4
-        self.teams = TEAMS if s.fits(0, TEAMS * self.stage_bytes) else 1
+        self.teams = TEAMS if s.fits(BARRIER_BYTES, TEAMS * self.stage_bytes) else 1
 
     def run(self) -> int:
         """Sum up."""
         s, w = self.s, self.walk
         w.start(teams=self.teams)
-        self.stages = s.stages(0, self.teams * self.stage_bytes)
+        self.stages = s.stages(BARRIER_BYTES, self.teams * self.stage_bytes)
         places = self.teams * self.stages
         pool = SharedMemory()
         self.y_tiles = pool.alloc((places * s.tile_items,), s.stored, align=1024)
@@ -94,7 +95,10 @@ class _Block:
         self.places = pool.alloc((places * LANES,), "int32", align=16)  # where the values of each line begin
         self.words = pool.alloc((places * LANES * WORDS,), "uint32", align=16)
         self.kinds = pool.alloc((places,), "int32", align=4)
+        self.left = pool.alloc((1,), "uint64", align=8)  # a barrier: the second warpgroup has left its sums
         pool.commit()
+        with when(T.And(T.EQ(w.team, 0), T.EQ(w.thread, 0))):
+            do(T.ptx.mbarrier.init.shared.b64(self.left.ptr_to([0]), T.uint32(THREADS)))
         self.out = TurnedOutput(s.dim, LANES) if s.rounds else Output(s.dtype, s.dim, LANES)
         self.y_desc = descriptor("y_desc", self.y_tiles, 0, self.out.leading)
         self.out.clear()
@@ -199,26 +203,28 @@ class _Block:
         return values
 
     def add_up(self) -> None:
-        """The first warpgroup's sums become those of all, by way of the places of the others' rows of y."""
-        w = self.walk
-        for team in range(1, self.teams):
-            do(T.cuda.cta_sync())  # tensor cores read there no more
-            with when(T.EQ(w.team, team)):
+        """The first warpgroup's sums become those of both, by way of the places of the other's rows of y."""
+        if self.teams == 1:
+            return
+        w, pair = self.walk, registers("pair", 2)
+        do(T.cuda.cta_sync())  # tensor cores read there no more, and the barrier is set up
+        with I.If(T.EQ(w.team, 1)):
+            with I.Then():
                 for i in range(0, self.out.count, 2):
-                    do(T.ptx["st.shared.v2.f32"](self.pair_at(team, i), self.out.o[i], self.out.o[i + 1]))
-            do(T.cuda.cta_sync())
-            with when(T.EQ(w.team, 0)):
-                pair = registers("pair", 2)
+                    do(T.ptx["st.shared.v2.f32"](self.pair_at(i), self.out.o[i], self.out.o[i + 1]))
+                do(T.ptx.mbarrier.arrive.shared.b64(self.left.ptr_to([0])))
+            with I.Else():
+                do(T.cuda.mbarrier_wait(self.left.ptr_to([0]), 0))
                 for i in range(0, self.out.count, 2):
-                    do(T.ptx["ld.shared.v2.f32"](pair[0], pair[1], self.pair_at(team, i)))
+                    do(T.ptx["ld.shared.v2.f32"](pair[0], pair[1], self.pair_at(i)))
                     for c in range(2):
                         store(self.out.o, i + c, self.out.o[i + c] + pair[c])
 
-    def pair_at(self, team: int, i: int) -> Expr:
-        """Where a warpgroup leaves a thread's accumulators i and i + 1."""
+    def pair_at(self, i: int) -> Expr:
+        """Where the second warpgroup leaves a thread's accumulators i and i + 1."""
         s = self.s
         number = i * THREADS + self.walk.thread * 2
-        return self.y_tiles.ptr_to([team * self.stages * s.tile_items + number * (4 // s.item_bytes)])
+        return self.y_tiles.ptr_to([self.stages * s.tile_items + number * (4 // s.item_bytes)])
 
     def write(self, out: Expr, heads: Expr, rows: Expr, factor: Expr) -> None:
         """The rows of out, (batch, heads, rows, dim), that exist."""
