@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import sys
 import types
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -367,6 +369,33 @@ def test_the_graph_clock(seconds, how, monkeypatch):
     calls = int(timed.how.split()[2])
     assert seen[-calls:] == list(range(calls))  # each captured call has other inputs
     assert timed.sample() == pytest.approx(seconds) and timed.eager_s == pytest.approx(seconds)
+
+
+def test_what_a_graph_reads_lives_as_long_as_its_timing(monkeypatch):
+    device, outputs = VirtualDevice(), []
+    device.install(monkeypatch)
+
+    class Tensor:
+        pass
+
+    def prepare(mask):
+        def call(q, k, v):
+            assert mask
+            device.work(1e-3)
+            made = Tensor()
+            outputs.append(weakref.ref(made))
+            return made
+
+        return GraphClock().prepare(Contestant(call), [(0, 0, 0)])
+
+    mask = Tensor()
+    timed, known = prepare(mask), weakref.ref(mask)
+    del mask
+    gc.collect()
+    assert known() and outputs[-1]()
+    del timed
+    gc.collect()
+    assert not known() and not outputs[-1]()
 
 
 def test_what_cannot_be_captured_is_timed_call_by_call(monkeypatch):

@@ -19,12 +19,14 @@ Inputs = Sequence[tuple[Any, ...]]  # sets of arguments of a contestant
 class Timed:
     """A contestant made ready. sample(): seconds of one call, measured afresh; how: what a sample is, in words.
 
-    eager_s: seconds of one call in a burst of plain calls, launch costs included where they do not hide.
+    eager_s: seconds of one call in a burst of plain calls, launch costs included where they do not hide. graph_of: what
+    a graph reads and writes, which has to be there as long as it is replayed.
     """
 
     sample: Callable[[], float]
     how: str
     eager_s: float | None = None
+    graph_of: tuple[Any, ...] = ()
 
 
 class Clock(Protocol):
@@ -104,11 +106,11 @@ class GraphClock:
         replays = _between(SAMPLE_S / (once * calls), 1, 50)
 
         def sample() -> float:
-            assert inputs and outputs  # the graph reads and writes there: keep them
             graph.replay()
             return _elapsed(graph.replay, replays) / calls
 
-        return Timed(sample, f"graph of {calls} calls, {replays} replays", eager)
+        how = f"graph of {calls} calls, {replays} replays"
+        return Timed(sample, how, eager, graph_of=(contestant, inputs, outputs))
 
     def _sample_burst(self, contestant: Contestant, inputs: Inputs, times: int) -> float:
         with contestant.context(), self.running():
