@@ -15,7 +15,7 @@ from splatc.codegen.target import Target
 from splatc.compile import best_plan
 from splatc.patterns import as_pattern
 from splatc.runtime.plan import Launch
-from splatc.runtime.work import LEAST, cut_rows, finish, work_of
+from splatc.runtime.work import AHEAD, LEAST, cut_rows, finish, queue_order, work_of
 
 COSTS = Costs(tile=1.6, bits=0.1, item=1.7, launch=4.5, combine=4.0, bandwidth=4e6, workers=132, source="a test")
 HOPPER = Target("cuda", "sm_90a")
@@ -47,6 +47,35 @@ def test_finish_is_a_queue() -> None:
         np.testing.assert_allclose(finish(cost, workers), wanted)
         at = int(rng.integers(0, len(cost)))
         assert np.array_equal(finish(cost[at:], workers, finish(cost[:at], workers)), finish(cost, workers)[at:])
+
+
+def test_rows_begin_head_by_head_but_none_too_late() -> None:
+    """Each row once; those of the same cost in the order given; what would end late has moved forward."""
+    rng = np.random.default_rng()
+    for _ in range(50):
+        cost, workers = rng.integers(1, 9, rng.integers(0, 300)).astype(float), int(rng.integers(1, 9))
+        order = queue_order(cost, workers)
+        assert sorted(order.tolist()) == list(range(len(cost)))
+        for c in set(cost.tolist()):
+            same = np.flatnonzero(cost[order] == c)
+            assert (np.diff(order[same]) > 0).all()
+        begins = (np.cumsum(cost) - cost) / workers
+        early = np.flatnonzero(begins <= cost.sum() / workers - AHEAD * cost)
+        assert (np.diff(order[np.isin(order, early)]) > 0).all()  # rows that begin early enough stay as they are
+
+
+@pytest.mark.parametrize("text", ["causal", "causal | prefix(1024)", "causal & window(1023, 0)"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_of_unequal_length_end_together(text: str, head_dim: int) -> None:
+    """Whole rows do, where heads one after the other would leave multiprocessors waiting."""
+    launch = launch_of(text, 8192, heads=16, head_dim=head_dim)
+    items = launch.items[launch.work[:, 1]]
+    cost = COSTS.item + COSTS.tile * items[:, 6] + COSTS.bits * items[:, 7]
+    work = work_of(launch, 1, COSTS)
+    end = work.microseconds - COSTS.launch
+    assert not work.part_tiles
+    assert end < finish(cost, COSTS.workers).max() and end < 1.08 * cost.sum() / COSTS.workers
+    assert end == pytest.approx(finish(cost[queue_order(cost, COSTS.workers)], COSTS.workers).max())
 
 
 @pytest.mark.parametrize(

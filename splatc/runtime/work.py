@@ -1,8 +1,8 @@
 """The order and the cut of work: which row tiles one launch hands out, and which of them in parts.
 
 A device that hands out row tiles one by one ends unevenly: the last ones, or a global token's long row, keep a few
-multiprocessors busy while the others wait. Those rows are cut into parts, which run side by side; a second kernel puts
-their results together by (O, LSE).
+multiprocessors busy while the others wait. So long rows do not begin late; and those that still end late are cut into
+parts, which run side by side; a second kernel puts their results together by (O, LSE).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from splatc.runtime.plan import Launch
 
 PARTS = (2, 3, 4, 6, 8, 12, 16, 32)  # that a row tile may be cut into
 LEAST = 2  # column tiles in a part
+AHEAD = 2  # times that a row takes: how long before the end of all it begins at the latest
 GAIN = 0.02  # of the time that cutting must save
 SIMULATED = 1 << 15  # rows up to which the queue is simulated; more end evenly anyway, but for very long rows
 LONG = 1 / 8  # of the whole time: no row of a larger share stays whole then
@@ -31,8 +32,9 @@ Floats = NDArray[np.float64]
 class Work:
     """The tables of one launch that depend on batch, heads and device (int32).
 
-    rows (w, 12): batch, head, item, part (0: all of the row tile, else 1 + scratch tile), q x1 x2 x3, first entry,
-    entries, row view, tiles, tiles with bits. entries: those of the launch, then those of cut items.
+    rows (w, 12), in the order of the queue: batch, head, item, part (0: all of the row tile, else 1 + scratch tile), q
+    x1 x2 x3, first entry, entries, row view, tiles, tiles with bits. entries: those of the launch, then those of cut
+    items.
     combine (c, 8): of each row tile in parts: batch, head, item, first scratch tile, parts, 0, 0, 0.
     microseconds: predicted for the launch.
     """
@@ -55,7 +57,9 @@ def work_of(launch: Launch, batch: int, costs: Costs) -> Work:
     bits, gathered = launch.items[:, 7], launch.entries[:, 5] == GATHERED
     tiles = launch.items[item, 6]
     cost = costs.item + costs.tile * tiles + costs.bits * bits[item] + costs.gather * _per_item(launch, gathered)[item]
-    parts, end = cut_rows(cost, tiles, costs)
+    order = queue_order(cost, costs.workers)
+    entry, head, item, tiles = entry[order], head[order], item[order], tiles[order]
+    parts, end = cut_rows(cost[order], tiles, costs)
     work = np.zeros((len(item), 12), np.int32)
     work[:, :3] = np.stack([entry, head, item], axis=1)
     work[:, 4:11] = launch.items[item][:, [0, 1, 2, 3, 4, 5, 6]]
@@ -68,6 +72,17 @@ def _per_item(launch: Launch, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
     ends = np.concatenate([[0], np.cumsum(chosen)])
     first, count = launch.items[:, 3], launch.items[:, 4]
     return np.asarray(ends[first + count] - ends[first])
+
+
+def queue_order(cost: Floats, workers: int) -> NDArray[np.int64]:
+    """Which row tile is handed out first, second and so on, of costs given head by head.
+
+    One head after the other, because its row tiles share keys in the cache; but a row that would begin late moves
+    forward. So short ones are left for the end, and all workers end together.
+    """
+    ends = np.cumsum(cost) / workers
+    begins, latest = ends - cost / workers, ends[-1:] - AHEAD * cost
+    return np.argsort(np.minimum(begins, latest), kind="stable")
 
 
 def finish(cost: Floats, workers: int, before: Floats | None = None) -> Floats:

@@ -1,4 +1,4 @@
-"""Which row tile a block computes next: a dynamic queue over (batch, head, item), head after head for K and V in L2."""
+"""Which row tile a block computes next: a dynamic queue over the rows of a launch's work (runtime/work.py)."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
