@@ -24,10 +24,15 @@ from splatc.codegen.kernel import (
     HOPPER_TILES,
     ROWS,
     KernelSpec,
+    by_tensor_cores,
     gradient_spec,
     gradient_specs,
     kernel_spec,
+    no_gradients,
     not_hopper,
+    only_two_walks,
+    patch_tiles,
+    tile_shapes,
     two_walks,
 )
 from splatc.codegen.target import Target
@@ -145,6 +150,25 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(Unsupported, match="two walks"):
         gradient_shape(gradient_spec(spec_of(192, 128)))
     assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (64, 80), (128, 64), (128, 32)}
+
+
+@pytest.mark.parametrize("names", [(), ("softcap",), ("alibi",), ("dropout",), tuple(EVERYTHING)], ids=str)
+def test_there_is_a_kernel_for_every_tile_that_is_considered(names: tuple[str, ...]) -> None:
+    """Plans take the fastest tile without asking whether a kernel has it."""
+    dims = (8, 16, 40, 64, 72, 96, 128, 136, 160, 192, 200, 256)
+    for dim in dims[:9] if len(names) > 1 else dims:  # all expressions together are refused beyond 176
+        for dtype in ("bfloat16", "float32"):
+            spec = spec_of(dim, dtype=dtype, **dict.fromkeys(names, True))
+            for tile_m, tile_n in (*tile_shapes(spec), *patch_tiles(spec)):
+                shape_of(replace(spec, tile_m=tile_m, tile_n=tile_n))
+            if by_tensor_cores(spec) and not no_gradients(spec):
+                rows, *columns = two_walks(spec)
+                for tile_m, tile_n in (*tile_shapes(rows), *patch_tiles(rows)):
+                    row_shape_of(replace(rows, tile_m=tile_m, tile_n=tile_n))
+                for one in columns:
+                    gradient_shape(one)
+                if not only_two_walks(spec):
+                    gradient_shape(gradient_spec(spec))
 
 
 def test_kernels_of_gradients() -> None:

@@ -246,10 +246,11 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods, where they fit: keys by 28 x 4 around 16 x 8 queries, or by
-    20 x 4 around 8 x 8."""
+    20 x 4 around 8 x 8, which gradients have not."""
     wide = max(spec.head_dim, spec.v_head_dim) > 128
     known = all_tiles(spec.kernel, spec.dtype)
-    return () if wide or _crowded(spec) else tuple(tile for tile in PATCH_TILES if tile in known)
+    rows = {m for m, _ in tile_shapes(spec)}
+    return () if wide or _crowded(spec) else tuple(tile for tile in PATCH_TILES if tile in known and tile[0] in rows)
 
 
 def _crowded(spec: KernelSpec) -> bool:
