@@ -31,7 +31,7 @@ CASES = [*((dtype, dim, merge, False) for dtype, dim in SIZES for merge in (Fals
 def kernel(dtype: str, dim: int, sinks: bool) -> tuple[Any, int]:
     """(What runs a grid, rows of a tile)."""
     shape = shape_of(spec_of(64, dim, dtype, sinks=sinks))
-    source = device_source(Emitted(tvm_module({NAME: combine_parts(shape)}), ()), HOPPER.arch)
+    source = device_source(Emitted(tvm_module({NAME: combine_parts(shape)}), ()), HOPPER.arch, simplified=False)
     ((name, parameters),) = ((one.name, one.parameters) for one in parse_signatures(source))
     return launcher(load_cpp(cpp(source))[f"launch_{name}"], parameters), shape.m
 

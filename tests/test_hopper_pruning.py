@@ -142,7 +142,7 @@ def emitted_pruning(n: int, pruning: Pruning, folder: Path) -> Any:
 
 def compiled_for_cpu(name: str, function: Any, declared: str, folder: Path) -> Any:
     """A generated kernel of one warp, as a C function with these parameters."""
-    source = without_assembly(device_source(Emitted(tvm_module({name: function}), ()), HOPPER.arch))
+    source = without_assembly(device_source(Emitted(tvm_module({name: function}), ()), HOPPER.arch, simplified=False))
     first = source.index("__forceinline__ __device__ void splatc_")
     helpers, kernel = source[first : (at := source.rindex('extern "C" __global__'))], source[at:]
     call = f"{name}_kernel({arguments_of(name, kernel)});"

@@ -37,6 +37,7 @@ LIBRARY = "kernel.so"  # of a CPU kernel
 CUBIN, PTX = ".cubin", ".ptx"  # of an image
 REPORT = "report.json"
 COMMON = "tirx.CommonSubexprElim"  # slow, and the compilers behind TVM do it anyway
+SIMPLIFY = "tirx.StmtSimplify"  # slow, and computes quotients of a producer's anew wherever they are used
 COMPACT = "s_tir.CompactBufferAllocation"  # slow, and our buffers are as large as they have to be: it finds nothing
 
 
@@ -126,7 +127,7 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
     emitted = emit(spec)
-    text = device_source(emitted, spec.target.arch)
+    text = source_of(emitted, spec)
     declared = {one.name: one for one in parse_signatures(text)}
     compiler = find_compiler()
     units = functions_apart(text) if compiler and compiler.apart else {"kernel": text}
@@ -180,12 +181,17 @@ def emit(spec: KernelSpec) -> Emitted:
     return attention_cuda(spec)
 
 
-def device_source(emitted: Emitted, arch: str) -> str:
+def source_of(emitted: Emitted, spec: KernelSpec) -> str:
+    """``device_source`` as the kernel is built with (docs/decisions/39-not-simplified.md)."""
+    return device_source(emitted, spec.target.arch, simplified=not (spec.kernel == "hopper" and spec.role == FORWARD))
+
+
+def device_source(emitted: Emitted, arch: str, simplified: bool = True) -> str:
     """The CUDA of a generated module, without a host side; needs neither a compiler nor a GPU."""
     import tvm
 
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="cuda_host")
-    with tvm.transform.PassContext(disabled_pass=[COMMON]):
+    with tvm.transform.PassContext(disabled_pass=[COMMON] if simplified else [COMMON, SIMPLIFY]):
         built = tvm.compile(emitted.module, target=target, tir_pipeline="tirx").mod
     return arrays_to_variables(built.imports[0].inspect_source())
 
@@ -193,4 +199,4 @@ def device_source(emitted: Emitted, arch: str) -> str:
 def cuda_source(spec: KernelSpec) -> tuple[str, str]:
     """(scheduled TIRx, device CUDA) of a kernel; needs neither a compiler nor a GPU."""
     emitted = emit(spec)
-    return emitted.module.script(), device_source(emitted, spec.target.arch)
+    return emitted.module.script(), source_of(emitted, spec)
