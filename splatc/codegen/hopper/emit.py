@@ -72,6 +72,11 @@ def let(name: str, value: Expr) -> Expr:
     return named(name, I.Bind(value))
 
 
+def kept(name: str, value: Expr, dtype: str = "int32") -> Expr:
+    """A constant in a register: what TVM knows the value of it may compute anew wherever it is used."""
+    return Cell(name, value, dtype)()
+
+
 def do(call: Expr) -> None:
     """Emit a call for its effect."""
     I.evaluate(call)

@@ -46,6 +46,7 @@ from splatc.codegen.hopper.emit import (
     Expr,
     do,
     follow_kernels_before,
+    kept,
     kernel_function,
     let,
     loop,
@@ -94,9 +95,10 @@ class Place:
 
     def __init__(self, block: Expr, thread: Expr, blocks_a_head: Expr, heads: Expr, dim: int) -> None:
         lanes = lanes_of(dim)
-        self.block = let("block_of_head", T.truncmod(block, blocks_a_head))
-        self.pair = let("pair", T.truncdiv(block, blocks_a_head))
-        self.batch, self.head = let("batch", T.truncdiv(self.pair, heads)), let("head", T.truncmod(self.pair, heads))
+        self.pair = kept("pair", T.truncdiv(block, blocks_a_head))
+        self.block = kept("block_of_head", block - self.pair * blocks_a_head)
+        self.batch = kept("batch", T.truncdiv(self.pair, heads))
+        self.head = kept("head", self.pair - self.batch * heads)
         self.column = let("column", thread % lanes * VALUES)
         self.row = let("row_of_block", thread // lanes)
         self.step = THREADS // lanes  # rows that a block reads at a time

@@ -19,7 +19,7 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import FULL_WARP
 from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import MIN_BLOCKS, Cell, Expr, do, kernel_function, registers, store, when
+from splatc.codegen.hopper.emit import MIN_BLOCKS, Cell, Expr, do, kept, kernel_function, registers, store, when
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.stored import split, words_of
@@ -33,7 +33,6 @@ from splatc.codegen.hopper.unfused.tiles import (
     Spot,
     Walk,
     from_lane,
-    kept,
     ones,
     ranks,
     sizes_of,

@@ -17,7 +17,7 @@ from splatc.codegen.constants import FULL_WARP, ceil_div
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.copies import commit_copies
-from splatc.codegen.hopper.emit import Cell, Expr, do, let, loop, registers, store, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, kept, let, loop, registers, store, when
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, chunk
 from splatc.codegen.hopper.stored import type_of
 from splatc.codegen.kernel import KernelSpec
@@ -197,11 +197,6 @@ class TurnedRows(Rows):
         slot = row % 32 // 8 * 8 + row % 2 * 4 + row % 8 // 2
         return (row // 32 * (self.s.chunks * 32 * 32) + column * 32
                 + T.bitwise_xor(slot // 4, column % 8) * 4 + slot % 4)  # fmt: skip
-
-
-def kept(name: str, value: Expr, dtype: str = "int32") -> Expr:
-    """A value in a register. (What TVM knows to be constant it computes anew wherever it is used.)"""
-    return Cell(name, value, dtype)()
 
 
 def copy_unit(target: Expr, source: Expr, wanted: Expr) -> None:
