@@ -19,6 +19,7 @@ from splatc.codegen.kernel import (
     COMPRESSED,
     FORWARD,
     PRODUCTS,
+    ROWS,
     SDDMM,
     SOFTMAX,
     SPMM,
@@ -183,7 +184,8 @@ def emit(spec: KernelSpec) -> Emitted:
 
 def source_of(emitted: Emitted, spec: KernelSpec) -> str:
     """``device_source`` as the kernel is built with (docs/decisions/39-not-simplified.md)."""
-    return device_source(emitted, spec.target.arch, simplified=not (spec.kernel == "hopper" and spec.role == FORWARD))
+    as_written = spec.kernel == "hopper" and spec.role in (FORWARD, ROWS) and not spec.gather
+    return device_source(emitted, spec.target.arch, simplified=not as_written)
 
 
 def device_source(emitted: Emitted, arch: str, simplified: bool = True) -> str:
