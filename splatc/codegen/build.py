@@ -183,7 +183,7 @@ def emit(spec: KernelSpec) -> Emitted:
 
 
 def source_of(emitted: Emitted, spec: KernelSpec) -> str:
-    """``device_source`` as the kernel is built with (docs/decisions/39-not-simplified.md)."""
+    """The CUDA that a kernel is built from; some as written (docs/decisions/39-not-simplified.md)."""
     as_written = spec.kernel == "hopper" and spec.role in (FORWARD, ROWS) and not spec.gather
     return device_source(emitted, spec.target.arch, simplified=not as_written)
 
