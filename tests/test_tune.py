@@ -135,10 +135,20 @@ def test_the_fitted_masks_keep_every_multiprocessor_equally_busy(plans):
         seen.add((case.kernel, case.role))
         if case.role == "fit":
             assert (tiles == tiles[0]).all() and (rows == 1 or rows % costs.costs_of(plan.spec, WORKERS).workers == 0)
-            assert tables.bit_tiles == (tables.tiles if "bits" in case.name else 0)
+            bits = tables.items[:, 7]
+            assert (bits == bits[0]).all()
+            if case.name.startswith("ring"):
+                assert 0 < bits[0] < tiles[0]
+            else:
+                assert bits[0] == (tiles[0] if "bits" in case.name else 0)
             (launch,) = plan.launches(case.sizes.heads)
             assert not len(work_of(launch, 1, costs.costs_of(plan.spec, WORKERS)).combine)  # the call cuts no row
     assert len(seen) == 3 * len(TRUE.kernels)
+
+
+def test_a_ring_is_a_window_whose_ends_meet():
+    at = np.arange(60)
+    np.testing.assert_array_equal(calibration.ring(60, 20).dense(60, 60), (at - at[:, None] + 10) % 60 < 20)
 
 
 @pytest.mark.parametrize("workers", [1, 78, 114, 132, 148])

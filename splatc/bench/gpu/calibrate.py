@@ -34,6 +34,7 @@ HEAD_DIMS = (64, 128, 256)
 HOPPER = Target("cuda", "sm_90a")
 LENGTH = 6144  # a multiple of all tiles and blocks
 BLOCKS = (384, 768, 1536)  # multiples of all tiles
+RING = 1024  # keys of a query, half of them before it
 HOLES = 96  # every so many diagonals one is missing, so that every tile has bits
 LONG_ROW = 512  # column tiles of the row that is put together from parts
 SECONDS = 10.0  # of timing a head_dim of a dtype, unless 3 rounds take longer
@@ -164,10 +165,18 @@ def cases(spec: KernelSpec, workers: int) -> list[Case]:
         *(case(f"blocks of {b}", P.blocked(b)) for b in BLOCKS),
         case("full", P.full()),
         *(case(f"blocks of {b}, bits", P.blocked(b) & holes) for b in BLOCKS[:2]),
+        case(f"ring of {RING}", ring(LENGTH, RING)),
         case("causal", P.causal(), role="check"),
         case("window of 1024", P.window(512, 512), role="check"),
         case("a long row", P.full(), spec.tile_m, LONG_ROW * spec.tile_n, 1, "combine"),
     ]
+
+
+def ring(length: int, width: int) -> Pattern:
+    """A window whose ends meet: rows as equal as blocks', of which neighbours share keys."""
+    half = width // 2
+    wrapped = P.window(half - length, length + half - 1) | P.window(length + half, half - 1 - length)
+    return P.window(half, half - 1) | wrapped
 
 
 def whole_waves(workers: int) -> int:
