@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import types
 
 import pytest
 
@@ -24,13 +22,12 @@ from splatc.bench.gpu import (
     tables,
     targets,
 )
-from splatc.bench.gpu.clock import GraphClock
 from splatc.bench.gpu.measure import Job
 from splatc.bench.gpu.peers import BUILDERS, Contestant, boolean_matrix
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.shapes import Shape
 from tests.bench_results import change, entry, good, record
-from tests.test_bench_gpu import SMALL, TINY, VirtualDevice, absent, boom, session
+from tests.test_bench_gpu import SMALL, TINY, absent, boom, session
 
 torch = pytest.importorskip("torch")
 
@@ -123,56 +120,6 @@ def test_ours_may_fail():
     everything = Results([machine.describe(["x"], "cpu")], [found | {"run": 0}])
     assert "no kernel" in tables.markdown(everything)
     assert any("no kernel" in line for line in targets.missed(targets.judge(everything)))
-
-
-def test_the_clock_keeps_to_its_stream(monkeypatch):
-    """Warm-up, bursts and captures run on the stream that the graph's forward pass ran on."""
-    device = VirtualDevice()
-    device.install(monkeypatch)
-    current, captured = ["default"], []
-
-    @contextlib.contextmanager
-    def stream(name):
-        current.append(name)
-        yield
-        current.pop()
-
-    graph = torch.cuda.graph
-
-    def capture(made, stream=None):
-        captured.append(stream)
-        return graph(made)
-
-    mine = types.SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    seen = set()
-
-    def call(*given):
-        seen.add(current[-1] is mine)
-        device.work(1e-3)
-
-    timed = GraphClock(mine).prepare(Contestant(call), [(i,) for i in range(3)])
-    assert seen == {True} and captured == [mine] and timed.sample() == pytest.approx(1e-3)
-
-
-def test_a_burst_holds_its_context(monkeypatch):
-    device = VirtualDevice(capturable=False)
-    device.install(monkeypatch)
-    inside = []
-
-    @contextlib.contextmanager
-    def context():
-        inside.append(1)
-        yield
-        inside.pop()
-
-    def call(*given):
-        assert inside
-        device.work(1e-3)
-
-    timed = GraphClock().prepare(Contestant(call, context), [(0,)])
-    assert "no graph" in timed.how and timed.sample() == pytest.approx(1e-3)
 
 
 def test_the_share_of_other_kernels():

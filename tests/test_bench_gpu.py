@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import math
 import sys
 import types
-import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +15,6 @@ import splatc
 from splatc import oracle
 from splatc import patterns as P
 from splatc.bench.gpu import cases, check, checks, host, machine, peers, plot, results, run, suites, tables, targets
-from splatc.bench.gpu.clock import GraphClock, HostClock
 from splatc.bench.gpu.measure import DeviceLost, Job, Session, measure
 from splatc.bench.gpu.peers import BUILDERS, Contestant, NotApplicable
 from splatc.bench.gpu.results import Results
@@ -292,117 +288,6 @@ def test_a_spent_budget_leaves_the_rest_out():
     found = run.run(["dense"], SMALL, session(), ["x"], budget=0.0, keep=lambda *_: None)
     assert not found.records and found.runs[0]["left_out"] == ["dense: 4 of 4"]
     assert "out of time" in tables.headline(found)[0]
-
-
-def test_the_host_clock_rotates_inputs():
-    seen = []
-    timed = HostClock().prepare(Contestant(lambda q, k, v: seen.append(q)), [(i, 0, 0) for i in range(3)])
-    for _ in range(4):
-        assert timed.sample() >= 0
-    assert seen == [0, 1, 2, 0, 1]
-
-
-
-class VirtualDevice:
-    """torch.cuda as far as GraphClock goes, with a clock of its own: captured work takes time when replayed."""
-
-    def __init__(self, capturable=True):
-        self.now, self.captured, self.capturable = 0.0, None, capturable
-
-    def work(self, seconds):
-        if self.captured is None:
-            self.now += seconds
-        else:
-            self.captured.append(seconds)
-
-    def install(self, monkeypatch):
-        device = self
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                self.at = device.now
-
-            def synchronize(self):
-                pass
-
-            def elapsed_time(self, end):
-                return (end.at - self.at) * 1e3
-
-        class Graph:
-            def replay(self):
-                device.now += sum(self.work)
-
-        class Capture:
-            def __init__(self, graph):
-                self.graph = graph
-
-            def __enter__(self):
-                if not device.capturable:
-                    raise RuntimeError("this cannot be captured")
-                device.captured = []
-
-            def __exit__(self, *_):
-                self.graph.work, device.captured = device.captured, None
-
-        stream = types.SimpleNamespace(wait_stream=lambda other: None)
-        for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": lambda: stream,
-                            "current_stream": lambda: stream, "stream": lambda s: contextlib.nullcontext(),
-                            "synchronize": lambda: None}.items():  # fmt: skip
-            monkeypatch.setattr(torch.cuda, name, value)
-
-
-@pytest.mark.parametrize(("seconds", "how"), [(50e-6, "graph of 6 calls, 14 replays"), (1e-3, "graph of 6 calls, 1 r"),
-                                              (20e-3, "graph of 2 calls, 1 r")])  # fmt: skip
-def test_the_graph_clock(seconds, how, monkeypatch):
-    device, seen = VirtualDevice(), []
-    device.install(monkeypatch)
-
-    def call(q, k, v):
-        seen.append(q)
-        device.work(seconds)
-
-    timed = GraphClock().prepare(Contestant(call), [(i, 0, 0) for i in range(6)])
-    assert timed.how.startswith(how)
-    calls = int(timed.how.split()[2])
-    assert seen[-calls:] == list(range(calls))  # each captured call has other inputs
-    assert timed.sample() == pytest.approx(seconds) and timed.eager_s == pytest.approx(seconds)
-
-
-def test_what_a_graph_reads_lives_as_long_as_its_timing(monkeypatch):
-    device, outputs = VirtualDevice(), []
-    device.install(monkeypatch)
-
-    class Tensor:
-        pass
-
-    def prepare(mask):
-        def call(q, k, v):
-            assert mask
-            device.work(1e-3)
-            made = Tensor()
-            outputs.append(weakref.ref(made))
-            return made
-
-        return GraphClock().prepare(Contestant(call), [(0, 0, 0)])
-
-    mask = Tensor()
-    timed, known = prepare(mask), weakref.ref(mask)
-    del mask
-    gc.collect()
-    assert known() and outputs[-1]()
-    del timed
-    gc.collect()
-    assert not known() and not outputs[-1]()
-
-
-def test_what_cannot_be_captured_is_timed_call_by_call(monkeypatch):
-    device = VirtualDevice(capturable=False)
-    device.install(monkeypatch)
-    timed = GraphClock().prepare(Contestant(lambda q, k, v: device.work(1e-3)), [(0, 0, 0)] * 2)
-    assert timed.how == "10 calls in a burst, no graph: RuntimeError" and timed.sample() == pytest.approx(1e-3)
 
 
 # -- suites ------------------------------------------------------------------------------------------------------------

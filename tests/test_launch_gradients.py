@@ -12,7 +12,7 @@ import pytest
 
 from splatc import oracle
 from splatc import patterns as P
-from splatc.codegen.build import device_source, emit
+from splatc.codegen.build import emit, source_of
 from splatc.codegen.costs import Costs
 from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.hopper.backward.shape import DISTANCE_BITS
@@ -47,7 +47,7 @@ walks = pytest.mark.parametrize("walks", GRADIENT_WALKS)
 def signatures(spec: KernelSpec) -> dict[str, list[tuple[str, str]]]:
     """The parameters that the generated functions have, in the order of their launches."""
     emitted = emit(spec)
-    declared = {one.name: one.parameters for one in parse_signatures(device_source(emitted, "sm_90a"))}
+    declared = {one.name: one.parameters for one in parse_signatures(source_of(emitted, spec))}
     return {one.name: list(declared[one.name]) for one in emitted.functions}
 
 

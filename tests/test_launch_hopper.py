@@ -12,7 +12,7 @@ import pytest
 
 from splatc import oracle
 from splatc import patterns as P
-from splatc.codegen.build import device_source, emit
+from splatc.codegen.build import emit, source_of
 from splatc.codegen.costs import Costs
 from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.hopper.shape import MAX_VIEWS
@@ -232,7 +232,7 @@ def test_the_launcher_knows_all_that_the_kernel_asks_for(options: Any, tile: tup
     options = {"dtype": "bfloat16"} | options
     spec = KernelSpec("hopper", 64, 64, tile_m=tile[0], tile_n=tile[1], target=Target("cuda", "sm_90a"), **options)
     emitted = emit(spec)
-    declared = {one.name: one for one in parse_signatures(device_source(emitted, "sm_90a"))}
+    declared = {one.name: one for one in parse_signatures(source_of(emitted, spec))}
     known_to = ([*ATTEND, *TERMS, *POSITIONS * spec.score.positional], [*COMBINE, *TERMS])
     for function, known in itertools.zip_longest(emitted.functions, known_to[: len(emitted.functions)]):
         assert declared[function.name].threads == function.threads

@@ -42,7 +42,7 @@ from splatc.codegen.kernel import SPMM_FUNCTION, SPMM_TRANSPOSED_FUNCTION, Kerne
 
 TEAMS = 2  # warpgroups that share the column tiles of a row tile, where they fit
 WARPGROUPS = 4  # of a multiprocessor, that registers should allow
-BARRIER_BYTES = 8
+BARRIER_BYTES = 8  # of the barrier by which one of them hands its sums over
 
 
 def spmm(spec: KernelSpec):
@@ -94,10 +94,10 @@ class _Block:
         self.places = pool.alloc((places * LANES,), "int32", align=16)  # where the values of each line begin
         self.words = pool.alloc((places * LANES * WORDS,), "uint32", align=16)
         self.kinds = pool.alloc((places,), "int32", align=4)
-        self.left = pool.alloc((1,), "uint64", align=8)  # a barrier: the second warpgroup has left its sums
+        self.handed = pool.alloc((1,), "uint64", align=8)  # a barrier: the second warpgroup's sums are there
         pool.commit()
         with when(T.And(T.EQ(w.team, 0), T.EQ(w.thread, 0))):
-            do(T.ptx.mbarrier.init.shared.b64(self.left.ptr_to([0]), T.uint32(THREADS)))
+            do(T.ptx.mbarrier.init.shared.b64(self.handed.ptr_to([0]), T.uint32(THREADS)))
         self.out = TurnedOutput(s.dim, LANES) if s.rounds else Output(s.dtype, s.dim, LANES)
         self.y_desc = descriptor("y_desc", self.y_tiles, 0, self.out.leading)
         self.out.clear()
@@ -211,9 +211,9 @@ class _Block:
             with I.Then():
                 for i in range(0, self.out.count, 2):
                     do(T.ptx["st.shared.v2.f32"](self.pair_at(i), self.out.o[i], self.out.o[i + 1]))
-                do(T.ptx.mbarrier.arrive.shared.b64(self.left.ptr_to([0])))
+                do(T.ptx.mbarrier.arrive.shared.b64(self.handed.ptr_to([0])))
             with I.Else():
-                do(T.cuda.mbarrier_wait(self.left.ptr_to([0]), 0))
+                do(T.cuda.mbarrier_wait(self.handed.ptr_to([0]), 0))
                 for i in range(0, self.out.count, 2):
                     do(T.ptx["ld.shared.v2.f32"](pair[0], pair[1], self.pair_at(i)))
                     for c in range(2):
