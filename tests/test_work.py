@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from splatc.codegen.target import Target
 from splatc.compile import best_plan
 from splatc.patterns import as_pattern
 from splatc.runtime.plan import Launch
-from splatc.runtime.work import AHEAD, LEAST, cut_rows, finish, queue_order, work_of
+from splatc.runtime.work import AHEAD, LATE, LEAST, PART, TOGETHER, cut_rows, finish, queue_order, work_of
 
 COSTS = Costs(tile=1.6, bits=0.1, item=1.7, launch=4.5, combine=4.0, bandwidth=4e6, workers=132, source="a test")
 HOPPER = Target("cuda", "sm_90a")
@@ -49,19 +50,24 @@ def test_finish_is_a_queue() -> None:
         assert np.array_equal(finish(cost[at:], workers, finish(cost[:at], workers)), finish(cost, workers)[at:])
 
 
-def test_rows_begin_head_by_head_but_none_too_late() -> None:
-    """Each row once; those of the same cost in the order given; what would end late has moved forward."""
+def test_some_heads_together_the_longest_rows_first_but_none_too_late() -> None:
+    """Each row once; those of the same cost and heads in the order given; what would begin late has moved forward."""
     rng = np.random.default_rng()
     for _ in range(50):
         cost, workers = rng.integers(1, 9, rng.integers(0, 300)).astype(float), int(rng.integers(1, 9))
-        order = queue_order(cost, workers)
+        head, together = np.sort(rng.integers(0, 12, len(cost))), int(rng.integers(1, 6))
+        order = queue_order(cost, head, workers, together)
         assert sorted(order.tolist()) == list(range(len(cost)))
-        for c in set(cost.tolist()):
-            same = np.flatnonzero(cost[order] == c)
-            assert (np.diff(order[same]) > 0).all()
-        begins = (np.cumsum(cost) - cost) / workers
-        early = np.flatnonzero(begins <= cost.sum() / workers - AHEAD * cost)
-        assert (np.diff(order[np.isin(order, early)]) > 0).all()  # rows that begin early enough stay as they are
+        place, group = np.argsort(order), head // together
+        wanted = sorted(range(len(cost)), key=lambda i: (group[i], -cost[i], i))
+        begins = np.cumsum(cost[wanted]) - cost[wanted]
+        latest = cost[wanted].sum() - AHEAD * cost[wanted] * workers
+        early = np.array(wanted, np.int64)[begins <= latest]
+        assert (np.diff(place[early]) > 0).all()  # rows that begin early enough are in that order
+        for c, g in {*zip(cost.tolist(), group.tolist(), strict=True)}:
+            assert (np.diff(place[(cost == c) & (group == g)]) > 0).all()
+        for g in set(group.tolist()):
+            assert (np.diff(cost[order][group[order] == g]) <= 0).all()
 
 
 @pytest.mark.parametrize("text", ["causal", "causal | prefix(1024)", "causal & window(1023, 0)"])
@@ -69,13 +75,14 @@ def test_rows_begin_head_by_head_but_none_too_late() -> None:
 def test_rows_of_unequal_length_end_together(text: str, head_dim: int) -> None:
     """Whole rows do, where heads one after the other would leave multiprocessors waiting."""
     launch = launch_of(text, 8192, heads=16, head_dim=head_dim)
-    items = launch.items[launch.work[:, 1]]
+    head, item = launch.work.T
+    items = launch.items[item]
     cost = COSTS.item + COSTS.tile * items[:, 6] + COSTS.bits * items[:, 7]
     work = work_of(launch, 1, COSTS)
     end = work.microseconds - COSTS.launch
     assert not work.part_tiles
     assert end < finish(cost, COSTS.workers).max() and end < 1.08 * cost.sum() / COSTS.workers
-    assert end == pytest.approx(finish(cost[queue_order(cost, COSTS.workers)], COSTS.workers).max())
+    assert end == pytest.approx(finish(cost[queue_order(cost, head, COSTS.workers, TOGETHER)], COSTS.workers).max())
 
 
 @pytest.mark.parametrize(
@@ -122,8 +129,20 @@ def test_cutting_saves_time() -> None:
         assert (tiles // parts >= LEAST).all()
         before = finish(cost, COSTS.workers).max()
         after = finish(np.repeat((cost - COSTS.item) / parts + COSTS.item, parts), COSTS.workers).max()
-        assert after + COSTS.combine < before, name
-        assert end == pytest.approx(after + COSTS.combine)
+        extra = COSTS.combine + PART * parts[parts > 1].sum()
+        assert after + extra < before, name
+        assert end == pytest.approx(after + extra)
+
+
+def test_rows_that_are_not_much_too_late_may_stay_whole() -> None:
+    """Of a global token's long row and a last wave that ends a little later than even work would: the row alone is cut,
+    because parts cost something too."""
+    tiles = np.repeat([128, 10], [16, 16 * 127])
+    costs = replace(COSTS, tile=0.9, workers=396)
+    cost = costs.item + costs.tile * tiles
+    parts, _ = cut_rows(cost, tiles, costs)
+    assert (parts[tiles == 128] > 1).all() and (parts[tiles == 10] == 1).all()
+    assert (finish(cost, costs.workers)[tiles == 10] > cost.sum() / costs.workers * (1 + LATE[0])).any()
 
 
 def test_even_work_stays_whole() -> None:

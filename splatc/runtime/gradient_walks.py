@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from splatc.runtime.attention import Plan
 
 PASS_BANDWIDTH = 3e6  # bytes a microsecond that passes over rows move
+TOGETHER = 8  # heads whose walks are handed out side by side: half as many as forward, because each reads q and do too
 
 Planner = Callable[[int, int], "Plan"]
 
@@ -98,7 +99,7 @@ def in_two_walks(sources: Sources, shape: Shape, workers: int) -> Way:
     """Each gradient has one writer."""
     s, plan = shape, sources.rows(shape.q_len, shape.kv_len)
     costs = costs_of(plan.spec, workers)
-    rows = tuple(Walk(one, work_of(one, s.batch, costs)) for one in plan.launches(s.heads, *MAX_VIEWS))
+    rows = tuple(Walk(one, work_of(one, s.batch, costs, TOGETHER)) for one in plan.launches(s.heads, *MAX_VIEWS))
     each = [column_walks(sources.columns(s.kv_len, s.q_len), s, costs_of(one, workers)) for one in sources.two]
     columns = each[-1]  # tables serve all kernels: long columns are cut for the last, which costs most
     time = predicted(rows) + sum(map(predicted, each)) + passes(prepared(s), 1, costs)
@@ -125,7 +126,7 @@ def column_walks(plan: Plan, shape: Shape, costs: Costs) -> tuple[Walk, ...]:
     walks = []
     for launch, member, members in column_launches(plan, shape):
         dearer = replace(costs, tile=costs.tile * members, bits=costs.bits * members)
-        walks.append(Walk(launch, work_of(launch, shape.batch, dearer), member, members))
+        walks.append(Walk(launch, work_of(launch, shape.batch, dearer, TOGETHER), member, members))
     return tuple(walks)
 
 

@@ -20,8 +20,11 @@ from splatc.runtime.plan import Launch
 
 PARTS = (2, 3, 4, 6, 8, 12, 16, 32)  # that a row tile may be cut into
 LEAST = 2  # column tiles in a part
+TOGETHER = 16  # heads whose row tiles are handed out side by side
 AHEAD = 2  # times that a row takes: how long before the end of all it begins at the latest
 GAIN = 0.02  # of the time that cutting must save
+LATE = (0.02, 0.1)  # of the time of even work: rows that end so much later are cut
+PART = 0.02  # microseconds of the whole that a part costs beyond its share of tiles
 SIMULATED = 1 << 15  # rows up to which the queue is simulated; more end evenly anyway, but for very long rows
 LONG = 1 / 8  # of the whole time: no row of a larger share stays whole then
 
@@ -50,14 +53,15 @@ class Work:
         return int(self.combine[:, 4].sum())
 
 
-def work_of(launch: Launch, batch: int, costs: Costs) -> Work:
-    """The work of a launch for a batch, on costs.workers multiprocessors."""
+def work_of(launch: Launch, batch: int, costs: Costs, together: int = TOGETHER) -> Work:
+    """The work of a launch for a batch, on costs.workers multiprocessors; together: see ``queue_order``."""
     head, item = np.tile(launch.work, (batch, 1)).T
     entry = np.repeat(np.arange(batch), len(launch.work))
     bits, gathered = launch.items[:, 7], launch.entries[:, 5] == GATHERED
     tiles = launch.items[item, 6]
     cost = costs.item + costs.tile * tiles + costs.bits * bits[item] + costs.gather * _per_item(launch, gathered)[item]
-    order = queue_order(cost, costs.workers)
+    heads = int(head.max(initial=0)) + 1
+    order = queue_order(cost, entry * heads + head, costs.workers, together)
     entry, head, item, tiles = entry[order], head[order], item[order], tiles[order]
     parts, end = cut_rows(cost[order], tiles, costs)
     work = np.zeros((len(item), 12), np.int32)
@@ -74,15 +78,19 @@ def _per_item(launch: Launch, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.asarray(ends[first + count] - ends[first])
 
 
-def queue_order(cost: Floats, workers: int) -> NDArray[np.int64]:
-    """Which row tile is handed out first, second and so on, of costs given head by head.
+def queue_order(cost: Floats, head: NDArray[np.integer], workers: int, together: int) -> NDArray[np.int64]:
+    """Which row tile is handed out first, second and so on, of costs and heads (numbered through the batch).
 
-    One head after the other, because its row tiles share keys in the cache; but a row that would begin late moves
-    forward. So short ones are left for the end, and all workers end together.
+    So many heads together, and of these the longest rows first: at any time rows are of few heads, whose keys are in
+    the cache, and of few lengths, which walk over keys in step. Yet a row that would begin late moves forward, so that
+    short ones are left for the end of all.
     """
+    order = np.lexsort((-cost, head // together))
+    cost = cost[order]
     ends = np.cumsum(cost) / workers
     begins, latest = ends - cost / workers, ends[-1:] - AHEAD * cost
-    return np.argsort(np.minimum(begins, latest), kind="stable")
+    found: NDArray[np.int64] = order[np.argsort(np.minimum(begins, latest), kind="stable")]
+    return found
 
 
 def finish(cost: Floats, workers: int, before: Floats | None = None) -> Floats:
@@ -114,18 +122,21 @@ def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> tuple[ND
         return parts, even + costs.combine * bool((parts > 1).any())
     ends = finish(cost, costs.workers)
     end = float(ends.max())
-    late = (ends > even * (1 + GAIN)) & (tiles >= 2 * LEAST)
     worth = end * (1 - GAIN)
-    if worth <= even + costs.combine or not late.any():  # no cut can be so fast
+    if worth <= even + costs.combine:  # no cut can be so fast
         return parts, end
-    same = int(late.argmax())  # rows before the first that can be cut: they are not simulated again
-    before = ends[:same]
-    for count in PARTS:
-        cut = np.where(late, np.minimum(count, tiles // LEAST), 1)
-        after = finish(_pieces(cost[same:], cut[same:], costs), costs.workers, before)
-        time = float(max(before.max(initial=0), after.max())) + costs.combine
-        if time < min(worth, end):
-            parts, end = cut, time
+    for later in LATE:
+        late = (ends > even * (1 + later)) & (tiles >= 2 * LEAST)
+        if not late.any():
+            break
+        same = int(late.argmax())  # rows before the first that can be cut: they are not simulated again
+        before = ends[:same]
+        for count in PARTS:
+            cut = np.where(late, np.minimum(count, tiles // LEAST), 1)
+            after = finish(_pieces(cost[same:], cut[same:], costs), costs.workers, before)
+            time = float(max(before.max(initial=0), after.max())) + costs.combine + PART * int(cut[late].sum())
+            if time < min(worth, end):
+                parts, end = cut, time
     return parts, end
 
 
