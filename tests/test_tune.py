@@ -122,9 +122,11 @@ def true_time(case, plan):
     if case.role == "check":
         return case.sizes.predict(plan, true) * 1e6
     (launch,) = plan.launches(case.sizes.heads)
-    work = work_of(launch, 1, costs.costs_of(plan.spec, WORKERS))
+    shipped = costs.costs_of(plan.spec, WORKERS)
+    work = work_of(launch, 1, shipped)
     assert len(work.combine) == 1
-    return true.launch + COMBINE + finish(true.item + true.tile * work.rows[:, 10], true.workers).max()
+    parts = COMBINE + shipped.part * work.part_tiles
+    return true.launch + parts + finish(true.item + true.tile * work.rows[:, 10], true.workers).max()
 
 
 def test_the_fitted_masks_keep_every_multiprocessor_equally_busy(plans):

@@ -16,9 +16,10 @@ from splatc.codegen.target import Target
 from splatc.compile import best_plan
 from splatc.patterns import as_pattern
 from splatc.runtime.plan import Launch
-from splatc.runtime.work import AHEAD, LATE, LEAST, PART, TOGETHER, cut_rows, finish, queue_order, work_of
+from splatc.runtime.work import AHEAD, LATE, LEAST, TOGETHER, cut_rows, finish, queue_order, work_of
 
-COSTS = Costs(tile=1.6, bits=0.1, item=1.7, launch=4.5, combine=4.0, bandwidth=4e6, workers=132, source="a test")
+COSTS = Costs(tile=1.6, bits=0.1, item=1.7, launch=4.5, combine=4.0, bandwidth=4e6, workers=132, source="a test",
+              part=0.02)  # fmt: skip
 HOPPER = Target("cuda", "sm_90a")
 
 
@@ -129,7 +130,7 @@ def test_cutting_saves_time() -> None:
         assert (tiles // parts >= LEAST).all()
         before = finish(cost, COSTS.workers).max()
         after = finish(np.repeat((cost - COSTS.item) / parts + COSTS.item, parts), COSTS.workers).max()
-        extra = COSTS.combine + PART * parts[parts > 1].sum()
+        extra = COSTS.combine + COSTS.part * parts[parts > 1].sum()
         assert after + extra < before, name
         assert end == pytest.approx(after + extra)
 

@@ -20,7 +20,8 @@ class Costs:
 
     tile: a full column tile of a row tile; bits: more for a tile with mask bits; gather: more for a tile that
     is a list of keys; item: to start and finish a row tile.
-    launch: of the whole device, from start to end of a kernel that does nothing; combine: putting split rows together.
+    launch: of the whole device, from start to end of a kernel that does nothing; combine: putting split rows together;
+    part: of the whole device too, for each part of those rows, beyond its share of their tiles.
     bandwidth: bytes a microsecond of device memory. workers: multiprocessors (cores). source: where and when measured.
     """
 
@@ -33,6 +34,7 @@ class Costs:
     workers: int
     source: str
     gather: float = 0.0
+    part: float = 0.0
 
     def shared(self, blocks: int) -> Costs:
         """The same of one block of so many that share a multiprocessor: as many workers more, as much slower each."""
@@ -79,7 +81,7 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
         scale *= GRADIENT_TILES[spec.role][head_dim > 64]
     costs = Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                   table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
-                  f"{table['device']}, {table['date']}", near["gather_us"] * scale)  # fmt: skip
+                  f"{table['device']}, {table['date']}", near["gather_us"] * scale, table["part_us"])  # fmt: skip
     return costs.shared(shape_of(spec).blocks) if spec.role == FORWARD and spec.tile_m == WARPGROUP_ROWS else costs
 
 

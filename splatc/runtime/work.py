@@ -24,7 +24,6 @@ TOGETHER = 16  # heads whose row tiles are handed out side by side
 AHEAD = 2  # times that a row takes: how long before the end of all it begins at the latest
 GAIN = 0.02  # of the time that cutting must save
 LATE = (0.02, 0.1)  # of the time of even work: rows that end so much later are cut
-PART = 0.02  # microseconds of the whole that a part costs beyond its share of tiles
 SIMULATED = 1 << 15  # rows up to which the queue is simulated; more end evenly anyway, but for very long rows
 LONG = 1 / 8  # of the whole time: no row of a larger share stays whole then
 
@@ -134,7 +133,7 @@ def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> tuple[ND
         for count in PARTS:
             cut = np.where(late, np.minimum(count, tiles // LEAST), 1)
             after = finish(_pieces(cost[same:], cut[same:], costs), costs.workers, before)
-            time = float(max(before.max(initial=0), after.max())) + costs.combine + PART * int(cut[late].sum())
+            time = float(max(before.max(initial=0), after.max())) + costs.combine + costs.part * int(cut[late].sum())
             if time < min(worth, end):
                 parts, end = cut, time
     return parts, end
