@@ -305,7 +305,7 @@ def combine_cost(case: Case, plan: Plan, microseconds: float, found: Fit, worker
 
 
 def to_json(found: Fit, combine: float, workers: int, bandwidth: float, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of costs.json. What lists of keys and parts add is not measured: the constants that are there stay."""
+    """The content of costs.json. What lists of keys and parts add is not measured: constants that are there stay."""
     versions = about["versions"]
     return {
         "device": about["gpu"]["name"],
