@@ -71,6 +71,16 @@ def test_tile_lists(n):
         assert mask.mean() == 0.0625
 
 
+@pytest.mark.parametrize("n", [300, 8192])
+def test_random_tiles(n):
+    case = cases.random_tiles(n)
+    mask = case.mask_mod("cpu")(0, 0, torch.arange(n)[:, None], torch.arange(n)[None, :]).numpy()
+    assert (case.pattern.dense(n) == mask).all()
+    if n == 8192:
+        rows = mask[::128, ::128].sum(1)
+        assert 0.1 < mask.mean() < 0.15 and rows.std() > 1  # an eighth, spread as chance has it
+
+
 @pytest.mark.parametrize("n", [300, 2048])
 def test_half_in_one_row(n):
     q = torch.arange(n)[:, None], torch.arange(n)[None, :]

@@ -301,6 +301,8 @@ def test_suites_have_the_stated_sizes():
     assert {(j.case.name, j.shape.seq_len) for j in suites.jobs("dense", choice)} == {
         (name, length) for name in ("full", "causal") for length in (8192, 16384)}  # fmt: skip
     assert {j.shape.seq_len for j in suites.jobs("growth", choice)} == {1 << n for n in range(12, 19)} | {1 << 20}
+    assert {(j.case.name, j.shape.seq_len) for j in suites.jobs("short", choice)} == {
+        (name, length) for name in ("full", "causal", "causal_win256") for length in (256, 1024, 2048)}  # fmt: skip
     assert (64, 8) in {(j.shape.heads, j.shape.kv_heads) for j in suites.jobs("shapes", choice)}
     assert sum(run._count(name, choice) for name in suites.SUITES) == run.count(suites.SUITES, choice)
     assert len(suites.jobs("patterns", suites.Choice.small(head_dims=(64,)))) == len(suites.QUICK_CASES)
@@ -310,9 +312,10 @@ def test_suites_have_the_stated_sizes():
 def measured() -> Results:
     """Small runs of all suites that need no process of their own."""
     kept = []
-    found = run.run(["dense", "patterns", "shapes", "growth"], SMALL, session(), ["splatc", "bench"], budget=300,
+    timed = ["dense", "patterns", "shapes", "short", "growth"]
+    found = run.run(timed, SMALL, session(), ["splatc", "bench"], budget=300,
                     keep=lambda r, record: kept.append(record))  # fmt: skip
-    assert len(kept) == len(found.records) == run.count(["dense", "patterns", "shapes", "growth"], SMALL)
+    assert len(kept) == len(found.records) == run.count(timed, SMALL)
     assert not found.runs[0]["left_out"]
     return found
 

@@ -69,6 +69,14 @@ def tile_lists(n: int, per_row: int = 4, tile: int = 128, seed: int = 0) -> Case
                 P.block_mask(chosen, (tile, tile)), _blocks_of(chosen, tile))  # fmt: skip
 
 
+def random_tiles(n: int, chance: float = 0.125, tile: int = 128, seed: int = 0) -> Case:
+    """Whole tiles that chance has chosen one by one: rows of unequal length, whose keys lie anywhere."""
+    rows = -(-n // tile)
+    chosen = np.random.default_rng(seed).random((rows, rows)) < chance
+    return Case(f"random{tile}", f"each {tile} x {tile} tile with a chance of {chance:g}", P.block_mask(chosen, tile),
+                _blocks_of(chosen, tile))  # fmt: skip
+
+
 def half_in_one_row(n: int, tile: int = 128, seed: int = 0) -> tuple[Case, Case]:
     """Two masks of about as many random whole tiles: all of one row block and one in every other; two in each."""
     rng, rows = np.random.default_rng(seed), -(-n // tile)

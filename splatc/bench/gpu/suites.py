@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from splatc.bench.gpu.cases import Case, causal_window, half_in_one_row, neighborhood_2d, seventeen, tile_lists
+from splatc.bench.gpu.cases import (
+    Case,
+    causal_window,
+    half_in_one_row,
+    neighborhood_2d,
+    random_tiles,
+    seventeen,
+    tile_lists,
+)
 from splatc.bench.gpu.measure import Job
 from splatc.bench.gpu.peers import PACKAGES
 from splatc.bench.gpu.shapes import Shape
 
-SUITES = ("dense", "patterns", "shapes", "growth", "host", "checks", "backward")  # in the order in which they run
+# In the order in which they run.
+SUITES = ("dense", "patterns", "shapes", "short", "growth", "host", "checks", "backward")
 HEAD_DIMS = (64, 128)
 LENGTH = 8192
 GROWTH = tuple(1 << n for n in range(12, 19))  # 4K to 256K
 MILLION = 1 << 20
+SHORT, SHORT_CASES = (256, 1024, 2048), ("full", "causal", "causal_win256")
 ODD_LENGTHS = (1, 17, 127, 1000, 8191, 8192)
 CHECK_DIMS, CHECK_DTYPES = (64, 128, 256), ("bfloat16", "float16")
 QUICK_CASES = ("full", "causal", "win_pm256", "strided64", "st_fixed128_16", "longformer")
+SHORT_PEERS = ("cudnn", "flash", "flex", *PACKAGES)
 PEERS = ("flex", "cudnn", "flash", "masked", *PACKAGES)
 BACKWARD_PEERS = ("flex", "cudnn", "flash", "flash_attn", "flash_attn_3")
 BACKWARD_REPEATS = 20  # runs compared bit by bit
@@ -41,8 +52,9 @@ class Choice:
 
 
 def jobs(suite: str, choice: Choice) -> list[Job]:
-    """The timed jobs of "dense", "patterns", "shapes", "growth" or "backward"."""
-    makers = {"dense": _dense, "patterns": _patterns, "shapes": _shapes, "growth": _growth, "backward": _backward}
+    """The timed jobs of "dense", "patterns", "shapes", "short", "growth" or "backward"."""
+    makers = {"dense": _dense, "patterns": _patterns, "shapes": _shapes, "short": _short, "growth": _growth,
+              "backward": _backward}  # fmt: skip
     return list(makers[suite](choice))
 
 
@@ -68,14 +80,24 @@ def _patterns(choice: Choice) -> Iterator[Job]:
 
 def _shapes(choice: Choice) -> Iterator[Job]:
     for head_dim in choice.head_dims:
-        case = neighborhood_2d(choice.length)
-        yield Job("shapes", case, _shape(choice, choice.length, head_dim), ("flex", "masked", "natten"), choice.repeats)
+        shape, double = (_shape(choice, times * choice.length, head_dim) for times in (1, 2))
+        yield Job("shapes", neighborhood_2d(choice.length), shape, ("flex", "masked", "natten"), choice.repeats)
+        yield Job("shapes", random_tiles(choice.length), shape, ("flex",), choice.repeats)
         for case in half_in_one_row(2 * choice.length):
-            yield Job("shapes", case, _shape(choice, 2 * choice.length, head_dim), (), choice.repeats)
+            yield Job("shapes", case, double, (), choice.repeats)
     length, heads, kv_heads = (2 * choice.length, 8, 2) if choice.quick else (32768, 64, 8)
     if 128 in choice.head_dims:
         shape = Shape(length, 128, 1, heads, kv_heads, choice.dtype)
         yield Job("shapes", causal_window(1024), shape, ("flex", *PACKAGES), min(choice.repeats, 10))
+
+
+def _short(choice: Choice) -> Iterator[Job]:
+    """Launches that fill a GPU once or not at all: what each costs besides its tiles."""
+    for head_dim in choice.head_dims:
+        for length in SHORT[:1] if choice.quick else SHORT:
+            cases, shape = seventeen(length), _shape(choice, length, head_dim)
+            for name in SHORT_CASES:
+                yield Job("short", cases[name], shape, SHORT_PEERS, choice.repeats)
 
 
 def _growth(choice: Choice) -> Iterator[Job]:

@@ -22,6 +22,7 @@ from splatc.bench.gpu.measure import Record
 from splatc.bench.gpu.peers import PACKAGES
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.shapes import Shape
+from splatc.bench.gpu.suites import SHORT_PEERS
 from splatc.bench.gpu.targets import Verdict, copy_tb_s, judge, median_ms, missed, share, speedup, useful_tflops
 from splatc.bench.report import Row, Section, table_lines
 
@@ -31,8 +32,8 @@ NEAR = 0.05  # a loss below this is none
 
 def sections(results: Results) -> list[Section]:
     """Targets, then a table for each suite that has records."""
-    makers = (_targets, _dense, _patterns, _shapes, backward_tables.sections, _growth, _host, _start, _checks, _memory,
-              _failures)  # fmt: skip
+    makers = (_targets, _dense, _patterns, _shapes, _short, backward_tables.sections, _growth, _host, _start, _checks,
+              _memory, _failures)  # fmt: skip
     return [section for maker in makers for section in maker(results) if section.rows]
 
 
@@ -156,12 +157,18 @@ def _patterns(results: Results) -> list[Section]:
 
 
 def _shapes(results: Results) -> list[Section]:
-    return [_rates(results, results.of("shapes"), "Neighbourhood, and a long context with grouped heads", sizes=True)]
+    heading = "Neighbourhood, random tiles, and a long context with grouped heads"
+    return [_rates(results, results.of("shapes"), heading, sizes=True)]
 
 
-def _rates(results: Results, records: list[Record], heading: str, sizes: bool = False) -> Section:
+def _short(results: Results) -> list[Section]:
+    return [_rates(results, results.of("short"), "Short sequences", sizes=True, peers=SHORT_PEERS)]
+
+
+def _rates(results: Results, records: list[Record], heading: str, sizes: bool = False,
+           peers: Sequence[str] = ("flex", "masked", *PACKAGES)) -> Section:  # fmt: skip
     """Times, rates and what limits them."""
-    others = [n for n in present(records, ("flex", "masked", *PACKAGES))]
+    others = present(records, peers)
     columns = ("mask", *(("S", "heads", "D") if sizes else ()), "density", "splatc us",
                *(f"{title(n)} us" for n in others), "times Flex", "useful TFLOP/s", "of dense", "waste", "tiles",
                "predicted us", "error", "what limits it")  # fmt: skip

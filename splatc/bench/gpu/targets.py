@@ -150,7 +150,7 @@ def _correct(results: Results) -> Iterator[Verdict]:
 
 
 def _splatc(results: Results) -> Iterator[tuple[Record, Record]]:
-    for record in results.of("dense", "patterns", "shapes", "growth", "backward"):
+    for record in results.of("dense", "patterns", "shapes", "short", "growth", "backward"):
         yield record, record["contestants"].get("splatc", {})
 
 
