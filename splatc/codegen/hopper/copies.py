@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.emit import Cell, Expr, do, let, named, when
+from splatc.codegen.hopper.emit import Cell, Expr, do, from_lane, kept, let, named, when
 from splatc.codegen.hopper.shape import ROW_BYTES, TEAM, chunk
 
 LOAD = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -114,18 +114,24 @@ class Rows:
         return base + T.cast(position, "int64") * self._row
 
 
-def gather_rows(rows: Rows, keys: Expr, at: Point, target: Expr, offset: Expr, count: int, thread: Expr) -> None:
-    """Start copies of the rows at the positions keys[at.x1, 0..count), by TEAM threads; -1 gives zeros.
+def gather_rows(rows: Rows, keys: Expr, at: Point, target: Expr, offset: Expr, count: int, thread: Expr,
+                ahead: bool) -> None:  # fmt: skip
+    """Start copies of the rows at the positions keys[at.x1, 0..count), count <= 128, by TEAM threads; -1 gives zeros.
 
-    They go where a tile of K or V goes, swizzled alike: 8 threads copy 128 bytes of a row.
+    They go where a tile of K or V goes, swizzled alike: 8 threads copy 128 bytes of a row. ahead: each lane first reads
+    the position of one of its warp's rows, so that memory is waited for once and not before every copy; this takes
+    a register.
     """
     base = let("row_base", rows.base(at))
-    column = let("column16", thread % 8)
+    column, lane = let("column16", thread % 8), thread % 32
+    if ahead:
+        own_row = lane // 4 * (TEAM // 8) + thread // 32 * 4 + lane % 4
+        own_key = kept("own_key", keys[at.x1, T.min(own_row, count - 1)])
     width = chunk(target.dtype)
     step = Cell("row_step", 0)
     with I.While(step() < count * 8 // TEAM):  # a for loop would be unrolled: the producer has few registers
         row = let("list_row", step() * (TEAM // 8) + thread // 8)
-        key = let("key", keys[at.x1, row])
+        key = let("key", from_lane(own_key, step() * 4 + lane // 8) if ahead else keys[at.x1, row])
         source = let("source", rows.offset(base, T.max(key, 0)))
         swizzled = let("swizzled", offset + row * width + T.bitwise_xor(column, row % 8) * 8)
         for c in range(rows.chunks):

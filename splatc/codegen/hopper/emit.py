@@ -11,6 +11,8 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
+from splatc.codegen.constants import FULL_WARP
+
 Expr = Any
 MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"  # an attribute around a kernel's body
 
@@ -75,6 +77,11 @@ def let(name: str, value: Expr) -> Expr:
 def kept(name: str, value: Expr, dtype: str = "int32") -> Expr:
     """A constant in a register: what TVM knows the value of it may compute anew wherever it is used."""
     return Cell(name, value, dtype)()
+
+
+def from_lane(value: Expr, lane: Expr) -> Expr:
+    """The value of another lane of the warp."""
+    return T.tvm_warp_shuffle(T.uint32(FULL_WARP), value, lane, 32, 32)
 
 
 def do(call: Expr) -> None:

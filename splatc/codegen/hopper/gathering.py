@@ -62,12 +62,12 @@ class GatheringProducer(Producer):
     def column_tile(self, view: Expr, at: Point, bits: Expr) -> None:
         b, s, a = self.block, self.s, self.a
         stage = self.kv_at.stage()
-        boxed = view >= 0
+        boxed, ahead = view >= 0, not s.positional  # there, registers are spoken for
         b.k_ring.wait_empty(self.kv_at)
         with when(self.leads()):
             self.k_box(view, at, bits, T.if_then_else(boxed, T.int32(s.k_bytes), T.int32(0)))
         with when(view < 0):
-            gather_rows(a.k_rows, a.gather, at, b.k, stage * (s.k_bytes // s.item_bytes), s.n, self.thread)
+            gather_rows(a.k_rows, a.gather, at, b.k, stage * (s.k_bytes // s.item_bytes), s.n, self.thread, ahead)
         commit_copies()
         wait_copies(1)
         self.report_late()
@@ -75,7 +75,7 @@ class GatheringProducer(Producer):
         with when(self.leads()):
             self.v_box(view, at, T.if_then_else(boxed, T.int32(s.v_bytes), T.int32(0)))
         with when(view < 0):
-            gather_rows(a.v_rows, a.gather, at, b.v, stage * (s.v_bytes // s.item_bytes), s.n, self.thread)
+            gather_rows(a.v_rows, a.gather, at, b.v, stage * (s.v_bytes // s.item_bytes), s.n, self.thread, ahead)
         commit_copies()
         wait_copies(1)
         b.k_ring.fill(stage)

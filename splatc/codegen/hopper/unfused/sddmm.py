@@ -19,7 +19,18 @@ from tvm.tirx.script.builder import ir as I
 from splatc.codegen.constants import FULL_WARP
 from splatc.codegen.hopper.block import int_arg
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import MIN_BLOCKS, Cell, Expr, do, kept, kernel_function, registers, store, when
+from splatc.codegen.hopper.emit import (
+    MIN_BLOCKS,
+    Cell,
+    Expr,
+    do,
+    from_lane,
+    kept,
+    kernel_function,
+    registers,
+    store,
+    when,
+)
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.stored import split, words_of
@@ -32,7 +43,6 @@ from splatc.codegen.hopper.unfused.tiles import (
     Sizes,
     Spot,
     Walk,
-    from_lane,
     ones,
     ranks,
     sizes_of,

@@ -17,7 +17,18 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import MIN_BLOCKS, Expr, do, kept, kernel_function, let, registers, store, when
+from splatc.codegen.hopper.emit import (
+    MIN_BLOCKS,
+    Expr,
+    do,
+    from_lane,
+    kept,
+    kernel_function,
+    let,
+    registers,
+    store,
+    when,
+)
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
 from splatc.codegen.hopper.shared_memory import SharedMemory
 from splatc.codegen.hopper.stored import words_of
@@ -32,7 +43,6 @@ from splatc.codegen.hopper.unfused.tiles import (
     TurnedRows,
     Walk,
     copy_unit,
-    from_lane,
     ones,
     ranks,
     sizes_of,

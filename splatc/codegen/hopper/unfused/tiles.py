@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-from splatc.codegen.constants import FULL_WARP, ceil_div
+from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.copies import commit_copies
@@ -355,11 +355,6 @@ class Spot:
 def value_array(name: str, s: Sizes) -> Expr:
     """The parameter of values."""
     return table(name, s.stored, 1)
-
-
-def from_lane(value: Expr, lane: Expr) -> Expr:
-    """The value of another lane of the warp."""
-    return T.tvm_warp_shuffle(T.uint32(FULL_WARP), value, lane, 32, 32)
 
 
 def below(bit: Expr) -> Expr:
