@@ -143,7 +143,7 @@ def test_rows_that_are_not_much_too_late_may_stay_whole() -> None:
     cost = costs.item + costs.tile * tiles
     parts, _ = cut_rows(cost, tiles, costs)
     assert (parts[tiles == 128] > 1).all() and (parts[tiles == 10] == 1).all()
-    assert (finish(cost, costs.workers)[tiles == 10] > cost.sum() / costs.workers * (1 + LATE[0])).any()
+    assert (finish(cost, costs.workers)[tiles == 10] > cost.sum() / costs.workers * (1 + min(LATE))).any()
 
 
 def test_even_work_stays_whole() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ LEAST = 2  # column tiles in a part
 TOGETHER = 16  # heads whose row tiles are handed out side by side
 AHEAD = 2  # times that a row takes: how long before the end of all it begins at the latest
 GAIN = 0.02  # of the time that cutting must save
-LATE = (0.02, 0.1)  # of the time of even work: rows that end so much later are cut
+LATE = (0.1, 0.02)  # of the time of even work: rows that end so much later are cut
 SIMULATED = 1 << 15  # rows up to which the queue is simulated; more end evenly anyway, but for very long rows
 LONG = 1 / 8  # of the whole time: no row of a larger share stays whole then
 
@@ -124,18 +125,18 @@ def cut_rows(cost: Floats, tiles: NDArray[np.integer], costs: Costs) -> tuple[ND
     worth = end * (1 - GAIN)
     if worth <= even + costs.combine:  # no cut can be so fast
         return parts, end
-    for later in LATE:
+    for later, count in product(LATE, PARTS):
         late = (ends > even * (1 + later)) & (tiles >= 2 * LEAST)
-        if not late.any():
-            break
-        same = int(late.argmax())  # rows before the first that can be cut: they are not simulated again
+        cut = np.where(late, np.minimum(count, tiles // LEAST), 1)
+        extra = costs.combine + costs.part * int(cut[late].sum())
+        if not late.any() or even + extra >= min(worth, end):  # it cannot be so fast
+            continue
+        same = int(late.argmax())  # rows before the first that is cut: they are not simulated again
         before = ends[:same]
-        for count in PARTS:
-            cut = np.where(late, np.minimum(count, tiles // LEAST), 1)
-            after = finish(_pieces(cost[same:], cut[same:], costs), costs.workers, before)
-            time = float(max(before.max(initial=0), after.max())) + costs.combine + costs.part * int(cut[late].sum())
-            if time < min(worth, end):
-                parts, end = cut, time
+        after = finish(_pieces(cost[same:], cut[same:], costs), costs.workers, before)
+        time = float(max(before.max(initial=0), after.max())) + extra
+        if time < min(worth, end):
+            parts, end = cut, time
     return parts, end
 
 
