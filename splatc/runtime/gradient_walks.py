@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from splatc.runtime.attention import Plan
 
 PASS_BANDWIDTH = 3e6  # bytes a microsecond that passes over rows move
-TOGETHER = 8  # heads whose walks are handed out side by side: half as many as forward, because each reads q and do too
+TOGETHER = 8  # heads whose walks are handed out side by side, measured: docs/decisions/38-queue-order.md
 
 Planner = Callable[[int, int], "Plan"]
 

@@ -124,7 +124,7 @@ def gather_rows(rows: Rows, keys: Expr, at: Point, target: Expr, offset: Expr, c
     """
     base = let("row_base", rows.base(at))
     column, lane = let("column16", thread % 8), thread % 32
-    if ahead:
+    if ahead:  # of each four lanes those rows that the warp copies in one step
         own_row = lane // 4 * (TEAM // 8) + thread // 32 * 4 + lane % 4
         own_key = kept("own_key", keys[at.x1, T.min(own_row, count - 1)])
     width = chunk(target.dtype)
