@@ -99,7 +99,7 @@ class _Block:
             self.unit = kept("unit", w.lane % s.units)
             self.unit_place = kept("unit_place", (own + w.lane // s.units) * self.pitch + self.unit * s.unit)
             self.half_place = kept("half_place", (own + w.lane // 2) * self.pitch + w.lane % 2 * s.unit)
-            w.pipeline(stages, self.k, lambda entry: None, self.copy, self.arrived, self.tile)
+            w.pipeline(stages, self.k, None, self.copy, self.arrived, self.tile)
         return pool.size
 
     def copy(self, entry: Expr, stage: Expr) -> None:
@@ -135,6 +135,7 @@ class _Block:
         self.store_ends(line)
         do(T.cuda.warp_sync())
         self.keep_open(line)
+        own.look_ahead(w.known(entry + 2))
 
     def line(self) -> _Line:
         """The lane's own line of a tile."""

@@ -11,7 +11,7 @@ A value that is not finite reaches those rows of out that share a tile with it.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
@@ -119,7 +119,7 @@ class _Block:
             self.unit_base = kept("unit_base", w.base + wide(self.unit * s.unit), "int64")
             line = w.warp * WARP_LINES + w.lane // s.units
             self.unit_place = kept("unit_place", line * self.pitch + self.unit * s.unit)
-            w.pipeline(self.stages, self.y, self.own.read, self.copy, self.arrived, self.tile)
+            w.pipeline(self.stages, self.y, self.own, self.copy, self.arrived, self.tile)
         return pool.size
 
     def copy(self, entry: Expr, stage: Expr) -> None:
@@ -170,20 +170,20 @@ class _Block:
 
     def tile(self, entry: Expr, stage: Expr, meanwhile: Callable[[], None]) -> None:
         """Add a tile's product."""
+        meanwhile()  # first of all: what it begins to read has the time of a tile to come
         with I.If(T.EQ(self.kinds[stage], 0)):
             with I.Then():
                 self.take(stage, whole=True)
             with I.Else():
                 self.take(stage, whole=False)
         self.out.issue(at_stage("y_now", self.y_desc, stage, self.s.tile_bytes))
-        meanwhile()
         wait_products(0)
         self.out.fence()
 
     def take(self, stage: Expr, whole: bool) -> None:
         """A tile's values to the registers of A. whole: every line has all keys."""
-        for pair in range(LANES // 4):
-            low, high = self.values_of_pair(stage, pair, whole)
+        picked = self.rows_of(stage, whole) if self.queries_are_rows else self.columns_of(stage, whole)
+        for pair, (low, high) in picked:
             if self.s.rounds:
                 for c, value in enumerate((low, high)):
                     place = self.out.p[score_of(2 * pair + c)]  # where a register goes, the one there comes from
@@ -192,24 +192,23 @@ class _Block:
                 low, high = (T.cast(value, "uint32") for value in (low, high))
                 store(self.out.p, pair, T.bitwise_or(low, T.shift_left(high, T.uint32(16))))
 
-    def values_of_pair(self, stage: Expr, pair: int, whole: bool) -> list[Expr]:
-        """The values of a row in two neighbouring columns: those of a thread's accumulators 2 pair and 2 pair + 1."""
+    def rows_of(self, stage: Expr, whole: bool) -> Iterator[tuple[int, tuple[Expr, Expr]]]:
+        """(pair, the values of a thread's accumulators 2 pair and 2 pair + 1): lines are rows."""
         w = self.walk
-        row = w.warp * 16 + w.lane // 4 + pair % 2 * 8
-        column = pair // 2 * 8 + w.lane % 4 * 2
-        lines, key = ([row], column) if self.queries_are_rows else ([column, column + 1], row)
-        values = []
-        for line in lines:
-            at = stage * LANES + line
-            place = self.places[at]
-            count = 2 // len(lines)
-            if whole:
-                values += [self.lines[place + key + c] for c in range(count)]
-                continue
-            word, before = self.words[at * WORDS + key // 32], T.Select(key >= 32, ones(self.words[at * WORDS]), 0)
-            for held, number in ranks(word, T.cast(key % 32, "uint32"), before)[:count]:
-                values.append(T.Select(held, self.lines[place + number], T.cast(0, self.s.stored)))
-        return values
+        for r in range(2):
+            line = _Held(self, stage * LANES + w.warp * WARP_LINES + w.lane // 4 + 8 * r, whole)
+            for i in range(LANES // 8):
+                yield 2 * i + r, line.pair(8 * i + w.lane % 4 * 2)
+
+    def columns_of(self, stage: Expr, whole: bool) -> Iterator[tuple[int, tuple[Expr, Expr]]]:
+        """The same where lines are columns."""
+        w = self.walk
+        row = w.warp * WARP_LINES + w.lane // 4
+        for i in range(LANES // 8):
+            column = stage * LANES + 8 * i + w.lane % 4 * 2
+            lines = [_Held(self, column + c, whole) for c in range(2)]
+            for r in range(2):
+                yield 2 * i + r, (lines[0].value(row + 8 * r), lines[1].value(row + 8 * r))
 
     def add_up(self) -> None:
         """The first warpgroup's sums become those of both, by way of the places of the other's rows of y."""
@@ -247,3 +246,35 @@ class _Block:
                     kind = "b32" if len(words) == 1 else "v2.b32"
                     at = row * s.dim + wide(8 * i + w.lane % 4 * 2)
                     do(T.ptx[f"st.global.{kind}"](out.ptr_to([at]), *words))
+
+
+class _Held:
+    """A line in shared memory, and where its values are. whole: it has all keys."""
+
+    def __init__(self, block: _Block, line: Expr, whole: bool) -> None:
+        self._block = block
+        self._place = kept("line_place", block.places[line])
+        self._words = [] if whole else [kept("held", block.words[line * WORDS + i], "uint32") for i in range(WORDS)]
+        self._before = None if whole else kept("before", ones(self._words[0]))
+
+    def pair(self, key: Expr) -> tuple[Expr, Expr]:
+        """The values of an even key and the next one; 0 for what the mask does not hold."""
+        if not self._words:
+            return self._at(key), self._at(key + 1)
+        (first, low), (second, high) = self._ranks(key)
+        return self._if(first, low), self._if(second, high)
+
+    def value(self, key: Expr) -> Expr:
+        """The value of a key; 0 if the mask does not hold it."""
+        return self._if(*self._ranks(key)[0]) if self._words else self._at(key)
+
+    def _ranks(self, key: Expr) -> list[tuple[Expr, Expr]]:
+        high = key >= 32
+        word = T.Select(high, self._words[1], self._words[0])
+        return ranks(word, T.cast(key % 32, "uint32"), T.Select(high, self._before, 0))
+
+    def _at(self, number: Expr) -> Expr:
+        return self._block.lines[self._place + number]
+
+    def _if(self, held: Expr, number: Expr) -> Expr:
+        return T.Select(held, self._at(number), T.cast(0, self._block.s.stored))

@@ -273,41 +273,45 @@ class Walk:
         return Spot(kept("skip", T.bitwise_and(number, self._align - 1)),
                     kept("spot_at", T.bitwise_and(number, -self._align)))  # fmt: skip
 
-    def pipeline(self, stages: int, rows: Rows, ask: Callable[[Expr], None], copy: Callable[[Expr, Expr], None],
+    def pipeline(self, stages: int, rows: Rows, line: OwnLine | None, copy: Callable[[Expr, Expr], None],
                  arrived: Callable[[Expr, Expr], None],
                  use: Callable[[Expr, Expr, Callable[[], None]], None]) -> None:  # fmt: skip
-        """For every entry, in this order: ask(entry), but for the first one, which begins to read what copies of it
-        need, as ``rows`` do; copy(entry, stage), ``stages`` - 1 entries ahead; arrived(number of the entry, stage), by
-        each thread when its copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once to start
-        later copies, and is done with shared memory when it ends."""
+        """For every entry, in this order: copy(entry, stage), ``stages`` - 1 entries ahead, when ``rows`` and ``line``
+        have read what the tables say of it; arrived(number of the entry, stage), by each thread when its copies are
+        there; and use(entry, stage, meanwhile), which calls meanwhile() once to start later copies, and is done with
+        shared memory when it ends.
+
+        Tables are read without branches, also beyond the last entry: at its end a branch waits for what it reads. What
+        says where to read comes last of all, when no register is wanted for anything else, for the same reason."""
         rows.ask(self.columns, self.entries[self.begin, 0], self.thread)
         column = Cell("column", self.entries[self.known(self.begin + 1), 0])  # of the entry to ask for next
 
-        def copy_and_ask(entry: Expr, stage: Expr) -> None:
-            copy(entry, stage)
+        def start(number: Expr, stage: Expr) -> None:
+            with when(number < self.count):
+                copy(kept("next", self.begin + number), self.team * stages + stage)
+            commit_copies()
             rows.ask_again(self.columns, column(), self.thread)
-            ask(self.known(entry + 1))
-            column.set(self.entries[self.known(entry + 2), 0])
+            if line is not None:
+                line.read(self.known(self.begin + number + 1))
+
+        def look_ahead(number: Expr) -> None:
+            entry = self.known(self.begin + number + 2)
+            column.set(self.entries[entry, 0])
+            if line is not None:
+                line.look_ahead(entry)
 
         for ahead in range(stages - 1):
-            with when(ahead < self.count):
-                copy_and_ask(kept("next", self.begin + ahead), self.team * stages + ahead)
-            commit_copies()
+            start(ahead, ahead)
+            look_ahead(ahead)
         with loop(self.count) as number:
             stage = kept("stage", self.team * stages + number % stages)
             do(T.ptx.cp.async_.wait_group(stages - 2))
             arrived(number, stage)
             do(T.ptx.fence.proxy.async_.shared__cta())  # tensor cores may read them
             self.sync()  # all copies of this entry are there; all threads are done with the one before
-
-            def meanwhile() -> None:
-                later = number + (stages - 1)
-                with when(later < self.count):
-                    stage = kept("next_stage", self.team * stages + later % stages)
-                    copy_and_ask(kept("next", self.begin + later), stage)
-                commit_copies()
-
-            use(kept("entry", self.begin + number), stage, meanwhile)
+            later = number + (stages - 1)
+            use(kept("entry", self.begin + number), stage, lambda: start(later, later % stages))
+            look_ahead(later)
 
 
 class OwnLine:
@@ -323,14 +327,17 @@ class OwnLine:
         self.words = [Cell("own_word", self._word(w), "uint32") for w in range(WORDS)]
 
     def read(self, entry: Expr) -> None:
-        """Go on to the next entry of the row tile."""
+        """Go on to the next entry of the row tile, which is this one."""
         walk = self._walk
         self.kind.set(self._next_kind())
-        self._next_kind.set(walk.entries[walk.known(entry + 1), 1])
         self.first.set(self.next_first())
         self.next_first.set(walk.first[walk.known(entry + 1), walk.own_line])
         for w, cell in enumerate(self.words):
             cell.set(self._word(w))
+
+    def look_ahead(self, entry: Expr) -> None:
+        """Begin to read what kind of tile this entry is, the one after that which was read last."""
+        self._next_kind.set(self._walk.entries[entry, 1])
 
     def count(self) -> Expr:
         """How many values it has."""
