@@ -226,6 +226,18 @@ def test_tf32_on_the_cpu():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("density", [0.3, 0.98])
+def test_scattered_keys_on_the_cpu(density, dtype):
+    """Lines that begin and end anywhere, and go on from tile to tile."""
+    from tests.products_on_cpu import EmulatedProducts
+
+    lengths = 100, 200
+    mask = P.mask(np.random.default_rng(7).random(lengths) < density)
+    check_products(EmulatedProducts(16, dtype), mask, lengths, draw(lengths, dtype, heads=2, kv_heads=1))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_pattern_for_each_head_on_the_cpu():
     from tests.products_on_cpu import EmulatedProducts
 

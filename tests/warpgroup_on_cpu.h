@@ -24,6 +24,10 @@ template <typename T> T tvm_builtin_cuda_warp_reduce_sum_32(T x) {
   return x;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
+inline void tvm_builtin_ptx_shf_r_wrap_b32(uint32_t& d, uint32_t low, uint32_t high, uint32_t by) {
+  d = uint32_t(((uint64_t)high << 32 | low) >> (by & 31));
+}
 
 // Copies happen at once: that their data may come late is what a GPU must show.
 inline void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_16(uint32_t to, const void* from, uint32_t size) {
@@ -48,6 +52,10 @@ inline void splatc_fence_int32(int&) {}
 inline void tvm_builtin_ptx_st_shared_b32(uint32_t to, uint32_t x) {
   if (to % 4) abort();
   memcpy(pool_buf_ptr + to, &x, 4);
+}
+inline void tvm_builtin_ptx_ld_shared_b32(uint32_t& x, uint32_t from) {
+  if (from % 4) abort();
+  memcpy(&x, pool_buf_ptr + from, 4);
 }
 inline void tvm_builtin_ptx_st_global_b32(void* to, uint32_t x) {
   if (uintptr_t(to) % 4) abort();

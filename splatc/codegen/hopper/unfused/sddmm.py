@@ -1,10 +1,11 @@
 """values[q, k] = factor * <q_q, k_k> for the elements of a mask, in ACSR order.
 
 A block multiplies 64 queries by 64 keys at a time; several may share the column tiles of a row tile. The products leave
-through shared memory, each warp's 16 lines by itself: there a line lies as it will in memory, without what the mask
-does not hold, and in the same place among 32 bytes. Memory is slow at writing parts of these: less than half as fast
-where no line is aligned. So a line that goes on in the next tile keeps what is not complete until then; only the ends
-of what a block has of a row are stored value by value.
+through shared memory, each warp's 16 lines by itself: there a line's values are neighbours, and before them stand the
+last 32 bytes of the tile before. 16 bytes a lane go from there to memory, read from wherever they begin: what is whole
+32 bytes there. Memory is slow at writing parts of these, less than half as fast where no line is aligned. So a line
+that goes on in the next tile leaves the rest to that; only the ends of what a block has of a row are stored value by
+value.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -41,7 +42,6 @@ from splatc.codegen.hopper.unfused.tiles import (
     OwnLine,
     Rows,
     Sizes,
-    Spot,
     Walk,
     ones,
     ranks,
@@ -52,6 +52,7 @@ from splatc.codegen.kernel import SDDMM_FUNCTION as NAME
 from splatc.codegen.kernel import KernelSpec
 
 UNIT_BITS = {8: 3, 4: 2}  # the logarithm of a unit's values
+UNIT_WORDS = 4
 BLOCKS = 5  # of a multiprocessor, that registers should allow
 
 
@@ -75,13 +76,13 @@ class _Block:
     def run(self, parts: Expr) -> int:
         s, w = self.s, self.walk
         w.start(parts)
-        self.pitch = LANES + s.sector + s.unit  # of lines in shared memory: the last unit spreads rows over its banks
+        self.pitch = (s.sector + LANES) // s.packed * s.packed + s.packed  # of lines: an odd number of words, for banks
         line_bytes = LANES * self.pitch * s.item_bytes
         stages = s.stages(s.tile_bytes + line_bytes, s.tile_bytes)
         pool = SharedMemory()
         self.q_tile = pool.alloc((s.tile_items,), s.stored, align=1024)
         self.k_tiles = pool.alloc((stages * s.tile_items,), s.stored, align=1024)
-        self.lines = pool.alloc((LANES * self.pitch,), s.stored, align=16)
+        self.lines = pool.alloc((LANES * self.pitch,), s.stored, align=4)
         pool.commit()
         self.scores = Scores(s.dtype, s.dim, LANES, LANES)
         self.q_desc = descriptor("q_desc", self.q_tile, 0, 1)
@@ -92,13 +93,7 @@ class _Block:
             self.k_base = self.k.base(w.batch, w.shared_head)
             self.own = OwnLine(w)
             self.open_at = Cell("open_at", -1)  # where values of the own line begin that wait for more, -1 for none
-            # In shared memory: the thread's first row; the unit that it stores of a line, neighbouring lanes storing
-            # others; and of the two units that a line begins with, those of 32 bytes, one.
-            own = w.warp * WARP_LINES
-            self.row_place = kept("row_place", (own + w.lane // 4) * self.pitch)
-            self.unit = kept("unit", w.lane % s.units)
-            self.unit_place = kept("unit_place", (own + w.lane // s.units) * self.pitch + self.unit * s.unit)
-            self.half_place = kept("half_place", (own + w.lane // 2) * self.pitch + w.lane % 2 * s.unit)
+            self.unit = kept("unit", w.lane % s.units)  # that the lane stores of a line; its neighbours have others
             w.pipeline(stages, self.k, None, self.copy, self.arrived, self.tile)
         return pool.size
 
@@ -118,95 +113,101 @@ class _Block:
         w, s = self.walk, self.s
         self.scores.issue(self.q_desc, at_stage("k_now", self.k_desc, stage, s.tile_bytes))
         own = self.own
-        kind, words = kept("kind_now", own.kind()), [kept("word_now", word(), "uint32") for word in own.words]
-        line = self.line()
+        words = [kept("word_now", word(), "uint32") for word in own.words]
+        line, as_rows = self.line(words)
         own.read(w.known(entry + 1))
         meanwhile()
         wait_products(0)
         self.scores.fence()
         do(T.cuda.warp_sync())  # the lines of the tile before have been read
-        with I.If(T.EQ(kind, 0)):
+        with I.If(as_rows):
             with I.Then():
-                self.stage_whole(line)
+                self.stage_rows()
             with I.Else():
-                self.stage_some(line, words)
+                self.stage_held(words)
         do(T.cuda.warp_sync())
         self.store_units(line)
         self.store_ends(line)
-        do(T.cuda.warp_sync())
         self.keep_open(line)
         own.look_ahead(w.known(entry + 2))
 
-    def line(self) -> _Line:
-        """The lane's own line of a tile."""
+    def line(self, words: list[Expr]) -> tuple[_Line, Expr]:
+        """(the lane's own line of a tile, whether the warp's lines may lie as rows of scores do: each one's keys are
+        neighbours, and nothing waits before a line that does not begin with the first key lane)."""
         s, own = self.s, self.own
         count, spot = own.count(), self.walk.spot(own.first())
-        begin = kept("begin_at", T.Select(self.open_at() >= 0, self.open_at(), spot.skip))
+        opened = kept("opened", self.open_at())
+        begin = kept("begin_at", T.Select(opened >= 0, opened, spot.skip))
         end = kept("end_at", spot.skip + count)
         last = kept("last", T.bitwise_and(end, -s.sector))
         goes_on = kept("goes_on", T.cast(T.And(count > 0, T.EQ(own.next_first(), own.first() + count)), "int32"))
         self.open_at.set(T.Select(goes_on > 0, T.Select(last > 0, 0, begin), -1))
         limit = kept("limit", T.Select(goes_on > 0, last, end))
-        return _Line(spot, count, begin, limit, kept("kept_from", goes_on * last))
+        lowest, neighbours = first_of(words)
+        unfit = T.And(count > 0, T.Or(T.Not(neighbours), T.And(opened >= 0, lowest > 0)))
+        scattered = kept("scattered", T.cuda.any_sync(T.uint32(FULL_WARP), T.cast(unfit, "int32")))
+        as_rows = T.EQ(scattered, 0)
+        place = kept("begins", s.sector + T.Select(T.And(as_rows, count > 0), lowest, 0))
+        return _Line(spot.at, count, begin, limit, goes_on, place, kept("shift", place - spot.skip)), as_rows
 
     # -- scores to lines in shared memory ------------------------------------------------------------------------------
 
-    def stage_whole(self, line: _Line) -> None:
-        """The scores of the thread's two rows to their lines."""
+    def stage_rows(self) -> None:
+        """The scores of the thread's two rows, all keys, as they are."""
         for r in range(2):
-            _, place = self.row(line, r)
+            row = kept("row_place", self.row_place(self.walk.lane // 4 + 8 * r) + self.s.sector + self.column)
             for i in range(LANES // 8):
-                for c, value in enumerate(self.stored(r, i)):
-                    store(self.lines, place + 8 * i + self.column + c, value)
+                for c, word in enumerate(self.stored(r, i)):
+                    do(T.ptx["st.shared.b32"](self.lines.ptr_to([row + 8 * i + c]), word))
 
-    def stage_some(self, line: _Line, words: list[Expr]) -> None:
-        """The same of what the mask holds. The rest goes behind a line's values, where there is room then: every lane
-        has a place of its own."""
+    def stage_held(self, words: list[Expr]) -> None:
+        """The same without what the mask does not hold: the others are neighbours then."""
         for r in range(2):
-            own, place = self.row(line, r)
+            own = self.walk.lane // 4 + 8 * r
+            row = kept("row_place", self.row_place(own) + self.s.sector)
             held = [kept("held", from_lane(word, own), "uint32") for word in words]
             before = kept("before", ones(held[0]))
-            unheld = kept("unheld", from_lane(line.count, own) + self.walk.lane % 4)
             for i in range(LANES // 8):
                 bit = T.cast(8 * (i % 4) + self.column, "uint32")
                 places = ranks(held[i // 4], bit, before if i >= 4 else 0)
-                for (mine, number), value in zip(places, self.stored(r, i), strict=True):
-                    store(self.lines, place + T.Select(mine, number, unheld), value)
+                for (mine, number), value in zip(places, split(self.stored(r, i), self.s.dtype), strict=True):
+                    with when(mine):
+                        store(self.lines, row + number, value)
 
     @property
     def column(self) -> Expr:
         """The first of a thread's columns in every eight."""
         return self.walk.lane % 4 * 2
 
-    def row(self, line: _Line, r: int) -> tuple[Expr, Expr]:
-        """(which of the warp's lines the thread's row r is, where in shared memory its values begin)."""
-        own = self.walk.lane // 4 + 8 * r
-        return own, kept("place", self.row_place + 8 * r * self.pitch + from_lane(line.spot.skip, own))
+    def row_place(self, own: Expr) -> Expr:
+        """Where in shared memory one of the warp's lines is."""
+        return (self.walk.warp * WARP_LINES + own) * self.pitch
 
     def stored(self, r: int, i: int) -> list[Expr]:
-        """The thread's two scores of its row r and the i-th eight columns, times the factor, as values are stored."""
-        values = [self.scores.s[4 * i + 2 * r + c] * self.factor for c in range(2)]
-        return split(words_of(values, self.s.dtype), self.s.dtype)
+        """The words of the thread's two scores of its row r and the i-th eight columns, times the factor."""
+        return words_of([self.scores.s[4 * i + 2 * r + c] * self.factor for c in range(2)], self.s.dtype)
 
     # -- lines to memory -----------------------------------------------------------------------------------------------
 
     def store_units(self, line: _Line) -> None:
-        """What is complete, 16 bytes a lane: neighbouring lanes have the other half of 32 bytes."""
+        """What is complete, 16 bytes a lane: neighbouring lanes have the other half of 32 bytes.
+
+        One step for all that the lane has, then the next: they do not wait for each other."""
         s, w = self.s, self.walk
         first = T.shift_right(line.begin + (s.unit - 1), UNIT_BITS[s.unit])
-        bounds = kept("bounds", T.bitwise_or(first, T.shift_left(T.shift_right(line.limit, UNIT_BITS[s.unit]), 8)))
-
-        def store_unit(own: Expr, unit: Expr, place: Expr) -> None:
-            mine = kept("unit_bounds", from_lane(bounds, own))
-            at = kept("unit_at", from_lane(line.spot.at, own))
-            with when(T.And(unit >= T.bitwise_and(mine, 255), unit < T.shift_right(mine, 8))):
-                words = self.read_unit(place)
+        limit = T.shift_right(line.limit, UNIT_BITS[s.unit])
+        packed = kept("packed", T.bitwise_or(T.bitwise_or(first, T.shift_left(limit, 8)), T.shift_left(line.shift, 16)))
+        theirs = [(i + w.lane // s.units, self.unit) for i in range(0, WARP_LINES, 32 // s.units)]
+        theirs.append((w.lane // 2, s.units + w.lane % 2))  # of lines that begin inside 32 bytes
+        known = [(kept("of_line", from_lane(packed, own)), kept("unit_at", from_lane(line.at, own)))
+                 for own, _ in theirs]  # fmt: skip
+        units = [self.read_unit(own, T.shift_right(mine, 16) + unit * s.unit)
+                 for (own, unit), (mine, _) in zip(theirs, known, strict=True)]  # fmt: skip
+        for (_, unit), (mine, at), words in zip(theirs, known, units, strict=True):
+            limit = T.bitwise_and(T.shift_right(mine, 8), 255)
+            with when(T.And(unit >= T.bitwise_and(mine, 255), unit < limit)):
                 target = self.values.ptr_to([w.base + wide(at + unit * s.unit)])
                 do(T.ptx["st.global.v4.b32"](target, *words))
-
-        for i in range(0, WARP_LINES, 32 // s.units):
-            store_unit(i + w.lane // s.units, self.unit, self.unit_place + i * self.pitch)
-        store_unit(w.lane // 2, s.units + w.lane % 2, self.half_place + LANES)  # of lines that begin inside 32 bytes
 
     def store_ends(self, line: _Line) -> None:
         """The first and the last values of lines, if 16 bytes are not theirs alone, one by one."""
@@ -216,39 +217,62 @@ class _Block:
             for i in range(0, WARP_LINES, 32 // s.unit):
                 own = i + w.lane // s.unit
                 begin, limit = (kept("end_of", from_lane(x, own)) for x in (line.begin, line.limit))
-                at = kept("ends_at", from_lane(line.spot.at, own))
+                at, shift = (kept("ends_at", from_lane(x, own)) for x in (line.at, line.shift))
                 for inside in (begin, limit):
                     number = kept("number", T.bitwise_and(inside, -s.unit) + w.lane % s.unit)
                     with when(T.And(T.NE(inside % s.unit, 0), T.And(number >= begin, number < limit))):
-                        value = self.lines[(w.warp * WARP_LINES + own) * self.pitch + number]
-                        store(self.values, w.base + wide(at + number), value)
+                        store(self.values, w.base + wide(at + number), self.lines[self.row_place(own) + shift + number])
 
     def keep_open(self, line: _Line) -> None:
-        """What is left of lines that go on in the next tile to where they will begin."""
-        w = self.walk
-        source = kept("source", from_lane(line.kept_from, w.lane // 2))
-        with when(source > 0):
-            words = self.read_unit(self.half_place + source)
-            do(T.ptx["st.shared.v4.b32"](self.lines.ptr_to([self.half_place]), *words))
+        """The last 32 bytes of lines that go on in the next tile to where they stand before that one's."""
+        s, own, half = self.s, self.walk.lane // 2, self.walk.lane % 2 * self.s.unit
+        end = kept("kept_end", from_lane(T.Select(line.goes_on > 0, line.place + line.count, 0), own))
+        words = self.read_unit(own, T.max(end - s.sector, 0) + half)
+        do(T.cuda.warp_sync())
+        with when(end > 0):
+            target = self.row_place(own) + half
+            for i, word in enumerate(words):
+                do(T.ptx["st.shared.b32"](self.lines.ptr_to([target + i * s.packed]), word))
 
-    def read_unit(self, place: Expr) -> list[Expr]:
-        """The words of 16 bytes in shared memory."""
-        unit = registers("unit_words", 4, "uint32")
-        words = [unit[i] for i in range(4)]
-        do(T.ptx["ld.shared.v4.b32"](*words, self.lines.ptr_to([place])))
-        return words
+    def read_unit(self, own: Expr, number: Expr) -> list[Expr]:
+        """The words of 16 bytes of a line, from any value on. Beyond a line's values: any words of it."""
+        s = self.s
+        count = UNIT_WORDS + (s.packed > 1)
+        word = T.min(number // s.packed, self.pitch // s.packed - count)
+        place = kept("unit_place", self.row_place(own) + word * s.packed)
+        read = registers("read", count, "uint32")
+        for i in range(count):
+            do(T.ptx["ld.shared.b32"](read[i], self.lines.ptr_to([place + i * s.packed])))
+        if s.packed == 1:
+            return [read[i] for i in range(count)]
+        moved, by = registers("moved", UNIT_WORDS, "uint32"), T.cast(number % 2 * 16, "uint32")
+        for i in range(UNIT_WORDS):
+            do(T.ptx["shf.r.wrap.b32"](moved[i], read[i], read[i + 1], by))
+        return [moved[i] for i in range(UNIT_WORDS)]
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A lane's own line of a tile. In shared memory it lies as in memory, from where 32 bytes begin.
+    """A lane's own line of a tile. Values are numbered from where 32 bytes begin in memory, ``at``.
 
-    spot: of its ``count`` values. begin, limit: the first of those to store now, which may be of the tile before, and
-    the end of them. kept_from: where the others begin, which are stored with the next tile's; 0 if there are none.
+    count: how many there are. begin, limit: the first of those to store now, which may be of the tile before, and the
+    end of them. goes_on: whether the next tile has the line's next values. place: where in shared memory the line's
+    values of this tile begin. shift: a number's place there less the number.
     """
 
-    spot: Spot
+    at: Expr
     count: Expr
     begin: Expr
     limit: Expr
-    kept_from: Expr
+    goes_on: Expr
+    place: Expr
+    shift: Expr
+
+
+def first_of(words: list[Expr]) -> tuple[Expr, Expr]:
+    """(which is the lowest bit of a line that has any, whether its bits are all neighbours)."""
+    low, high = (T.cast(word, "uint64") for word in words)
+    bits = kept("bits", T.bitwise_or(low, T.shift_left(high, T.uint64(32))), "uint64")
+    below = kept("below", T.bitwise_and(bits - T.uint64(1), ~bits), "uint64")
+    carried = T.bitwise_and(bits + below + T.uint64(1), bits)  # adding the lowest bit: all ones above it that follow go
+    return kept("lowest", T.cast(T.popcount(below), "int32")), T.EQ(carried, T.uint64(0))

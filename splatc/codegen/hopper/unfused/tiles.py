@@ -60,6 +60,11 @@ class Sizes:
         return UNIT_BYTES // self.item_bytes
 
     @property
+    def packed(self) -> int:
+        """Values of a word."""
+        return 4 // self.item_bytes
+
+    @property
     def units(self) -> int:
         """Copies that a line takes which begins where one does."""
         return LANES // self.unit
