@@ -226,6 +226,7 @@ def prepare_rows(s: Shape):
              bound_blocks, scale):  # fmt: skip
         place = Place(block, thread, blocks_a_head, heads, dim)
         words, first = load_outputs(place, o, do_, q_len)
+        ends = load_ends(place, lse, dlse, first, q_len)
         largest = HeadBounds(bounds, place, heads, group, bound_blocks)
         dots = registers("dots", 1)
         squares = registers("squares", 1)
@@ -246,10 +247,10 @@ def prepare_rows(s: Shape):
             sum_of_lanes(squares, place.lanes)
             with when(position < q_len):
                 with when(place.leads):
-                    delta = let("delta", dots[0] - dlse[row])
+                    delta = let("delta", dots[0] - ends[2 * p + 1])
                     bound = let("bound", (T.sqrt(squares[0]) * largest.norm + T.abs(delta)) * largest.entry)
                     scale_in = let("scale_in", power_below(bound))
-                    log2 = log2_of(lse[row])
+                    log2 = log2_of(ends[2 * p])
                     at = row * STATISTICS
                     out = T.if_then_else(is_finite(delta), scale / scale_in, T.reinterpret("float32", NAN))
                     do(T.ptx["st.global.v4.f32"](statistics.ptr_to([at]), log2, delta, scale_in, out))
@@ -268,6 +269,18 @@ def load_outputs(place: Place, o: Rows, do_: Rows, q_len: Expr) -> tuple[Expr, E
     first = let("first", place.block * (place.step * PASSES) + place.row)
     load_two(words, place, first, (o, do_), q_len)
     return words, first
+
+
+def load_ends(place: Place, lse: Expr, dlse: Expr, first: Expr, q_len: Expr) -> Expr:
+    """A thread's PASSES rows of lse and dlse in turn, asked for before anything that was asked for is used: plain reads
+    the compiler would put off."""
+    ends = registers("ends", 2 * PASSES)
+    for p in range(PASSES):
+        position = T.min(first + p * place.step, q_len - 1)  # one that exists, so that nothing branches
+        row = let("end_row", wide(place.pair) * wide(q_len) + wide(position))
+        for i, x in enumerate((lse, dlse)):
+            do(T.ptx["ld.global.f32"](ends[2 * p + i], x.ptr_to([row])))
+    return ends
 
 
 def load_two(words: Expr, place: Place, first: Expr, tensors: tuple[Rows, Rows], length: Expr) -> None:
@@ -299,6 +312,7 @@ def prepare_statistics(s: RowShape):
     def body(block, thread, o, do_, lse, dlse, statistics, heads, q_len, blocks_a_head, seed=None):
         place = Place(block, thread, blocks_a_head, heads, dim)
         words, first = load_outputs(place, o, do_, q_len)
+        ends = load_ends(place, lse, dlse, first, q_len)
         dots = registers("dots", 1)
         for p in range(PASSES):
             position = let("position", first + p * place.step)
@@ -315,7 +329,7 @@ def prepare_statistics(s: RowShape):
                     place_of = T.reinterpret("float32", position)
                 if seed is not None:
                     word = T.reinterpret("float32", query_word(seed, position, place.head, place.batch))
-                do(T.ptx["st.global.v4.f32"](at, log2_of(lse[row]), dots[0] - dlse[row], word, place_of))
+                do(T.ptx["st.global.v4.f32"](at, log2_of(ends[2 * p]), dots[0] - ends[2 * p + 1], word, place_of))
 
     return kernel(PREPARE, declare, body)
 
