@@ -11,6 +11,7 @@ One process and one set of weights for all: only ``set_attn_implementation`` cha
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from side_by_side import attempt, difference, milliseconds, report
 from splatc.integrations.transformers import register
 
 IMPLEMENTATIONS = ("splatc", "sdpa", "flex_attention")
+DECODE_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,20 @@ def compare(model: Any, names: list[str], window: int | None, size: Size, device
         if logits:
             first = first or logits
             row["to splatc"] = difference(logits[0], first[0])
-        row["decode, ms"] = attempt(lambda: decode(model, ids, size.steps, device))
         model.train()
         row["training, ms"] = attempt(lambda: milliseconds(train, device, size.repeats))  # noqa: B023
         optimizer.zero_grad()
         rows.append(row)
         print(row, flush=True)
+    model.eval()
+    rounds: list[list[float | str]] = [[] for _ in names]
+    for turn in range(DECODE_ROUNDS):  # bound by the host, whose speed changes: each is first once
+        for i in sorted(range(len(names)), key=lambda i: (i + turn) % len(names)):
+            model.set_attn_implementation(names[i])
+            rounds[i].append(attempt(lambda: decode(model, ids, size.steps, device)))
+    for row, times in zip(rows, rounds, strict=True):
+        failed = [time for time in times if isinstance(time, str)]
+        row["decode, ms"] = failed[0] if failed else statistics.median(times)
     return rows
 
 
