@@ -30,7 +30,7 @@ def compile_on_gpu(spec: KernelSpec) -> Callable[..., None]:
         values = {name: x.data_ptr() if hasattr(x, "data_ptr") else x for name, x in arguments.items()}
         held = Arguments(function, values, {})
         config = LaunchConfig(
-            grid, 1, 1, function.threads, 1, 1, function.smem_bytes, on.torch.stream(on.ordinal)
+            grid, 1, 1, function.threads, 1, 1, function.smem_bytes, on.framework.stream(on.ordinal)
         )
         on.driver.launch(ctypes.addressof(config), function.kernel, ctypes.addressof(held.array), on.ordinal)
 

@@ -22,7 +22,7 @@ from splatc.ir.program import Cover
 from splatc.ir.score import NO_SCORE, Score
 from splatc.patterns.pruned import Pruning
 from splatc.runtime.driver import MAP_TYPES, LaunchConfig
-from splatc.runtime.gpu import Gpu, Torch
+from splatc.runtime.gpu import Framework, Gpu, TorchMemory
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import Shape
 
@@ -162,8 +162,9 @@ class FakeTorch:
         yield
         self.device = before
 
-    def hooks(self) -> Torch:
-        return Torch(lambda ordinal: self.stream, lambda: self.capturing, lambda: self.device, self.on)
+    def hooks(self) -> Framework:
+        return Framework(lambda ordinal: self.stream, lambda: self.capturing, lambda: self.device, self.on,
+                         lambda words, ordinal: TorchMemory(words, "cpu"))  # fmt: skip
 
 
 def fake_gpu(driver: FakeDriver, torch_: FakeTorch, ordinal: int = 0) -> Gpu:

@@ -303,7 +303,7 @@ def test_queue_slots() -> None:
     with pytest.raises(Unsupported, match="allocating work queues"):
         gpu.queue_slots
     torch_.capturing = False
-    slots = gpu_module._QueueSlots(gpu.device, eager=4, captured=2)
+    slots = gpu_module._QueueSlots(gpu, eager=4, captured=2)
     eager = [slots.take(False) for _ in range(8)]
     assert len(set(eager[:4])) == 4 and eager[4:] == eager[:4]
     captured = [slots.take(True) for _ in range(4)]  # the last two beyond those set aside

@@ -158,11 +158,11 @@ class _Launch:
     def __call__(self, tensors: Mapping[str, Any]) -> None:
         """On the current stream."""
         on = self._gpu
-        with on.torch.on(on.ordinal) if on.torch.device() != on.ordinal else nullcontext(), self._lock:
+        with on.framework.on(on.ordinal) if on.framework.device() != on.ordinal else nullcontext(), self._lock:
             for name, bound in self._bounds.items():
                 if (address := int(tensors[name].data_ptr())) != bound.address:
                     bound.move(address)
-            self._config.stream = on.torch.stream(on.ordinal)
+            self._config.stream = on.framework.stream(on.ordinal)
             on.driver.launch(*self._start, on.ordinal)
 
 

@@ -72,6 +72,8 @@ class Driver:
                                        POINTER(c_uint32), POINTER(c_uint32), c_int, c_int, c_int, c_int),
             "cuTensorMapReplaceAddress": (c_void_p, c_void_p),
             "cuLaunchKernelEx": (c_void_p, c_void_p, c_void_p, c_void_p),
+            "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t), "cuMemFree_v2": (c_uint64,),
+            "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
         }  # fmt: skip
         for name, arguments in signatures.items():
             getattr(self._library, name).argtypes = arguments
@@ -111,6 +113,19 @@ class Driver:
         context = c_void_p()
         status = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._device(ordinal))
         self.check(status or self._library.cuCtxSetCurrent(context), f"using GPU {ordinal}")
+
+    def upload(self, source: int, size: int, ordinal: int) -> int:
+        """The address of a copy, on a GPU, of ``size`` bytes of this computer's memory; until ``free``."""
+        self.make_current(ordinal)
+        copy = c_uint64()
+        self.check(self._library.cuMemAlloc_v2(ctypes.byref(copy), size), f"allocating {size} bytes on GPU {ordinal}")
+        self.check(self._library.cuMemcpyHtoD_v2(copy, source, size), f"copying {size} bytes to GPU {ordinal}")
+        return copy.value
+
+    def free(self, address: int, ordinal: int) -> None:
+        """Give back what ``upload`` took, once all that runs on the GPU has ended."""
+        self.make_current(ordinal)
+        self.check(self._library.cuMemFree_v2(address), f"freeing memory on GPU {ordinal}")
 
     def load(self, image: bytes) -> int:
         """A library from a cubin, or from PTX, which the driver then compiles. It is never unloaded."""

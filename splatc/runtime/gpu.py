@@ -1,4 +1,5 @@
-"""One GPU as launches see it: its driver, torch's streams, the kernels loaded on it, queue slots, uploaded tables."""
+"""One GPU as launches see it: its driver, a framework's streams and memory, the kernels loaded on it, queue slots,
+uploaded tables."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,33 +30,43 @@ ALIGNMENT = 128  # bytes, of each table on a device
 _captured: list[Any] = []  # what graphs refer to: kept as long as the process, because a graph may be
 
 
+class Uploaded(Protocol):
+    """Memory on a GPU, kept as long as this is."""
+
+    address: int
+
+    def used(self, stream: int) -> None:
+        """A launch on a stream reads it."""
+
+
 @dataclass(frozen=True)
-class Torch:
-    """What a launch asks torch each time.
+class Framework:
+    """What launches ask the framework whose arrays they compute with.
 
     stream(ordinal): the current stream's handle; capturing(): whether it is being captured; device(): the current GPU;
-    on(ordinal): a context in which that GPU is the current one.
+    on(ordinal): a context in which that GPU is the current one; upload(words, ordinal): a copy of int32 words there.
     """
 
     stream: Callable[[int], int]
     capturing: Callable[[], bool]
     device: Callable[[], int]
     on: Callable[[int], AbstractContextManager[Any]]
+    upload: Callable[[NDArray[np.int32], int], Uploaded]
 
 
 @dataclass(eq=False)
 class Gpu:
-    """A GPU by torch's number. device: its name for torch."""
+    """A GPU by its number. device: its name for torch, None for other frameworks."""
 
     ordinal: int
     device: Any
     driver: Driver
-    torch: Torch
+    framework: Framework
     _slots: _QueueSlots | None = field(default=None, repr=False)
 
     def refuse_capture(self, what: str) -> None:
         """Raise Unsupported if a graph is being captured: ``what`` must have happened before."""
-        if self.torch.capturing():
+        if self.framework.capturing():
             raise Unsupported(
                 f"{what} cannot be done while a CUDA graph is captured: call once with the same shapes before"
             )
@@ -65,22 +76,19 @@ class Gpu:
         """The counters of work queues on this GPU."""
         if self._slots is None:
             self.refuse_capture("allocating work queues")
-            self._slots = _QueueSlots(self.device)
+            self._slots = _QueueSlots(self)
         return self._slots
 
 
 class _QueueSlots:
     """Pairs of int32 counters, zero between launches, so that launches that run at the same time never share one."""
 
-    def __init__(self, device: Any, eager: int = SLOTS, captured: int = CAPTURED_SLOTS) -> None:
-        import torch
-
-        self._memory = torch.zeros((eager + captured, 2), dtype=torch.int32, device=device)
-        if self._memory.is_cuda:
-            torch.cuda.synchronize(device)  # they are zero for every stream
-        self._first = int(self._memory.data_ptr())
-        self._eager = itertools.cycle(range(self._first, self._first + 8 * eager, 8))
-        self._captured = iter(range(self._first + 8 * eager, self._first + 8 * (eager + captured), 8))
+    def __init__(self, on: Gpu, eager: int = SLOTS, captured: int = CAPTURED_SLOTS) -> None:
+        self._device = on.device
+        self._memory = on.framework.upload(np.zeros(2 * (eager + captured), np.int32), on.ordinal)
+        first = self._memory.address
+        self._eager = itertools.cycle(range(first, first + 8 * eager, 8))
+        self._captured = iter(range(first + 8 * eager, first + 8 * (eager + captured), 8))
 
     def take(self, captured: bool) -> int:
         """The address of a pair: of the eager ones in turn, or one that nobody else will ever get."""
@@ -91,7 +99,7 @@ class _QueueSlots:
         except StopIteration:
             import torch
 
-            _captured.append(torch.zeros(2, dtype=torch.int32, device=self._memory.device))  # zeroed in the graph
+            _captured.append(torch.zeros(2, dtype=torch.int32, device=self._device))  # zeroed in the graph
             return int(_captured[-1].data_ptr())
 
 
@@ -100,8 +108,6 @@ class DeviceTables:
 
     def __init__(self, gpu: Gpu, arrays: Sequence[Mapping[str, NDArray[Any]]]) -> None:
         """arrays: by name, for each launch. Raises Unsupported under capture: an upload waits for the GPU."""
-        import torch
-
         gpu.refuse_capture("uploading the tables of a mask")
         self._offsets: dict[tuple[int, str], int] = {}
         end = 0
@@ -113,14 +119,14 @@ class DeviceTables:
         for (i, name), offset in self._offsets.items():
             flat = np.ascontiguousarray(arrays[i][name]).view(np.int32).ravel()
             words[offset // 4 : offset // 4 + len(flat)] = flat
-        self._memory = torch.from_numpy(words).to(gpu.device)
-        self._first = int(self._memory.data_ptr())
+        self._memory = gpu.framework.upload(words, gpu.ordinal)
+        self.first = self._memory.address
         self._seen: set[int] = set()
         self._kept = False
 
     def address(self, launch: int, name: str) -> int:
         """Where an array lies."""
-        return self._first + self._offsets[launch, name]
+        return self.first + self._offsets[launch, name]
 
     def used(self, stream: int, captured: bool) -> None:
         """A launch on a stream reads the tables: they must outlive it, or the graph that it is captured in."""
@@ -130,10 +136,24 @@ class DeviceTables:
                 _captured.append(self)
         elif stream not in self._seen:
             self._seen.add(stream)
-            if self._memory.is_cuda:
-                import torch
+            self._memory.used(stream)
 
-                self._memory.record_stream(torch.cuda.current_stream(self._memory.device))
+
+class TorchMemory:
+    """Words in a tensor of torch."""
+
+    def __init__(self, words: NDArray[np.int32], device: Any) -> None:
+        import torch
+
+        self._tensor = torch.from_numpy(words).to(device)
+        self.address = int(self._tensor.data_ptr())
+
+    def used(self, stream: int) -> None:
+        """Torch's allocator waits for the stream, which is its current one."""
+        if self._tensor.is_cuda:
+            import torch
+
+            self._tensor.record_stream(torch.cuda.current_stream(self._tensor.device))
 
 
 @cache
@@ -141,9 +161,9 @@ def gpu(ordinal: int) -> Gpu:
     """A GPU of this process. Raises Unsupported if there is no driver."""
     import torch
 
-    hooks = Torch(
+    hooks = Framework(
         torch._C._cuda_getCurrentRawStream, torch._C._cuda_isCurrentStreamCapturing, torch._C._cuda_getDevice,
-        torch.cuda.device,
+        torch.cuda.device, lambda words, ordinal: TorchMemory(words, torch.device("cuda", ordinal)),
     )  # fmt: skip
     return Gpu(ordinal, torch.device("cuda", ordinal), driver(), hooks)
 

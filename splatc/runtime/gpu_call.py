@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.kernel import KernelSpec
@@ -31,7 +31,7 @@ class Request:
     """What a kernel family makes steps of.
 
     functions: the kernel's, the attention first. tables: of ``launches``, uploaded. works: of each launch, for kernels
-    that hand it out (hopper). layouts: of q, k, v and o. address: of some memory on the GPU. cap: the softcap, or 0.
+    that hand it out (hopper). layouts: of q, k, v and o. cap: the softcap, or 0.
     """
 
     gpu: Gpu
@@ -42,8 +42,12 @@ class Request:
     works: tuple[Work, ...]
     tables: DeviceTables
     layouts: Mapping[str, Layout]
-    address: int
     cap: float = 0.0
+
+    @property
+    def address(self) -> int:
+        """Of some memory on the GPU, for what is described before there is a call."""
+        return self.tables.first
 
     @property
     def part_tiles(self) -> int:
@@ -67,22 +71,13 @@ class GpuCall:
     """Steps, and what each call puts into them: addresses, the scale, the stream."""
 
     def __init__(self, request: Request, steps: list[Step], layout: str) -> None:
-        import torch
-
-        gpu, shape, spec = request.gpu, request.shape, request.spec
+        gpu = request.gpu
         self._ordinal, self._tables = gpu.ordinal, request.tables
-        self._torch, self._launch = gpu.torch, gpu.driver.launch
+        self._framework, self._launch = gpu.framework, gpu.driver.launch
         self._lock = threading.Lock()
-        rows = (shape.batch, shape.heads, shape.q_len)
-        order = rows if layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
-        dtype = getattr(torch, spec.dtype)
-        self._new_o = allocation(gpu.device, dtype, *order, shape.v_head_dim)
-        self._new_lse = allocation(gpu.device, torch.float32, *rows)
-        self._new_parts: tuple[Allocate, ...] = ()  # of part_o and part_lse, if any rows are in parts
-        if part_rows := request.part_tiles * spec.tile_m:
-            self._new_parts = (allocation(gpu.device, dtype, part_rows * shape.v_head_dim),
-                               allocation(gpu.device, torch.float32, part_rows))  # fmt: skip
-        names = ("q", "k", "v", "o", "lse", "part_o", "part_lse")[: 5 + len(self._new_parts)]
+        self._request, self._layout = request, layout
+        self.scratch = scratch_of(request)
+        names = ("q", "k", "v", "o", "lse", *self.scratch)
         self._bounds = [self._bound(gpu, name, steps, request.address) for name in names]
         self._addresses: tuple[int, ...] = ()  # of the last call
         self._queues = [slot for step in steps if "queue" in step.holders
@@ -103,16 +98,24 @@ class GpuCall:
         return Bound(gpu.driver, slots, maps, address)
 
     def __call__(self, q: int, k: int, v: int, scale: float, terms: Terms | None = None) -> tuple[Any, Any]:
-        """(o, lse) of tensors at these addresses that are as this call was prepared for."""
-        ask, ordinal = self._torch, self._ordinal
+        """(o, lse), torch tensors, of q, k and v at these addresses that are as this call was prepared for."""
+        ask, ordinal = self._framework, self._ordinal
         if ask.device() != ordinal:
             with ask.on(ordinal):
                 return self(q, k, v, scale, terms)
-        o, lse = self._new_o(), self._new_lse()
+        new_o, new_lse, *new_parts = self._allocations
+        o, lse = new_o(), new_lse()
         addresses: tuple[int, ...] = (q, k, v, o.data_ptr(), lse.data_ptr())
-        if self._new_parts:
-            parts = [new() for new in self._new_parts]
+        if new_parts:
+            parts = [new() for new in new_parts]
             addresses += tuple(part.data_ptr() for part in parts)
+        self.start(addresses, scale, terms)
+        return o, lse
+
+    def start(self, addresses: tuple[int, ...], scale: float, terms: Terms | None = None) -> None:
+        """Compute for q, k, v, o, lse and ``scratch`` at these addresses, on the current stream of the GPU, which is
+        the current one."""
+        ask, ordinal = self._framework, self._ordinal
         stream, captured = ask.stream(ordinal), ask.capturing()
         with self._lock:
             if addresses != self._addresses:
@@ -129,7 +132,19 @@ class GpuCall:
                     slot.value = queue
             for config, kernel, parameters in self._starts:
                 self._launch(config, kernel, parameters, ordinal)
-        return o, lse
+
+    @cached_property
+    def _allocations(self) -> tuple[Allocate, ...]:
+        """Of o, lse and scratch, by torch."""
+        import torch
+
+        shape, spec = self._request.shape, self._request.spec
+        device, dtype = self._request.gpu.device, getattr(torch, spec.dtype)
+        rows = (shape.batch, shape.heads, shape.q_len)
+        order = rows if self._layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
+        scratch = (allocation(device, getattr(torch, kind), *sizes) for kind, sizes in self.scratch.values())
+        return (allocation(device, dtype, *order, shape.v_head_dim), allocation(device, torch.float32, *rows),
+                *scratch)  # fmt: skip
 
     def _move(self, addresses: tuple[int, ...]) -> None:
         for bound, address in zip(self._bounds, addresses, strict=True):
@@ -148,6 +163,14 @@ class GpuCall:
             config.stream = stream
         self._tables.used(stream, captured)
         self._stream = stream
+
+
+def scratch_of(request: Request) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, sizes) of what a call needs beside its results: part_o and part_lse, if any rows are in parts."""
+    rows = request.part_tiles * request.spec.tile_m
+    if not rows:
+        return {}
+    return {"part_o": (request.spec.dtype, (rows * request.shape.v_head_dim,)), "part_lse": ("float32", (rows,))}
 
 
 def allocation(device: Any, dtype: Any, *sizes: int) -> Allocate:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
@@ -66,7 +67,7 @@ class GpuGradients:
         if key not in self._ready:
             layouts = {name: layout_of(tensors[name]) for name in INPUTS[:5]}
             learns = score_of(False, *(name in wanted for name in LEARNABLE[:-1]))
-            remember(self._ready, key, self._prepare(shape, layouts, q, learns))
+            remember(self._ready, key, self.prepared(shape, layouts, q.device.index, learns))
         run, addresses = self._ready[key], {name: x.data_ptr() for name, x in tensors.items()}
         if terms is None:
             made = run(addresses, scale)
@@ -78,7 +79,7 @@ class GpuGradients:
 
     def _zeros(self, lse: Any) -> Any:
         """What dlse is where nobody asks for gradients of lse: made once for each size, but for each graph anew."""
-        if self._find_gpu(lse.device.index).torch.capturing():
+        if self._find_gpu(lse.device.index).framework.capturing():
             return lse.new_zeros(lse.shape)
         key = lse.shape, lse.device
         if key not in self._no_dlse:
@@ -88,17 +89,19 @@ class GpuGradients:
     def way(self, shape: Shape, device: int) -> Way:
         """How calls of these sizes are computed on a GPU."""
         on = self._find_gpu(device)
-        with on.torch.on(on.ordinal):
+        with on.framework.on(on.ordinal):
             return self._way(shape, on)[0]
 
-    def _prepare(self, shape: Shape, layouts: dict[str, Layout], q: Any, learning: Score) -> GradientCall:
-        on = self._find_gpu(q.device.index)
-        with on.torch.on(on.ordinal):
+    def prepared(self, shape: Shape, layouts: dict[str, Layout], ordinal: int, learning: Score) -> GradientCall:
+        """A call for tensors of these sizes and strides, q, k, v, o and do, seen as bhsd, on a GPU. learning: the terms
+        whose sums are made."""
+        on = self._find_gpu(ordinal)
+        with on.framework.on(on.ordinal):
             way, tables = self._way(shape, on)
-            call = Preparation(on, shape, way, tables, layouts, self._layout, self._cap, int(q.data_ptr()))
+            call = Preparation(on, shape, way, tables, layouts, self._layout, self._cap)
             rows = None if way.rows is None else self._functions(replace(way.rows, learning=learning), on)
             steps = call.steps([self._functions(one, on) for one in way.columns], rows)
-            return GradientCall(on, call.sizes(), steps, tables, self._layout)
+            return GradientCall(on, call.sizes(), steps, tables)
 
     def _functions(self, spec: KernelSpec, on: Gpu) -> tuple[Function, ...]:
         return load_functions(self._find(spec).folder, spec.target.arch, on)
@@ -151,7 +154,6 @@ class Preparation:
     layouts: dict[str, Layout]
     layout: str
     cap: float
-    address: int
 
     def sizes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of all that a call allocates; results in the caller's layout."""
@@ -269,7 +271,7 @@ class Preparation:
 
     def _maps(self, function: Function, one: Walk, seen: Seen, halves: list[Any],
               shares: list[Any]) -> Mapping[str, Any]:  # fmt: skip
-        maps, layouts, dtype = Maps(self.gpu.driver, function, self.address), self._all_layouts(), self.shape.dtype
+        maps, layouts, dtype = Maps(self.gpu.driver, function, self.tables.first), self._all_layouts(), self.shape.dtype
         rows, cols = one.launch.row_views, one.launch.col_views
         for names, views, limit in ((seen.rows, rows, MAX_VIEWS[0]), (seen.columns, cols, MAX_VIEWS[1])):
             for name in names:
@@ -288,14 +290,10 @@ class GradientCall:
     """Steps, and what each call puts into them: addresses, the scale, the stream."""
 
     def __init__(self, on: Gpu, sizes: Mapping[str, tuple[str, tuple[int, ...]]], steps: list[Step],
-                 tables: DeviceTables, layout: str) -> None:  # fmt: skip
-        """sizes: (dtype, shape) of what a call allocates, the results first."""
-        import torch
-
-        self._gpu, self._tables, self._layout = on, tables, layout
-        self._empty = torch.empty_strided
-        self._sizes = {name: (*contiguous(*shape), getattr(torch, dtype)) for name, (dtype, shape) in sizes.items()
-                       if math.prod(shape)}  # fmt: skip
+                 tables: DeviceTables) -> None:  # fmt: skip
+        """sizes: (dtype, shape) of results and scratch, the results first."""
+        self._gpu, self._tables = on, tables
+        self.sizes = {name: (dtype, shape) for name, (dtype, shape) in sizes.items() if math.prod(shape)}
         self._lock = threading.Lock()
         names = dict.fromkeys(name for step in steps for name in step.holders if name != "queue")
         self._bounds = {name: self._bound(name, steps) for name in names}
@@ -314,27 +312,45 @@ class GradientCall:
 
     def __call__(self, addresses: dict[str, int], scale: float,
                  terms: Mapping[str, float] | None = None) -> dict[str, Any]:  # fmt: skip
-        """All that it allocates, dq, dk and dv among it, of tensors at these addresses that are as this call was
-        prepared for. terms: the parameters of a score's."""
+        """Torch tensors of all of ``sizes``, dq, dk and dv among it, for tensors at these addresses that are as this
+        call was prepared for. terms: the parameters of a score's."""
         on = self._gpu
-        with on.torch.on(on.ordinal):
+        with on.framework.on(on.ordinal):
             mine = {name: self._empty(shape, strides, dtype=dtype, device=on.device)
-                    for name, (shape, strides, dtype) in self._sizes.items()}  # fmt: skip
-            stream, captured = on.torch.stream(on.ordinal), on.torch.capturing()
-            addresses = {**addresses, **{name: x.data_ptr() for name, x in mine.items()}}
-            with self._lock:
-                for name, address in addresses.items():
-                    if self._bounds[name].address != address:
-                        self._bounds[name].move(address)
-                for slot in self._scales:
-                    slot.value = scale
-                for slot in self._queues:  # one each: two walks may run at the same time
-                    slot.value = on.queue_slots.take(captured)
-                if terms is not None:
-                    self._terms.fill(terms)
-                for config in self._configs:
-                    config.stream = stream
-                self._tables.used(stream, captured)
-                for start in self._starts:
-                    on.driver.launch(*start, on.ordinal)
+                    for name, (shape, strides, dtype) in self._layouts.items()}  # fmt: skip
+            self.start({**addresses, **{name: x.data_ptr() for name, x in mine.items()}}, scale, terms)
         return mine
+
+    @cached_property
+    def _layouts(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]]:
+        """(shape, strides, torch's dtype) of all of ``sizes``."""
+        import torch
+
+        return {name: (*contiguous(*shape), getattr(torch, dtype)) for name, (dtype, shape) in self.sizes.items()}
+
+    @cached_property
+    def _empty(self) -> Callable[..., Any]:
+        import torch
+
+        return torch.empty_strided
+
+    def start(self, addresses: dict[str, int], scale: float, terms: Mapping[str, float] | None = None) -> None:
+        """Compute for tensors, results and scratch at these addresses, on the current stream of the GPU, which is the
+        current one."""
+        on = self._gpu
+        stream, captured = on.framework.stream(on.ordinal), on.framework.capturing()
+        with self._lock:
+            for name, address in addresses.items():
+                if self._bounds[name].address != address:
+                    self._bounds[name].move(address)
+            for slot in self._scales:
+                slot.value = scale
+            for slot in self._queues:  # one each: two walks may run at the same time
+                slot.value = on.queue_slots.take(captured)
+            if terms is not None:
+                self._terms.fill(terms)
+            for config in self._configs:
+                config.stream = stream
+            self._tables.used(stream, captured)
+            for start in self._starts:
+                on.driver.launch(*start, on.ordinal)

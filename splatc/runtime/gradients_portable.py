@@ -72,14 +72,15 @@ class PortableGradients:
         key = shape, *(x.stride() for x in tensors.values()), q.device
         if key not in self._ready:
             layouts = {name: layout_of(tensors[name]) for name in ("q", "k", "v", "do")}
-            remember(self._ready, key, self._prepare(shape, layouts, q.device.index))
+            remember(self._ready, key, self.prepared(shape, layouts, q.device.index))
         made = self._ready[key]({name: x.data_ptr() for name, x in tensors.items()}, scale)
         sinks = [of_sinks(terms.sinks.detach(), tensors["lse"], tensors["delta"])] if "sinks" in wanted else []
         return *(made[name].to(q.dtype) for name in ("dq", "dk", "dv")), *sinks
 
-    def _prepare(self, shape: Shape, layouts: dict[str, Layout], device: int) -> GradientCall:
-        on = self._find_gpu(device)
-        with on.torch.on(on.ordinal):
+    def prepared(self, shape: Shape, layouts: dict[str, Layout], ordinal: int) -> GradientCall:
+        """A call for tensors of these sizes and strides, q, k, v and do, seen as bhsd, on a GPU."""
+        on = self._find_gpu(ordinal)
+        with on.framework.on(on.ordinal):
             walks, tables = self._walks(shape, on)
             s, keys = shape, replace(shape, heads=shape.kv_heads, q_len=shape.kv_len)
             loaded = load_functions(self.kernel.folder, self.kernel.spec.target.arch, on)
@@ -93,7 +94,7 @@ class PortableGradients:
             for name, one in results.items():
                 rows = one.batch, one.heads, one.q_len, one.v_head_dim
                 sizes[name] = "float32", tuple(rows[i] for i in order)
-            return GradientCall(on, sizes, steps, tables, self._layout)
+            return GradientCall(on, sizes, steps, tables)
 
     def _walks(self, shape: Shape, on: Gpu) -> tuple[list[tuple[Launch, int | None]], DeviceTables]:
         """Launches in order, of dQ (None) and, for one query head of every key head, of dK and dV; and their tables on

@@ -103,7 +103,7 @@ class Launcher:
         elif any(copied):
             ready = _Copied(copied, again)
         else:
-            call = self._call(q, shape, layouts)
+            call = self.prepared(shape, layouts, q.device.index)
             grad = any(x.requires_grad for x in (q, k, v))
             ready = _Launched(call, shape, grad, self._hopper, again)
             ready = _Padded(ready, self._layout) if padded else ready
@@ -117,17 +117,18 @@ class Launcher:
         _say_copied(f"its strides {tuple(x.stride())} do not suit the tensor memory accelerator")
         return True
 
-    def _call(self, q: Any, shape: Shape, layouts: list[Layout]) -> GpuCall:
-        on = self._find_gpu(q.device.index)
+    def prepared(self, shape: Shape, layouts: list[Layout], ordinal: int) -> GpuCall:
+        """A call for q, k and v of these sizes and strides, seen as bhsd, on a GPU."""
+        on = self._find_gpu(ordinal)
         spec = self._kernel.spec
-        with on.torch.on(on.ordinal) if on.torch.device() != on.ordinal else nullcontext():
+        with on.framework.on(on.ordinal) if on.framework.device() != on.ordinal else nullcontext():
             self._last = shape, on
             laid_out, tables = self._lay_out(on, shape), self._uploaded(on, shape)
             functions = load_functions(self._kernel.folder, spec.target.arch, on)
             named = dict(zip("qkv", layouts, strict=True))
             named["o"] = output_layout(shape, self._layout, layouts[0].itemsize)
             request = Request(on, spec, shape, functions, laid_out.launches, laid_out.works, tables, named,
-                              int(q.data_ptr()), self._cap)  # fmt: skip
+                              self._cap)  # fmt: skip
             return GpuCall(request, hopper_steps(request) if self._hopper else portable_steps(request), self._layout)
 
     def _uploaded(self, on: Gpu, shape: Shape) -> DeviceTables:

@@ -147,9 +147,9 @@ class GpuProducts:
         arguments = Arguments(function, {**values, **addresses, "blocks": blocks}, {})
         step = Step(function, arguments, (blocks, 1, 1), {})
         config = config_of(step)
-        with on.torch.on(on.ordinal) if on.torch.device() != on.ordinal else nullcontext():
-            config.stream = on.torch.stream(on.ordinal)
-            tables.used(config.stream or 0, on.torch.capturing())
+        with on.framework.on(on.ordinal) if on.framework.device() != on.ordinal else nullcontext():
+            config.stream = on.framework.stream(on.ordinal)
+            tables.used(config.stream or 0, on.framework.capturing())
             on.driver.launch(*start_of(config, step), on.ordinal)
 
 
