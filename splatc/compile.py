@@ -37,6 +37,7 @@ from splatc.runtime.attention import CompiledAttention, Plan
 from splatc.runtime.cpu_call import workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain
+from splatc.runtime.gpu import FindGpu
 from splatc.runtime.gradient_walks import Sources
 from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.gradients_gpu import GpuGradients
@@ -116,17 +117,17 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     def portable_plan(q_len: int, kv_len: int) -> Plan:
         return make_plan(pattern, q_len, kv_len, gradient_spec(first.spec), after)
 
-    def gradients(plan: Planner) -> Gradients | GpuGradients | PortableGradients:
+    def gradients(plan: Planner, find_gpu: FindGpu) -> Gradients | GpuGradients | PortableGradients:
         if first.spec.kernel == "cpu":
             return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
         if by_tensor_cores(first.spec):
             sources = Sources(row_plan, transposed_plan, gradient_spec(first.spec), two_walks(first.spec)[1:])
             walks = "two" if only_two_walks(first.spec) else Config.from_env().gradient_walks
-            return GpuGradients(sources, found, layout, cap, walks)
+            return GpuGradients(sources, found, layout, cap, walks, find_gpu)
         from splatc.runtime.gradients_portable import PortableGradients  # seldom needed
 
         rows = plan if first.spec.kernel == "portable" else portable_plan
-        return PortableGradients(found(gradient_spec(first.spec)), rows, transposed_plan, layout, cap)
+        return PortableGradients(found(gradient_spec(first.spec)), rows, transposed_plan, layout, cap, find_gpu)
 
     return CompiledAttention(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))
 
@@ -212,20 +213,20 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
 
 
 def compiled_for(s: Shape, mask: Any, softcap: float | None, layout: str, allow_tf32: bool,
-                 asked: Asked) -> CompiledAttention:  # fmt: skip
-    """``compile`` for a call of these sizes, memoised."""
+                 asked: Asked, target: str | None = None) -> CompiledAttention:  # fmt: skip
+    """``compile`` for a call of these sizes, memoised. target: default, that of the tensors' device."""
     if not isinstance(mask, Pattern):
         mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
-    kind = "cpu" if s.device == "cpu" else "cuda"
-    return _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, kind, layout, allow_tf32, asked)
+    target = target or ("cpu" if s.device == "cpu" else "cuda")
+    return _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, target, layout, allow_tf32, asked)
 
 
 @lru_cache(maxsize=256)
 def _memo(pattern: Pattern, q_len: int, kv_len: int, head_dim: int, v_head_dim: int, dtype: str,
-          softcap: float | None, kind: str, layout: str, allow_tf32: bool,
+          softcap: float | None, target: str, layout: str, allow_tf32: bool,
           asked: Asked) -> CompiledAttention:  # fmt: skip
     return compile(pattern, seq_len=q_len, kv_len=kv_len, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype,
-                   softcap=softcap, target=kind, layout=layout, allow_tf32=allow_tf32, **asked._asdict())  # fmt: skip
+                   softcap=softcap, target=target, layout=layout, allow_tf32=allow_tf32, **asked._asdict())  # fmt: skip
 
 
 def resolve_mask(mask: Any, q_len: int | None, kv_len: int | None) -> tuple[Pattern, int, int]:

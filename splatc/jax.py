@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 
 from splatc.compile import compiled_for
 from splatc.errors import InvalidInput, Unsupported
-from splatc.runtime.jax_ops import ONLY_CPU, attend_at_once, call_of
+from splatc.runtime.jax_gpu import arch_here
+from splatc.runtime.jax_ops import attend_at_once, call_of
 from splatc.runtime.tensors import LAYOUTS, check_scale, check_sizes, computed_in, to_bhsd
 from splatc.runtime.terms import Convert, TermOptions, asked_of, check_seed, check_terms, terms_by
 
@@ -35,23 +37,40 @@ def attention(q: Any, k: Any, v: Any, pattern: Any, *, scale: float | None = Non
 
     Returns o like q, with v_head_dim; with return_lse also lse (batch, heads, q_len), natural log, float32 (for
     float64: float64). A row that attends to nothing gives 0 and -inf. Works under jit, grad and vmap (which calls once
-    for each element); gradients are of q, k, v, biases and sinks, of the first order. A mask is compiled while JAX
-    traces, once for each kind of call. On CPUs; raises Unsupported for arrays elsewhere, InvalidInput for arrays that
-    do not fit.
+    for each element); gradients are of q, k, v and, on CPUs, biases and sinks, of the first order. A mask is compiled
+    while JAX traces, once for each kind of call: for the device of the arrays or, where JAX does not tell it, its
+    default one. float32 on a Hopper GPU is rounded to tf32 in products, gradients are not. Raises Unsupported for
+    other devices than CPUs and NVIDIA's GPUs, InvalidInput for arrays that do not fit.
     """
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     q, k, v = (_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    shape = check_sizes(q, k, v, layout, enable_gqa)
+    shape = replace(check_sizes(q, k, v, layout, enable_gqa), device=_device((q, k, v)))
     number, acc = check_scale(scale, shape.head_dim), computed_in(shape.dtype)
     terms = terms_by(Convert(lambda name, x: _term(name, x, acc), _seed), q, k, layout, **options)
     check_terms(terms, shape)
-    compiled = compiled_for(shape, _constant(pattern), softcap, "bhsd", True, asked_of(terms))
-    compiled.prepare(shape)
+    target = None if shape.device == "cpu" else arch_here(int(shape.device.partition(":")[2]))
+    compiled = compiled_for(shape, _constant(pattern), softcap, "bhsd", True, asked_of(terms), target)
+    if compiled.kernel.spec.kernel == "hopper" and number <= 0:  # what it scales by is positive
+        q, number = (-q if number else q * 0), -number or 1.0
     call, arrays = call_of(compiled, shape, number, terms)
     o, lse = attend_at_once(call, *(to_bhsd(x, layout) for x in (q, k, v)), arrays)
     o = to_bhsd(o, layout)
     return (o, lse) if return_lse else o
+
+
+def _device(arrays: tuple[Any, ...]) -> str:
+    """Where a call will run, as torch names devices: where the arrays are, JAX's default device if it traces them."""
+    known = [device for x in arrays if not isinstance(x, jax.core.Tracer) for device in x.devices()]
+    default = jax.config.jax_default_device
+    if not known:
+        known = [jax.devices(default)[0] if isinstance(default, str) else default or jax.local_devices()[0]]
+    platforms = {device.platform for device in known}
+    if platforms == {"cpu"}:
+        return "cpu"
+    if platforms <= {"gpu", "cuda"}:
+        return f"cuda:{known[0].local_hardware_id or 0}"
+    raise Unsupported(f"arrays are on {' and '.join(sorted(platforms))}: put all of them on a CPU or on an NVIDIA GPU")
 
 
 def _array(name: str, x: Any) -> Any:
@@ -59,8 +78,6 @@ def _array(name: str, x: Any) -> Any:
         return jnp.asarray(x)
     if not isinstance(x, jax.Array):
         raise InvalidInput(f"{name} is a {type(x).__name__}: give JAX or NumPy arrays")
-    if not isinstance(x, jax.core.Tracer) and any(device.platform != "cpu" for device in x.devices()):
-        raise Unsupported(ONLY_CPU)
     return x
 
 

@@ -58,7 +58,12 @@ def gpu_arch() -> str | None:
 
     if not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability()
+    return arch_of(torch.cuda.get_device_capability())
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """What to compile for, for a GPU of this compute capability."""
+    major, minor = capability
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 

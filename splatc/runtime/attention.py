@@ -17,6 +17,7 @@ from splatc.ir.terms import NO_TERMS, Terms
 from splatc.patterns.base import Pattern
 from splatc.runtime.cpu_call import exchange, table_arguments, term_arguments
 from splatc.runtime.explain import Explanation
+from splatc.runtime.gpu import FindGpu, gpu
 from splatc.runtime.gradients import Gradients
 from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.handles import new_handle
@@ -101,10 +102,10 @@ class CompiledAttention:
     """
 
     def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0,
-                 gradients: Callable[[Planner], Gradients | GpuGradients | PortableGradients] | None = None,
+                 gradients: Callable[[Planner, FindGpu], Gradients | GpuGradients | PortableGradients] | None = None,
                  refused: str | None = None) -> None:  # fmt: skip
-        """cap: the softcap of scores, 0 for none. gradients(planner of the mask): called at the first backward pass.
-        refused: why it must not be, None where there are gradients."""
+        """cap: the softcap of scores, 0 for none. gradients(planner of the mask, what finds GPUs): called at the first
+        backward pass. refused: why it must not be, None where there are gradients."""
         self.kernel = kernel
         self.layout = layout
         self._cap = cap
@@ -229,9 +230,22 @@ class CompiledAttention:
     @cached_property
     def gradients(self) -> Gradients | GpuGradients | PortableGradients:
         """What computes gradients; Unsupported where nothing does."""
+        return self._gradients_by(gpu)
+
+    def _gradients_by(self, find_gpu: FindGpu) -> Gradients | GpuGradients | PortableGradients:
         if self._make_gradients is None:
             raise Unsupported(f"{self._refused}: {DETACH}")
-        return self._make_gradients(self._planned)
+        return self._make_gradients(self._planned, find_gpu)
+
+    def launcher_on(self, find_gpu: FindGpu) -> Launcher:
+        """One for the GPUs of another framework than torch."""
+        return Launcher(self.kernel, self.layout, self._check, self._launches, self._cap, find_gpu)
+
+    def gradients_on(self, find_gpu: FindGpu) -> GpuGradients | PortableGradients:
+        """The same of gradients. Raises Unsupported where nothing computes them."""
+        found = self._gradients_by(find_gpu)
+        assert not isinstance(found, Gradients)
+        return found
 
     def _must_differentiate(self, q: Any, k: Any, v: Any, terms: Terms | None) -> bool:
         """Whether an eager call with gradients enabled has to be differentiable; Unsupported if it cannot be."""

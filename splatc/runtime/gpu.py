@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.codegen.build import CUBIN, PTX, REPORT
+from splatc.codegen.target import arch_of
 from splatc.codegen.toolchain import INSTALL
 from splatc.errors import CompileError, InvalidInput, Unsupported
 from splatc.runtime.arguments import Function
@@ -168,6 +169,7 @@ def gpu(ordinal: int) -> Gpu:
     return Gpu(ordinal, torch.device("cuda", ordinal), driver(), hooks)
 
 
+FindGpu = Callable[[int], Gpu]
 _loading = threading.Lock()
 
 
@@ -208,5 +210,5 @@ def image_for(arch: str, capability: tuple[int, int], ordinal: int = 0) -> str:
         return CUBIN
     if not suffix and capability > wanted:
         return PTX
-    here = f"sm_{capability[0]}{capability[1]}" + ("a" if capability[0] >= 9 else "")
+    here = arch_of(capability)
     raise InvalidInput(f"the kernel is compiled for {arch} but GPU {ordinal} is {here}: compile again for {here}")

@@ -16,7 +16,7 @@ from splatc.ir.score import Score, score_of
 from splatc.ir.terms import LEARNABLE, NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.bias_gradients import ABSENT_SUMS, BiasGradients, without_pairs
-from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
+from splatc.runtime.gpu import DeviceTables, FindGpu, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step, config_of, contiguous, start_of
 from splatc.runtime.gradient_walks import Sources, Walk, Way, way_of
 from splatc.runtime.kernel import Kernel
@@ -36,7 +36,7 @@ class GpuGradients:
     """dq, dk, dv of one compiled mask on GPUs, bitwise equal from run to run."""
 
     def __init__(self, sources: Sources, find: Callable[[KernelSpec], Kernel], layout: str, cap: float,
-                 walks: str | None = None, find_gpu: Callable[[int], Gpu] = gpu) -> None:  # fmt: skip
+                 walks: str | None = None, find_gpu: FindGpu = gpu) -> None:  # fmt: skip
         """find: the kernel of a spec. cap: the softcap of scores, 0 for none. walks: "one" or "two", None for the
         faster."""
         self._sources, self._find, self._layout, self._cap = sources, find, layout, cap

@@ -11,7 +11,7 @@ from splatc.codegen.kernel import DQ_FUNCTION as DQ
 from splatc.ir.terms import NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Function
 from splatc.runtime.bias_gradients import of_sinks, without_pairs
-from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
+from splatc.runtime.gpu import DeviceTables, FindGpu, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step
 from splatc.runtime.gradients_gpu import GradientCall
 from splatc.runtime.kernel import Kernel
@@ -40,7 +40,7 @@ class PortableGradients:
     """
 
     def __init__(self, kernel: Kernel, planned: Planner, transposed: Planner, layout: str, cap: float,
-                 find_gpu: Callable[[int], Gpu] = gpu) -> None:  # fmt: skip
+                 find_gpu: FindGpu = gpu) -> None:  # fmt: skip
         """kernel: of the role "backward". cap: the softcap of scores, 0 for none."""
         self.kernel = kernel
         self._planned, self._transposed = planned, transposed

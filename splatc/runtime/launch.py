@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.ir.terms import Terms
-from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
+from splatc.runtime.gpu import DeviceTables, FindGpu, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import GpuCall, Request
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch_hopper import hopper_steps, hopper_tables, hopper_work
@@ -44,7 +44,7 @@ class Launcher:
     """
 
     def __init__(self, kernel: Kernel, layout: str, check: Callable[[Shape], None], launches: Launches,
-                 cap: float = 0.0, find_gpu: Callable[[int], Gpu] = gpu) -> None:  # fmt: skip
+                 cap: float = 0.0, find_gpu: FindGpu = gpu) -> None:  # fmt: skip
         self._kernel, self._layout, self._check, self._launches = kernel, layout, check, launches
         self._cap, self._find_gpu = cap, find_gpu
         self._hopper = kernel.spec.kernel == "hopper"

@@ -25,7 +25,7 @@ from splatc.codegen.kernel import (
     KernelSpec,
     product_spec,
 )
-from splatc.codegen.target import Target
+from splatc.codegen.target import Target, arch_of
 from splatc.codegen.value_tiles import joined
 from splatc.runtime.arguments import Arguments, Function
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
@@ -102,8 +102,8 @@ class GpuProducts:
     def _function(self, role: str, dim: int, like: Any, name: str) -> Function:
         key = role, dim, dtype_name(like)
         if key not in self._functions:
-            major, minor = self._gpu.driver.capability(self._gpu.ordinal)
-            spec = product_spec(*key, Target("cuda", f"sm_{major}{minor}" + "a" * (major >= 9)))
+            target = Target("cuda", arch_of(self._gpu.driver.capability(self._gpu.ordinal)))
+            spec = product_spec(*key, target)
             loaded = self._load(spec, self._gpu)
             self._functions[key] = {one.name.removesuffix("_kernel"): one for one in loaded}
         return self._functions[key][name]
