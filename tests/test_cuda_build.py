@@ -248,7 +248,8 @@ class Calls:
         for name in ("cuGetErrorName", "cuGetErrorString", "cuDeviceGet", "cuDeviceGetAttribute",
                      "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuLibraryLoadData", "cuLibraryGetKernel",
                      "cuKernelSetAttribute", "cuOccupancyMaxActiveBlocksPerMultiprocessor", "cuTensorMapEncodeTiled",
-                     "cuTensorMapReplaceAddress", "cuLaunchKernelEx"):  # fmt: skip
+                     "cuTensorMapReplaceAddress", "cuLaunchKernelEx", "cuMemAlloc_v2", "cuMemcpyHtoD_v2",
+                     "cuMemFree_v2"):  # fmt: skip
             setattr(self, name, self.function(name, statuses.get(name, [])))
 
     def function(self, name: str, statuses: list[int]) -> Any:
@@ -270,6 +271,17 @@ def test_errors_have_the_drivers_words_and_advice() -> None:
     driver = Driver(Calls(cuLaunchKernelEx=[999]))
     with pytest.raises(CudaError, match="starting a kernel failed: it did not work"):
         driver.launch(None, 1, None, 0)
+
+
+def test_memory_of_the_driver() -> None:
+    calls = Calls(cuMemAlloc_v2=[0, 2])
+    driver = Driver(calls)
+    driver.upload(64, 20, 0)
+    driver.free(4096, 0)
+    here = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert calls.made == [*here, "cuMemAlloc_v2", "cuMemcpyHtoD_v2", *here, "cuMemFree_v2"]
+    with pytest.raises(CudaError, match="allocating 20 bytes on GPU 0 failed: it did not work .*: free GPU memory"):
+        driver.upload(64, 20, 0)
 
 
 def test_a_thread_without_a_context_gets_one() -> None:

@@ -173,15 +173,18 @@ def test_where_a_call_runs(devices, wanted, monkeypatch):
 def test_where_a_traced_call_runs(monkeypatch):
     seen = []
 
-    def look(x: Any) -> Any:
-        seen.append(splatc.jax._device((x,)))
-        return x
+    def trace() -> None:
+        def look(x: Any) -> Any:  # a new function, which JAX has not traced yet
+            seen.append(splatc.jax._device((x,)))
+            return x
 
-    jax.eval_shape(look, jnp.ones(3))
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device("gpu", 0)])
-    jax.eval_shape(look, jnp.ones(3))
-    with jax.default_device(jax.devices("cpu")[0]):
         jax.eval_shape(look, jnp.ones(3))
+
+    trace()
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device("gpu", 0)])
+    trace()
+    with jax.default_device(jax.devices("cpu")[0]):
+        trace()
     assert seen == ["cpu", "cuda:0", "cpu"]
 
 
