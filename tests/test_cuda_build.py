@@ -280,7 +280,7 @@ def test_memory_of_the_driver() -> None:
     driver.free(4096, 0)
     here = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
     assert calls.made == [*here, "cuMemAlloc_v2", "cuMemcpyHtoD_v2", *here, "cuMemFree_v2"]
-    with pytest.raises(CudaError, match="allocating 20 bytes on GPU 0 failed: it did not work .*: free GPU memory"):
+    with pytest.raises(CudaError, match=r"allocating 20 bytes on GPU 0 failed: it did not work .*: free GPU memory"):
         driver.upload(64, 20, 0)
 
 

@@ -218,5 +218,5 @@ def test_what_has_no_call():
 
 
 def test_terms_of_nothing():
-    call = jax_ops.Call(None, None, 1.0, (), 0, 0, 0.0, 0)
+    call = jax_ops.Call(None, None, 1.0, (), 0, 0, 0.0)
     assert call.terms_on_gpu(()) is None and call.terms(()) == NO_TERMS

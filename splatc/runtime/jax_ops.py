@@ -42,7 +42,7 @@ Arrays = tuple[Any, ...]
 class Call:
     """All of a call that is no array. names: of the terms that come as arrays, in their order, the seed last.
 
-    block_size, shift, dropout_p: as in ``Terms``. ordinal: the GPU that it was traced for, None for a CPU."""
+    block_size, shift, dropout_p: as in ``Terms``."""
 
     compiled: CompiledAttention
     shape: Shape
@@ -51,7 +51,12 @@ class Call:
     block_size: int
     shift: int
     dropout_p: float
-    ordinal: int | None = None
+
+    @property
+    def ordinal(self) -> int | None:
+        """The GPU that it was traced for, None for a CPU."""
+        kind, _, number = self.shape.device.partition(":")
+        return None if kind == "cpu" else int(number)
 
     @cached_property
     def on_gpus(self) -> GpuCalls:
@@ -96,10 +101,8 @@ class Call:
 def call_of(compiled: CompiledAttention, shape: Shape, scale: float, terms: Terms) -> tuple[Call, Arrays]:
     """A call, and the arrays among its terms; the seed is uint32 (2,), its low half first. Prepared, once."""
     arrays = {name: x for name in (*LEARNABLE, "seed") if (x := getattr(terms, name)) is not None}
-    kind, _, number = shape.device.partition(":")
-    call = _prepared(Call(compiled, shape, scale, tuple(arrays), terms.block_size, terms.shift, terms.dropout_p,
-                          None if kind == "cpu" else int(number)))  # fmt: skip
-    return call, tuple(arrays.values())
+    call = Call(compiled, shape, scale, tuple(arrays), terms.block_size, terms.shift, terms.dropout_p)
+    return _prepared(call), tuple(arrays.values())
 
 
 @lru_cache(maxsize=1024)
