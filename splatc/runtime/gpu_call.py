@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.kernel import KernelSpec
@@ -77,6 +77,7 @@ class GpuCall:
         self._lock = threading.Lock()
         self._request, self._layout = request, layout
         self.scratch = scratch_of(request)
+        self._new_o: Allocate | None = None  # by torch, at the first call that asks for it, and so are the others
         names = ("q", "k", "v", "o", "lse", *self.scratch)
         self._bounds = [self._bound(gpu, name, steps, request.address) for name in names]
         self._addresses: tuple[int, ...] = ()  # of the last call
@@ -103,11 +104,12 @@ class GpuCall:
         if ask.device() != ordinal:
             with ask.on(ordinal):
                 return self(q, k, v, scale, terms)
-        new_o, new_lse, *new_parts = self._allocations
-        o, lse = new_o(), new_lse()
+        if self._new_o is None:
+            self._new_o, self._new_lse, *self._new_parts = self._allocations()
+        o, lse = self._new_o(), self._new_lse()
         addresses: tuple[int, ...] = (q, k, v, o.data_ptr(), lse.data_ptr())
-        if new_parts:
-            parts = [new() for new in new_parts]
+        if self._new_parts:
+            parts = [new() for new in self._new_parts]
             addresses += tuple(part.data_ptr() for part in parts)
         self.start(addresses, scale, terms)
         return o, lse
@@ -133,7 +135,6 @@ class GpuCall:
             for config, kernel, parameters in self._starts:
                 self._launch(config, kernel, parameters, ordinal)
 
-    @cached_property
     def _allocations(self) -> tuple[Allocate, ...]:
         """Of o, lse and scratch, by torch."""
         import torch
