@@ -4,6 +4,7 @@ Prefill, a training step, a decode step.
 
     python examples/mistral.py           # on a GPU: 1.1 billion parameters, bfloat16, window 1,024 of 16,384 tokens
     python examples/mistral.py --tiny    # a few seconds on a CPU
+    python examples/mistral.py --implementations splatc,sdpa    # flex_attention is compiled for minutes
 
 One process and one set of weights for all: only ``set_attn_implementation`` changes. Times are medians.
 """
@@ -48,12 +49,16 @@ TINY = Size(256, 32, 2, 64, 4, 2, 97, 3, 4)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    tiny = parser.parse_args().tiny or not torch.cuda.is_available()
+    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="comma-separated")
+    given = parser.parse_args()
+    if unknown := set(given.implementations.split(",")) - set(IMPLEMENTATIONS):
+        parser.error(f"no implementation {', '.join(sorted(unknown))}: there are {', '.join(IMPLEMENTATIONS)}")
+    tiny = given.tiny or not torch.cuda.is_available()
     size = TINY if tiny else FULL
     device = torch.device("cpu" if tiny else "cuda")
     register()
     model = build(size, device, torch.float32 if tiny else torch.bfloat16)
-    names = [name for name in IMPLEMENTATIONS if not (tiny and name == "flex_attention")]  # compiled, for seconds
+    names = [name for name in given.implementations.split(",") if not (tiny and name == "flex_attention")]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters, {size.tokens} tokens, {device}")
     rows = []
     for window in (size.window, None):
@@ -100,7 +105,7 @@ def compare(model: Any, names: list[str], window: int | None, size: Size, device
         row["prefill, ms"] = attempt(lambda: milliseconds(prefill, device, size.repeats))  # noqa: B023 (called here)
         if logits:
             first = first or logits
-            row["to splatc"] = difference(logits[0], first[0])
+            row[f"to {names[0]}"] = difference(logits[0], first[0])
         model.train()
         row["training, ms"] = attempt(lambda: milliseconds(train, device, size.repeats))  # noqa: B023
         optimizer.zero_grad()
