@@ -37,7 +37,7 @@ def attention(q: Any, k: Any, v: Any, pattern: Any, *, scale: float | None = Non
 
     Returns o like q, with v_head_dim; with return_lse also lse (batch, heads, q_len), natural log, float32 (for
     float64: float64). A row that attends to nothing gives 0 and -inf. Works under jit, grad and vmap (which calls once
-    for each element); gradients are of q, k, v and, on CPUs, biases and sinks, of the first order. A mask is compiled
+    for each element); gradients are of q, k, v, sinks and, on CPUs, biases, of the first order. A mask is compiled
     while JAX traces, once for each kind of call: for the device of the arrays or, where JAX does not tell it, its
     default one. float32 on a Hopper GPU is rounded to tf32 in products, gradients are not. Raises Unsupported for
     other devices than CPUs and NVIDIA's GPUs, InvalidInput for arrays that do not fit.

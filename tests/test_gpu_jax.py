@@ -108,6 +108,20 @@ def test_biases_and_dropout():
         jax.grad(loss, 1, has_aux=True)(q, slopes, seed)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sinks(dtype):
+    q, k, v, do = draw(300, 300, dtype)
+    sinks = jnp.array([0.5, -1.0, 2.0, 0.0])
+    run = jax.jit(lambda q, sinks: attention(q, k, v, "causal", enable_gqa=True, sinks=sinks))
+    o, back = jax.vjp(run, q, sinks)
+    (x, y, z), allowed, terms = [wide(x) for x in (q, k, v)], P.causal().dense(300), Terms(sinks=np.asarray(sinks))
+    assert oracle.relative_error(wide(o), oracle.attention(x, y, z, allowed, terms=terms)[0]) < BOUND[dtype]
+    dq, dsinks = back(do)
+    wanted = oracle.gradients(x, y, z, allowed, wide(do), terms=terms)
+    assert oracle.relative_error(wide(dq), wanted[0]) < 1e-2
+    assert oracle.relative_error(wide(dsinks), wanted[3]) < 1e-2
+
+
 def test_vmap_and_a_loop():
     q, k, v, _ = draw(200, 200, "bfloat16", heads=2, kv_heads=2)
     step = jax.checkpoint(lambda x: x + attention(x, k, v, "causal & window(50, 0)"))

@@ -138,6 +138,19 @@ def test_terms(on_gpu):
     assert (shape.shape, shape.dtype) == (q.shape, jnp.float16)
 
 
+def test_gradients_of_sinks(on_gpu):
+    sinks = np.array([0.5, -1.0], "f")
+    machines = on_gpu(P.causal(), score=score_of(False, False, False, False, True, False))
+    q, k, v = (draw(1, 2, 70, D) + i for i in np.float16([0, 0.1, 0.2]))
+    o, back = jax.vjp(lambda sinks: splatc.jax.attention(q, k, v, P.causal(), sinks=sinks), sinks)
+    allowed, terms = P.causal().dense(70), Terms(sinks=sinks)
+    check(o, oracle.attention(q, k, v, allowed, terms=terms)[0])
+    do = draw(1, 2, 71, D)[:, :, :70]
+    wanted = oracle.gradients(q, k, v, allowed, do, terms=terms)
+    check(back(jnp.asarray(do))[0], wanted[3], 5e-3)
+    assert machines.forward.driver.launched
+
+
 def test_calls_are_prepared_once(on_gpu):
     machines = on_gpu(P.causal())
     q = jnp.asarray(draw(1, 2, 70, D))

@@ -139,8 +139,8 @@ def _attend_forward(call: Call, *primals: Any) -> tuple[Any, Any]:
 def _attend_backward(call: Call, kept: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     q, k, v, terms, o, lse, asked = kept
     do, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
-    if call.ordinal is not None and asked:
-        raise Unsupported(ON_CPUS.format(" and ".join(asked)))
+    if call.ordinal is not None and (refused := [name for name in asked if name != "sinks"]):
+        raise Unsupported(ON_CPUS.format(" and ".join(refused)))
     call.prepare_gradients()
     differentiate = _differentiate_on_cpu if call.ordinal is None else _differentiate_on_gpu
     dq, dk, dv, *of_terms = differentiate(call, q, k, v, terms, o, lse, do, dlse)
@@ -159,14 +159,21 @@ def _differentiate_on_gpu(call: Call, q: Any, k: Any, v: Any, terms: Arrays, o: 
                           dlse: Any) -> list[Any]:  # fmt: skip
     assert call.ordinal is not None
     calls, known = call.on_gpus, {"q": q, "k": k, "v": v, "o": o, "do": do, "lse": lse, "dlse": dlse}
-    if "delta" in calls.takes:
-        known["delta"] = _delta(o, lse, do, dlse)
+    delta = known["delta"] = _delta(o, lse, do, dlse)  # XLA drops it where nothing takes it
     made = calls.backward(call.ordinal)
     results = [jax.ShapeDtypeStruct(x.shape, made.sizes[name][0])
                for name, x in zip(RESULTS, (q, k, v), strict=True)]  # fmt: skip
     results.append(_scratch(scratch_bytes(scratch_of(made))))
     found = _operator(BACKWARD, results)(*(known[name] for name in calls.takes), *terms, handle=_handle(call))
-    return [x.astype(q.dtype) for x in found[:3]]
+    of_terms = [_of_sinks(x, lse, delta) if name == "sinks" else None
+                for name, x in zip(call.learnable, terms, strict=False)]  # fmt: skip
+    return [*(x.astype(q.dtype) for x in found[:3]), *of_terms]
+
+
+def _of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
+    """Of sinks (heads,): -delta times their share in the rows, of which those with LSE -inf have none."""
+    share = jnp.exp(sinks[:, None] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
+    return -(share * delta).sum((0, 2)).astype(sinks.dtype)
 
 
 def _delta(o: Any, lse: Any, do: Any, dlse: Any) -> Any:
