@@ -51,14 +51,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="comma-separated")
     given = parser.parse_args()
-    if unknown := set(given.implementations.split(",")) - set(IMPLEMENTATIONS):
+    names = given.implementations.split(",")
+    if unknown := set(names) - set(IMPLEMENTATIONS):
         parser.error(f"no implementation {', '.join(sorted(unknown))}: there are {', '.join(IMPLEMENTATIONS)}")
     tiny = given.tiny or not torch.cuda.is_available()
     size = TINY if tiny else FULL
     device = torch.device("cpu" if tiny else "cuda")
     register()
     model = build(size, device, torch.float32 if tiny else torch.bfloat16)
-    names = [name for name in given.implementations.split(",") if not (tiny and name == "flex_attention")]
+    names = [name for name in names if not (tiny and name == "flex_attention")]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters, {size.tokens} tokens, {device}")
     rows = []
     for window in (size.window, None):

@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # many test processes share a GPU's memory
     if config.getoption("--every-lane"):
         from splatc.codegen.hopper import ring
 

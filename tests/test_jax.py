@@ -82,6 +82,13 @@ def check(mask, q_len, kv_len, dtype="float32", terms=NO_TERMS, v_dim=24, **opti
         assert error(one, other) < 4 * BOUND[dtype]
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu():
+    """Also where there is a GPU: tests/test_gpu_jax.py is for that."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
@@ -232,7 +239,7 @@ assert dq.shape == q.shape and bool(jnp.isfinite(dq).all())
 assert "tvm" in sys.modules  # it was built now
 print([name for name in sys.modules if name.partition(".")[0] == "torch"])
 """
-    env = {**os.environ, "SPLATC_CACHE_DIR": str(tmp_path)}
+    env = {**os.environ, "SPLATC_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 

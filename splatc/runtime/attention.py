@@ -230,22 +230,17 @@ class CompiledAttention:
     @cached_property
     def gradients(self) -> Gradients | GpuGradients | PortableGradients:
         """What computes gradients; Unsupported where nothing does."""
-        return self._gradients_by(gpu)
-
-    def _gradients_by(self, find_gpu: FindGpu) -> Gradients | GpuGradients | PortableGradients:
-        if self._make_gradients is None:
-            raise Unsupported(f"{self._refused}: {DETACH}")
-        return self._make_gradients(self._planned, find_gpu)
+        return self.gradients_on(gpu)
 
     def launcher_on(self, find_gpu: FindGpu) -> Launcher:
         """One for the GPUs of another framework than torch."""
         return Launcher(self.kernel, self.layout, self._check, self._launches, self._cap, find_gpu)
 
-    def gradients_on(self, find_gpu: FindGpu) -> GpuGradients | PortableGradients:
+    def gradients_on(self, find_gpu: FindGpu) -> Gradients | GpuGradients | PortableGradients:
         """The same of gradients. Raises Unsupported where nothing computes them."""
-        found = self._gradients_by(find_gpu)
-        assert not isinstance(found, Gradients)
-        return found
+        if self._make_gradients is None:
+            raise Unsupported(f"{self._refused}: {DETACH}")
+        return self._make_gradients(self._planned, find_gpu)
 
     def _must_differentiate(self, q: Any, k: Any, v: Any, terms: Terms | None) -> bool:
         """Whether an eager call with gradients enabled has to be differentiable; Unsupported if it cannot be."""

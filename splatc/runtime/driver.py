@@ -72,8 +72,8 @@ class Driver:
                                        POINTER(c_uint32), POINTER(c_uint32), c_int, c_int, c_int, c_int),
             "cuTensorMapReplaceAddress": (c_void_p, c_void_p),
             "cuLaunchKernelEx": (c_void_p, c_void_p, c_void_p, c_void_p),
-            "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t), "cuMemFree_v2": (c_uint64,),
-            "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
+            "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t), "cuMemcpyHtoD_v2": (c_uint64, c_void_p, c_size_t),
+            "cuStreamSynchronize": (c_void_p,),
         }  # fmt: skip
         for name, arguments in signatures.items():
             getattr(self._library, name).argtypes = arguments
@@ -115,17 +115,14 @@ class Driver:
         self.check(status or self._library.cuCtxSetCurrent(context), f"using GPU {ordinal}")
 
     def upload(self, source: int, size: int, ordinal: int) -> int:
-        """The address of a copy, on a GPU, of ``size`` bytes of this computer's memory; until ``free``."""
+        """The address of a copy, on a GPU, of ``size`` bytes of this computer's memory; it is never freed."""
         self.make_current(ordinal)
         copy = c_uint64()
         self.check(self._library.cuMemAlloc_v2(ctypes.byref(copy), size), f"allocating {size} bytes on GPU {ordinal}")
-        self.check(self._library.cuMemcpyHtoD_v2(copy, source, size), f"copying {size} bytes to GPU {ordinal}")
+        status = self._library.cuMemcpyHtoD_v2(copy, source, size)
+        status = status or self._library.cuStreamSynchronize(None)  # other streams do not wait for a copy under way
+        self.check(status, f"copying {size} bytes to GPU {ordinal}")
         return copy.value
-
-    def free(self, address: int, ordinal: int) -> None:
-        """Give back what ``upload`` took, once all that runs on the GPU has ended."""
-        self.make_current(ordinal)
-        self.check(self._library.cuMemFree_v2(address), f"freeing memory on GPU {ordinal}")
 
     def load(self, image: bytes) -> int:
         """A library from a cubin, or from PTX, which the driver then compiles. It is never unloaded."""

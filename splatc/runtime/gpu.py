@@ -81,6 +81,9 @@ class Gpu:
         return self._slots
 
 
+FindGpu = Callable[[int], Gpu]
+
+
 class _QueueSlots:
     """Pairs of int32 counters, zero between launches, so that launches that run at the same time never share one."""
 
@@ -169,7 +172,6 @@ def gpu(ordinal: int) -> Gpu:
     return Gpu(ordinal, torch.device("cuda", ordinal), driver(), hooks)
 
 
-FindGpu = Callable[[int], Gpu]
 _loading = threading.Lock()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from splatc.ir.terms import Terms
 
 Allocate = Callable[[], Any]
+Sizes = Mapping[str, tuple[str, tuple[int, ...]]]  # (dtype, shape) by name
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class GpuCall:
         self._ordinal, self._tables = gpu.ordinal, request.tables
         self._framework, self._launch = gpu.framework, gpu.driver.launch
         self._lock = threading.Lock()
-        self._request, self._layout = request, layout
-        self.scratch = scratch_of(request)
-        self._new_o: Allocate | None = None  # by torch, at the first call that asks for it, and so are the others
+        self.scratch = _scratch_of(request)
+        if gpu.device is not None:  # torch allocates results
+            self._new_o, self._new_lse, *self._new_parts = _allocations(request, self.scratch, layout)
         names = ("q", "k", "v", "o", "lse", *self.scratch)
         self._bounds = [self._bound(gpu, name, steps, request.address) for name in names]
         self._addresses: tuple[int, ...] = ()  # of the last call
@@ -104,8 +105,6 @@ class GpuCall:
         if ask.device() != ordinal:
             with ask.on(ordinal):
                 return self(q, k, v, scale, terms)
-        if self._new_o is None:
-            self._new_o, self._new_lse, *self._new_parts = self._allocations()
         o, lse = self._new_o(), self._new_lse()
         addresses: tuple[int, ...] = (q, k, v, o.data_ptr(), lse.data_ptr())
         if self._new_parts:
@@ -135,18 +134,6 @@ class GpuCall:
             for config, kernel, parameters in self._starts:
                 self._launch(config, kernel, parameters, ordinal)
 
-    def _allocations(self) -> tuple[Allocate, ...]:
-        """Of o, lse and scratch, by torch."""
-        import torch
-
-        shape, spec = self._request.shape, self._request.spec
-        device, dtype = self._request.gpu.device, getattr(torch, spec.dtype)
-        rows = (shape.batch, shape.heads, shape.q_len)
-        order = rows if self._layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
-        scratch = (allocation(device, getattr(torch, kind), *sizes) for kind, sizes in self.scratch.values())
-        return (allocation(device, dtype, *order, shape.v_head_dim), allocation(device, torch.float32, *rows),
-                *scratch)  # fmt: skip
-
     def _move(self, addresses: tuple[int, ...]) -> None:
         for bound, address in zip(self._bounds, addresses, strict=True):
             if bound.address != address:
@@ -166,12 +153,24 @@ class GpuCall:
         self._stream = stream
 
 
-def scratch_of(request: Request) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype, sizes) of what a call needs beside its results: part_o and part_lse, if any rows are in parts."""
+def _scratch_of(request: Request) -> Sizes:
+    """What a call needs beside its results: part_o and part_lse, if any rows are in parts."""
     rows = request.part_tiles * request.spec.tile_m
     if not rows:
         return {}
     return {"part_o": (request.spec.dtype, (rows * request.shape.v_head_dim,)), "part_lse": ("float32", (rows,))}
+
+
+def _allocations(request: Request, scratch: Sizes, layout: str) -> tuple[Allocate, ...]:
+    """Of o, lse and scratch, by torch."""
+    import torch
+
+    shape, device = request.shape, request.gpu.device
+    rows = (shape.batch, shape.heads, shape.q_len)
+    order = rows if layout == "bhsd" else (shape.batch, shape.q_len, shape.heads)
+    o = allocation(device, getattr(torch, request.spec.dtype), *order, shape.v_head_dim)
+    parts = (allocation(device, getattr(torch, dtype), *sizes) for dtype, sizes in scratch.values())
+    return o, allocation(device, torch.float32, *rows), *parts
 
 
 def allocation(device: Any, dtype: Any, *sizes: int) -> Allocate:

@@ -12,12 +12,12 @@ from typing import Any
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
 from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
 from splatc.codegen.kernel import GRADIENTS, KernelSpec
-from splatc.ir.score import Score, score_of
+from splatc.ir.score import NO_SCORE, Score, score_of
 from splatc.ir.terms import LEARNABLE, NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.bias_gradients import ABSENT_SUMS, BiasGradients, without_pairs
 from splatc.runtime.gpu import DeviceTables, FindGpu, Gpu, gpu, load_functions
-from splatc.runtime.gpu_call import Step, config_of, contiguous, start_of
+from splatc.runtime.gpu_call import Sizes, Step, config_of, contiguous, start_of
 from splatc.runtime.gradient_walks import Sources, Walk, Way, way_of
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import contiguous_copy, layout_of, output_layout, remember
@@ -34,6 +34,8 @@ TABLES = ("work", "entries", "bits", "gather", "combine", "positions")
 
 class GpuGradients:
     """dq, dk, dv of one compiled mask on GPUs, bitwise equal from run to run."""
+
+    takes = INPUTS
 
     def __init__(self, sources: Sources, find: Callable[[KernelSpec], Kernel], layout: str, cap: float,
                  walks: str | None = None, find_gpu: FindGpu = gpu) -> None:  # fmt: skip
@@ -92,7 +94,8 @@ class GpuGradients:
         with on.framework.on(on.ordinal):
             return self._way(shape, on)[0]
 
-    def prepared(self, shape: Shape, layouts: dict[str, Layout], ordinal: int, learning: Score) -> GradientCall:
+    def prepared(self, shape: Shape, layouts: dict[str, Layout], ordinal: int,
+                 learning: Score = NO_SCORE) -> GradientCall:  # fmt: skip
         """A call for tensors of these sizes and strides, q, k, v, o and do, seen as bhsd, on a GPU. learning: the terms
         whose sums are made."""
         on = self._find_gpu(ordinal)
@@ -289,7 +292,7 @@ class Preparation:
 class GradientCall:
     """Steps, and what each call puts into them: addresses, the scale, the stream."""
 
-    def __init__(self, on: Gpu, sizes: Mapping[str, tuple[str, tuple[int, ...]]], steps: list[Step],
+    def __init__(self, on: Gpu, sizes: Sizes, steps: list[Step],
                  tables: DeviceTables) -> None:  # fmt: skip
         """sizes: (dtype, shape) of results and scratch, the results first."""
         self._gpu, self._tables = on, tables
@@ -320,6 +323,11 @@ class GradientCall:
                     for name, (shape, strides, dtype) in self._layouts.items()}  # fmt: skip
             self.start({**addresses, **{name: x.data_ptr() for name, x in mine.items()}}, scale, terms)
         return mine
+
+    @property
+    def scratch(self) -> Sizes:
+        """What a call needs beside its results."""
+        return {name: size for name, size in self.sizes.items() if name not in RESULTS}
 
     @cached_property
     def _layouts(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]]:

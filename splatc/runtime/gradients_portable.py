@@ -30,6 +30,7 @@ SEEN = {DQ: {"q": "x1", "do": "x2", "k": "y1", "v": "y2", "dq": "out1"},
         DKV: {"k": "x1", "v": "x2", "q": "y1", "do": "y2", "dk": "out1", "dv": "out2"}}  # fmt: skip
 STRIDES = {"x1": "xa", "x2": "xb", "y1": "ya", "y2": "yb", "out1": "oa", "out2": "ob"}
 STATISTICS = {"lse": "lse_ptr", "delta": "delta_ptr"}
+INPUTS = "q", "k", "v", "do", "lse", "delta"
 
 
 class PortableGradients:
@@ -38,6 +39,8 @@ class PortableGradients:
     planned(q_len, kv_len): the plan of the mask; transposed(kv_len, q_len): of the transposed one; of tiles of the
     portable kernel.
     """
+
+    takes = INPUTS
 
     def __init__(self, kernel: Kernel, planned: Planner, transposed: Planner, layout: str, cap: float,
                  find_gpu: FindGpu = gpu) -> None:  # fmt: skip

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +15,22 @@ from splatc.codegen.hopper.shape import ITEM_BYTES
 from splatc.codegen.no_torch import import_tvm_ffi
 from splatc.codegen.target import arch_of
 from splatc.errors import Unsupported
-from splatc.ir.score import NO_SCORE
 from splatc.ir.terms import Terms
 from splatc.runtime.attention import CompiledAttention
 from splatc.runtime.bias_gradients import ABSENT_SUMS
 from splatc.runtime.driver import Driver, driver
 from splatc.runtime.gpu import FindGpu, Framework, Gpu
-from splatc.runtime.gpu_call import GpuCall
+from splatc.runtime.gpu_call import GpuCall, Sizes
+from splatc.runtime.gradients import Gradients
 from splatc.runtime.gradients_gpu import GpuGradients, GradientCall
 from splatc.runtime.gradients_portable import PortableGradients
-from splatc.runtime.launch import GROUP
+from splatc.runtime.launch import GROUP, output_layout
 from splatc.runtime.tensor_map import ALIGNMENT, Layout
 from splatc.runtime.tensors import Shape
 from splatc.runtime.term_values import term_values
 
 SCRATCH_ALIGNMENT = 256  # bytes
 BYTES = {**ITEM_BYTES, "int32": 4}
-OF_HOPPER = "q", "k", "v", "o", "do", "lse", "dlse"  # what gradients take
-OF_PORTABLE = "q", "k", "v", "do", "lse", "delta"
-RESULTS = "dq", "dk", "dv"
-
-Sizes = Mapping[str, tuple[str, tuple[int, ...]]]  # (dtype, shape) by name
 
 
 class DriverMemory:
@@ -45,10 +38,9 @@ class DriverMemory:
 
     def __init__(self, words: NDArray[np.int32], by: Driver, ordinal: int) -> None:
         self.address = by.upload(words.ctypes.data, words.nbytes, ordinal)
-        weakref.finalize(self, by.free, self.address, ordinal).atexit = False
 
     def used(self, stream: int) -> None:
-        """Nothing: the driver frees memory when all work on the GPU has ended."""
+        """Nothing: it is kept as long as the process, as calls are."""
 
 
 @cache
@@ -76,8 +68,8 @@ class GpuCalls:
     compiled: CompiledAttention
     shape: Shape
     find_gpu: FindGpu = jax_gpu
-    _forward: dict[int, GpuCall] = field(default_factory=dict)
-    _backward: dict[int, GradientCall] = field(default_factory=dict)
+    _forward: dict[int, GpuCall] = field(default_factory=dict, init=False)
+    _backward: dict[int, GradientCall] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Raises Unsupported for what has no call here."""
@@ -87,16 +79,20 @@ class GpuCalls:
                               "multiple: append some that the mask excludes")  # fmt: skip
         self._launcher = self.compiled.launcher_on(self.find_gpu)
 
-    # -- forward -------------------------------------------------------------------------------------------------------
+    @cached_property
+    def _layouts(self) -> dict[str, Layout]:
+        """Of q, k, v, o and do."""
+        queries, size = self.shape, BYTES[self.shape.dtype]
+        keys = replace(queries, heads=queries.kv_heads, q_len=queries.kv_len)
+        q, k = (output_layout(replace(s, v_head_dim=s.head_dim), "bhsd", size) for s in (queries, keys))
+        v, o = (output_layout(s, "bhsd", size) for s in (keys, queries))
+        return {"q": q, "k": k, "v": v, "o": o, "do": o}
 
     def forward(self, ordinal: int) -> GpuCall:
         """The call on a GPU."""
         if ordinal not in self._forward:
-            s = self.shape
-            keys = dense_layout(s.batch, s.kv_heads, s.kv_len, s.head_dim, s.dtype)
-            layouts = [dense_layout(s.batch, s.heads, s.q_len, s.head_dim, s.dtype), keys,
-                       dense_layout(s.batch, s.kv_heads, s.kv_len, s.v_head_dim, s.dtype)]  # fmt: skip
-            self._forward[ordinal] = self._launcher.prepared(s, layouts, ordinal)
+            q, k, v, *_ = self._layouts.values()
+            self._forward[ordinal] = self._launcher.prepared(self.shape, [q, k, v], ordinal)
         return self._forward[ordinal]
 
     def attend(self, ordinal: int, arrays: Sequence[int], scratch: int, scale: float, terms: Terms | None) -> None:
@@ -105,26 +101,21 @@ class GpuCalls:
         call = self.forward(ordinal)
         call.start((*arrays, *places(call.scratch, scratch).values()), scale, terms)
 
-    # -- backward ------------------------------------------------------------------------------------------------------
+    @cached_property
+    def _gradients(self) -> GpuGradients | PortableGradients:
+        found = self.compiled.gradients_on(self.find_gpu)
+        assert not isinstance(found, Gradients)  # of a CPU
+        return found
 
     @property
     def takes(self) -> tuple[str, ...]:
         """The arrays that gradients are computed from. Raises Unsupported where nothing computes them."""
-        return OF_HOPPER if isinstance(self._gradients, GpuGradients) else OF_PORTABLE
+        return self._gradients.takes
 
     def backward(self, ordinal: int) -> GradientCall:
-        """The call on a GPU."""
+        """The call of gradients on a GPU."""
         if ordinal not in self._backward:
-            s, how = self.shape, self._gradients
-            queries, keys = (s.batch, s.heads, s.q_len), (s.batch, s.kv_heads, s.kv_len)
-            layouts = {"q": dense_layout(*queries, s.head_dim, s.dtype), "k": dense_layout(*keys, s.head_dim, s.dtype),
-                       "v": dense_layout(*keys, s.v_head_dim, s.dtype),
-                       "do": dense_layout(*queries, s.v_head_dim, s.dtype)}  # fmt: skip
-            if isinstance(how, GpuGradients):
-                layouts["o"] = layouts["do"]
-                self._backward[ordinal] = how.prepared(s, layouts, ordinal, NO_SCORE)
-            else:
-                self._backward[ordinal] = how.prepared(s, layouts, ordinal)
+            self._backward[ordinal] = self._gradients.prepared(self.shape, self._layouts, ordinal)
         return self._backward[ordinal]
 
     def differentiate(self, ordinal: int, arrays: Mapping[str, int], scratch: int, scale: float,
@@ -132,30 +123,22 @@ class GpuCalls:
         """Into dq, dk and dv. arrays: their addresses, and those of what is taken."""
         check_alignment(arrays.values())
         call = self.backward(ordinal)
-        values = None if terms is None or self.takes == OF_PORTABLE else {**term_values(terms), **ABSENT_SUMS}
-        call.start({**arrays, **places(scratch_of(call), scratch)}, scale, values)
-
-    @cached_property
-    def _gradients(self) -> GpuGradients | PortableGradients:
-        return self.compiled.gradients_on(self.find_gpu)
-
-
-def scratch_of(call: GradientCall) -> Sizes:
-    """What a call needs beside its results."""
-    return {name: size for name, size in call.sizes.items() if name not in RESULTS}
+        values = None if terms is None else {**term_values(terms), **ABSENT_SUMS}
+        call.start({**arrays, **places(call.scratch, scratch)}, scale, values)
 
 
 def scratch_bytes(sizes: Sizes) -> int:
     """Of memory for all of them."""
-    return _end(sizes)[1]
+    return _offsets(sizes)[1]
 
 
 def places(sizes: Sizes, first: int) -> dict[str, int]:
     """The address of each of them in memory that begins at ``first``."""
-    return {name: first + offset for name, offset in _end(sizes)[0].items()}
+    return {name: first + offset for name, offset in _offsets(sizes)[0].items()}
 
 
-def _end(sizes: Sizes) -> tuple[dict[str, int], int]:
+def _offsets(sizes: Sizes) -> tuple[dict[str, int], int]:
+    """(where each of them begins, where the last one ends)."""
     offsets, end = {}, 0
     for name, (dtype, shape) in sizes.items():
         offsets[name] = end
@@ -163,12 +146,7 @@ def _end(sizes: Sizes) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def dense_layout(batch: int, heads: int, length: int, dim: int, dtype: str) -> Layout:
-    """Of a contiguous array."""
-    return Layout(batch, heads, length, dim, heads * length * dim, length * dim, dim, BYTES[dtype])
-
-
-def check_alignment(addresses: Any) -> None:
+def check_alignment(addresses: Iterable[int]) -> None:
     """Raise Unsupported for arrays that the kernels cannot read: XLA's own never are."""
     if any(address % ALIGNMENT for address in addresses):
         raise Unsupported(f"an array does not begin at a multiple of {ALIGNMENT} bytes: copy it (x + 0)")

@@ -8,7 +8,7 @@ those of any other process, so that nothing that XLA keeps on disk can mean anot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 from uuid import uuid4
 
@@ -22,7 +22,8 @@ from splatc.errors import Unsupported
 from splatc.ir.terms import LEARNABLE, Terms
 from splatc.runtime.attention import CompiledAttention
 from splatc.runtime.gradients import Gradients
-from splatc.runtime.jax_gpu import RESULTS, GpuCalls, scratch_bytes, scratch_of
+from splatc.runtime.gradients_gpu import RESULTS
+from splatc.runtime.jax_gpu import GpuCalls, scratch_bytes
 from splatc.runtime.tensors import Shape, computed_in
 
 with without_torch():
@@ -105,7 +106,7 @@ def call_of(compiled: CompiledAttention, shape: Shape, scale: float, terms: Term
     return _prepared(call), tuple(arrays.values())
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _prepared(call: Call) -> Call:
     """The call, or one that is equal to it."""
     call.prepare()
@@ -163,7 +164,7 @@ def _differentiate_on_gpu(call: Call, q: Any, k: Any, v: Any, terms: Arrays, o: 
     made = calls.backward(call.ordinal)
     results = [jax.ShapeDtypeStruct(x.shape, made.sizes[name][0])
                for name, x in zip(RESULTS, (q, k, v), strict=True)]  # fmt: skip
-    results.append(_scratch(scratch_bytes(scratch_of(made))))
+    results.append(_scratch(scratch_bytes(made.scratch)))
     found = _operator(BACKWARD, results)(*(known[name] for name in calls.takes), *terms, handle=_handle(call))
     of_terms = [_of_sinks(x, lse, delta) if name == "sinks" else None
                 for name, x in zip(call.learnable, terms, strict=False)]  # fmt: skip

@@ -38,6 +38,7 @@ from splatc.codegen.hopper.stored import split, words_of
 from splatc.codegen.hopper.unfused.tiles import (
     LANES,
     THREADS,
+    UNIT_BYTES,
     WARP_LINES,
     OwnLine,
     Rows,
@@ -52,7 +53,7 @@ from splatc.codegen.kernel import SDDMM_FUNCTION as NAME
 from splatc.codegen.kernel import KernelSpec
 
 UNIT_BITS = {8: 3, 4: 2}  # the logarithm of a unit's values
-UNIT_WORDS = 4
+UNIT_WORDS = UNIT_BYTES // 4
 BLOCKS = 5  # of a multiprocessor, that registers should allow
 
 
@@ -76,7 +77,7 @@ class _Block:
     def run(self, parts: Expr) -> int:
         s, w = self.s, self.walk
         w.start(parts)
-        self.pitch = (s.sector + LANES) // s.packed * s.packed + s.packed  # of lines: an odd number of words, for banks
+        self.pitch = s.sector + LANES + s.packed  # of lines in shared memory: an odd number of words, for its banks
         line_bytes = LANES * self.pitch * s.item_bytes
         stages = s.stages(s.tile_bytes + line_bytes, s.tile_bytes)
         pool = SharedMemory()
@@ -204,8 +205,8 @@ class _Block:
         units = [self.read_unit(own, T.shift_right(mine, 16) + unit * s.unit)
                  for (own, unit), (mine, _) in zip(theirs, known, strict=True)]  # fmt: skip
         for (_, unit), (mine, at), words in zip(theirs, known, units, strict=True):
-            limit = T.bitwise_and(T.shift_right(mine, 8), 255)
-            with when(T.And(unit >= T.bitwise_and(mine, 255), unit < limit)):
+            end = T.bitwise_and(T.shift_right(mine, 8), 255)
+            with when(T.And(unit >= T.bitwise_and(mine, 255), unit < end)):
                 target = self.values.ptr_to([w.base + wide(at + unit * s.unit)])
                 do(T.ptx["st.global.v4.b32"](target, *words))
 
