@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,13 @@ from splatc.errors import SplatcError
 
 def test_rounds_are_interleaved():
     calls: list[str] = []
-    found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
-    assert calls == ["a", "b"] * 4  # one round before, untimed
-    assert found["a"].rounds == 3 and found["a"].fastest <= found["a"].median <= found["a"].slowest
+    found = interleaved({name: partial(calls.append, name) for name in "abc"}, rounds=9)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[0] == "abc" and len(rounds) == 10  # one round before, untimed
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    before = {calls[i] for i in range(2, len(calls) - 1) if calls[i + 1] == "a"}
+    assert before >= {"b", "c"}  # none always follows the same one
+    assert found["a"].rounds == 9 and found["a"].fastest <= found["a"].median <= found["a"].slowest
 
 
 def test_a_slow_function_stops_early_but_not_before_three_rounds():

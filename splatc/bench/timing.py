@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, budget:
     return interleave({name: sampler(function) for name, function in functions.items()}, rounds, budget)
 
 
-def interleave(samplers: Mapping[str, Callable[[], float]], rounds: int, budget: float = 20.0) -> dict[str, Timing]:
-    """Take samples (seconds) in turn, round by round, so that a disturbance hits all of them alike.
+def interleave(samplers: Mapping[Name, Callable[[], float]], rounds: int, budget: float = 20.0) -> dict[Name, Timing]:
+    """Take samples (seconds) in turn, round by round, so that a disturbance hits all of them alike; each round in an
+    order of its own, as what ran just before has set the temperature, the clock rate and the caches.
 
     Stops early, after 3 rounds or more, when ``budget`` seconds are spent.
     """
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[Name, list[float]] = {name: [] for name in samplers}
+    order, shuffled = list(samplers), random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     began = time.perf_counter()
@@ -62,8 +67,9 @@ def interleave(samplers: Mapping[str, Callable[[], float]], rounds: int, budget:
         for done in range(rounds):
             if done >= 3 and time.perf_counter() - began > budget:
                 break
-            for name, sample in samplers.items():
-                samples[name].append(sample())
+            shuffled.shuffle(order)
+            for name in order:
+                samples[name].append(samplers[name]())
     finally:
         if collecting:
             gc.enable()

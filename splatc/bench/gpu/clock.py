@@ -57,14 +57,16 @@ class HostClock:
         return Timed(sample, "one call")
 
 
-GRAPH_S, SAMPLE_S, BURST_S = 6e-3, 4e-3, 10e-3  # aims: device time in a graph, in a sample, in a burst of eager calls
+# Aims: device time in a graph, before a sample, in it, and in a burst of eager calls.
+GRAPH_S, SETTLE_S, SAMPLE_S, BURST_S = 6e-3, 4e-3, 4e-3, 10e-3
 GRAPH_CALLS, EAGER_CALLS = 6, 50  # at most
 
 
 class GraphClock:
     """For a CUDA device: a graph of up to 6 calls, each on another set of inputs and with an output of its own.
 
-    A sample is one replay that is not timed and some that are. What cannot be captured is timed as a burst of calls.
+    A sample is some replays that are not timed, until clock rate and power are those of the contestant itself, and some
+    that are. What cannot be captured is timed as a burst of calls.
     """
 
     def __init__(self, stream: Any = None) -> None:
@@ -103,13 +105,14 @@ class GraphClock:
                 torch.cuda.synchronize()
                 how = f"{times} calls in a burst, no graph: {type(error).__name__}"
                 return Timed(lambda: self._sample_burst(contestant, inputs, times), how, eager)
-        replays = _between(SAMPLE_S / (once * calls), 1, 50)
+        settling, replays = (_between(aim / (once * calls), 1, 50) for aim in (SETTLE_S, SAMPLE_S))
 
         def sample() -> float:
-            graph.replay()
+            for _ in range(settling):
+                graph.replay()
             return _elapsed(graph.replay, replays) / calls
 
-        how = f"graph of {calls} calls, {replays} replays"
+        how = f"graph of {calls} calls, {replays} replays after {settling}"
         return Timed(sample, how, eager, graph_of=(contestant, inputs, outputs))
 
     def _sample_burst(self, contestant: Contestant, inputs: Inputs, times: int) -> float:

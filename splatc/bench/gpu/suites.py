@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from splatc.bench.gpu.cases import (
     Case,
@@ -56,6 +57,13 @@ def jobs(suite: str, choice: Choice) -> list[Job]:
     makers = {"dense": _dense, "patterns": _patterns, "shapes": _shapes, "short": _short, "growth": _growth,
               "backward": _backward}  # fmt: skip
     return list(makers[suite](choice))
+
+
+def groups(suite: str, choice: Choice) -> list[list[Job]]:
+    """The jobs, those together that are timed in turn: the lengths of a mask, as the claim is about their ratios."""
+    if suite == "growth":
+        return [list(mine) for _, mine in groupby(jobs(suite, choice), lambda job: job.case.name)]
+    return [[job] for job in jobs(suite, choice)]
 
 
 def _shape(choice: Choice, length: int, head_dim: int) -> Shape:
