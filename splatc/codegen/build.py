@@ -27,6 +27,7 @@ from splatc.codegen.kernel import (
 )
 from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
+from splatc.codegen.source_only import source_only
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.codegen.variables import arrays_to_variables
@@ -193,7 +194,7 @@ def device_source(emitted: Emitted, arch: str, simplified: bool = True) -> str:
     import tvm
 
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="cuda_host")
-    with tvm.transform.PassContext(disabled_pass=[COMMON] if simplified else [COMMON, SIMPLIFY]):
+    with tvm.transform.PassContext(disabled_pass=[COMMON] if simplified else [COMMON, SIMPLIFY]), source_only():
         built = tvm.compile(emitted.module, target=target, tir_pipeline="tirx").mod
     return arrays_to_variables(built.imports[0].inspect_source())
 
