@@ -74,11 +74,11 @@ class VirtualDevice:
             monkeypatch.setattr(torch.cuda, name, value)
 
 
-@pytest.mark.parametrize(("seconds", "how"), [
-    (50e-6, "graph of 6 calls, 14 replays after 14"), (1e-3, "graph of 6 calls, 1 replays after 1"),
-    (20e-3, "graph of 2 calls, 1 replays after 1"),
+@pytest.mark.parametrize(("seconds", "settle", "how"), [
+    (50e-6, 0.0, "graph of 6 calls, 14 replays after 1"), (1e-3, 0.1, "graph of 6 calls, 1 replays after 17"),
+    (20e-3, 0.0, "graph of 2 calls, 1 replays after 1"),
 ])  # fmt: skip
-def test_the_graph_clock(seconds, how, monkeypatch):
+def test_the_graph_clock(seconds, settle, how, monkeypatch):
     device, seen = VirtualDevice(), []
     device.install(monkeypatch)
 
@@ -86,7 +86,7 @@ def test_the_graph_clock(seconds, how, monkeypatch):
         seen.append(q)
         device.work(seconds)
 
-    timed = GraphClock().prepare(Contestant(call), [(i, 0, 0) for i in range(6)])
+    timed = GraphClock().prepare(Contestant(call), [(i, 0, 0) for i in range(6)], settle)
     assert timed.how == how
     calls = int(timed.how.split()[2])
     assert seen[-calls:] == list(range(calls))  # each captured call has other inputs

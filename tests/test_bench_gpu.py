@@ -15,12 +15,10 @@ import splatc
 from splatc import oracle
 from splatc import patterns as P
 from splatc.bench.gpu import cases, check, checks, host, machine, peers, plot, results, run, suites, tables, targets
-from splatc.bench.gpu import measure as measuring
 from splatc.bench.gpu.measure import DeviceLost, Job, Session, measure
 from splatc.bench.gpu.peers import BUILDERS, Contestant, NotApplicable
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.shapes import Shape
-from splatc.bench.timing import interleave
 
 torch = pytest.importorskip("torch")
 
@@ -248,7 +246,7 @@ def test_contestants_that_fail_are_said_to_and_the_others_are_timed():
                 "natten": fake(lambda q, k, v: q, exact=False), "flashinfer": absent}  # fmt: skip
     peer_names = ("flex", "cudnn", "flash", "masked", "natten", "flashinfer")
     job = Job("patterns", cases.seventeen(192)["causal"], TINY, peer_names, repeats=3)
-    (record,) = measure([job], session(builders=builders))
+    record = measure(job, session(builders=builders))
     values = record["contestants"]
     assert list(values) == ["splatc", "flex", "cudnn", "flash", "masked", "natten"]
     assert values["flex"] == values["flash"] == {"failed": "RuntimeError: no kernel"}
@@ -263,7 +261,7 @@ def test_contestants_that_fail_are_said_to_and_the_others_are_timed():
 
 def test_ours_may_fail_too():
     job = Job("patterns", cases.seventeen(192)["causal"], TINY, ("cudnn",))
-    (record,) = measure([job], session(builders={**BUILDERS, "splatc": boom}))
+    record = measure(job, session(builders={**BUILDERS, "splatc": boom}))
     assert record["contestants"]["splatc"] == {"failed": "RuntimeError: no kernel"}
     assert record["contestants"]["cudnn"]["median_ms"] > 0
     everything = Results([machine.describe(["x"], "cpu")], [record | {"run": 0}])
@@ -272,25 +270,7 @@ def test_ours_may_fail_too():
 
 def test_a_failure_outside_the_contestants_is_the_record_s(monkeypatch):
     monkeypatch.setattr(check, "sample_rows", boom)
-    (record,) = measure([Job("patterns", cases.seventeen(192)["causal"], TINY)], session())
-    assert record["failed"].startswith("Runtime")
-
-
-def test_jobs_together_are_timed_in_turn(monkeypatch):
-    together = [Job("growth", cases.seventeen(n)["win_pm256"], replace(TINY, seq_len=n)) for n in (192, 384)]
-    taken = []
-
-    def recorded(samplers, rounds, budget):
-        taken.append(list(samplers))
-        return interleave(samplers, rounds, budget)
-
-    monkeypatch.setattr(measuring, "interleave", recorded)
-    first, second = measure(together, session())
-    assert taken == [[(0, "splatc"), (1, "splatc"), measuring.DENSE]]
-    assert (first["seq_len"], second["seq_len"]) == (192, 384) and first["dense"] == second["dense"]
-    assert first["contestants"]["splatc"]["median_ms"] != second["contestants"]["splatc"]["median_ms"]
-    monkeypatch.setattr(measuring, "interleave", boom)
-    assert {record["failed"] for record in measure(together, session())} == {"RuntimeError: no kernel"}
+    assert measure(Job("patterns", cases.seventeen(192)["causal"], TINY), session())["failed"].startswith("Runtime")
 
 
 def test_a_lost_device_ends_the_run(monkeypatch):

@@ -91,11 +91,11 @@ def test_figures_are_saved_before_the_run_ends(capsys, gpu_on_cpu, monkeypatch, 
     path = tmp_path / "d.json"
     counted = []
 
-    def interrupted(jobs, session):
-        counted.extend(jobs)
+    def interrupted(job, session):
+        counted.append(job)
         if len(counted) == 3:
             raise KeyboardInterrupt
-        return [{"suite": "dense", "case": job.case.name, "failed": "as said"} for job in jobs]
+        return {"suite": "dense", "case": job.case.name, "failed": "as said"}
 
     monkeypatch.setattr(gpu_run, "measure", interrupted)
     assert run(["bench", "--suite", "dense", "--quick", "--json", str(path)]) == 130

@@ -8,9 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-Name = TypeVar("Name")
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,14 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, budget:
     return interleave({name: sampler(function) for name, function in functions.items()}, rounds, budget)
 
 
-def interleave(samplers: Mapping[Name, Callable[[], float]], rounds: int, budget: float = 20.0) -> dict[Name, Timing]:
+def interleave(samplers: Mapping[str, Callable[[], float]], rounds: int, budget: float = 20.0) -> dict[str, Timing]:
     """Take samples (seconds) in turn, round by round, so that a disturbance hits all of them alike; each round in an
     order of its own, as what ran just before has set the temperature, the clock rate and the caches.
 
     Stops early, after 3 rounds or more, when ``budget`` seconds are spent.
     """
-    samples: dict[Name, list[float]] = {name: [] for name in samplers}
     order, shuffled = list(samplers), random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
     collecting = gc.isenabled()
     gc.disable()
     began = time.perf_counter()

@@ -20,7 +20,7 @@ from splatc.bench.gpu.backward_tables import HOST
 from splatc.bench.gpu.cases import seventeen
 from splatc.bench.gpu.clock import GraphClock, HostClock, Inputs, Timed
 from splatc.bench.gpu.host import BATCH, CALL_PEERS, CALLS, host_times
-from splatc.bench.gpu.measure import DENSE, WRONG, Job, Record, Session, about, reason, record_of, tflops
+from splatc.bench.gpu.measure import WRONG, Job, Record, Session, about, reason, record_of, tflops
 from splatc.bench.gpu.peers import Contestant, NotApplicable, boolean_matrix, kind_of
 from splatc.bench.gpu.shapes import Shape
 from splatc.bench.gpu.suites import Choice, jobs
@@ -144,7 +144,7 @@ class Backward:
         samplers = {name: one.backward.sample for name, one in ready.items()}
         samplers |= {name + BOTH: one.both.sample for name, one in ready.items()}
         if dense is not None:
-            samplers[DENSE] = dense[1].sample
+            samplers["dense reference"] = dense[1].sample
         timings = interleave(samplers, self.session.rounds, self.session.job_seconds)
         for name, one in ready.items():
             values = record["contestants"][name]
@@ -154,7 +154,7 @@ class Backward:
                 values["useful_tflops"] = tflops(job.shape.backward_flops(record["nnz"]), timings[name])
         if dense is not None:
             name, _, flops = dense
-            record["dense"] = _dense_values(name, flops, timings[DENSE])
+            record["dense"] = _dense_values(name, flops, timings["dense reference"])
 
     def dense(self, shape: Shape) -> tuple[str, Timed, int] | None:
         """(contestant, timing, operations) of the backward pass of full attention by cuDNN, else flash."""

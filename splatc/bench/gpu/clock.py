@@ -32,15 +32,17 @@ class Timed:
 class Clock(Protocol):
     """Makes contestants ready for timing."""
 
-    def prepare(self, contestant: Contestant, inputs: Inputs) -> Timed:
-        """Warm the contestant up on the inputs. Raises what the contestant raises."""
+    def prepare(self, contestant: Contestant, inputs: Inputs, settle_s: float = 0.0) -> Timed:
+        """Warm the contestant up on the inputs; before each sample it runs for ``settle_s`` seconds or once.
+
+        Raises what the contestant raises."""
         ...
 
 
 class HostClock:
     """For a CPU: one call on the next set of inputs."""
 
-    def prepare(self, contestant: Contestant, inputs: Inputs) -> Timed:
+    def prepare(self, contestant: Contestant, inputs: Inputs, settle_s: float = 0.0) -> Timed:
         """See Clock."""
         calls = 0
 
@@ -57,16 +59,15 @@ class HostClock:
         return Timed(sample, "one call")
 
 
-# Aims: device time in a graph, before a sample, in it, and in a burst of eager calls.
-GRAPH_S, SETTLE_S, SAMPLE_S, BURST_S = 6e-3, 4e-3, 4e-3, 10e-3
+GRAPH_S, SAMPLE_S, BURST_S = 6e-3, 4e-3, 10e-3  # aims: device time in a graph, in a sample, in a burst of eager calls
 GRAPH_CALLS, EAGER_CALLS = 6, 50  # at most
 
 
 class GraphClock:
     """For a CUDA device: a graph of up to 6 calls, each on another set of inputs and with an output of its own.
 
-    A sample is some replays that are not timed, until clock rate and power are those of the contestant itself, and some
-    that are. What cannot be captured is timed as a burst of calls.
+    A sample is one replay or more that are not timed and some that are. What cannot be captured is timed as a burst of
+    calls.
     """
 
     def __init__(self, stream: Any = None) -> None:
@@ -83,7 +84,7 @@ class GraphClock:
 
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def prepare(self, contestant: Contestant, inputs: Inputs) -> Timed:
+    def prepare(self, contestant: Contestant, inputs: Inputs, settle_s: float = 0.0) -> Timed:
         """See Clock."""
         import torch
 
@@ -105,7 +106,7 @@ class GraphClock:
                 torch.cuda.synchronize()
                 how = f"{times} calls in a burst, no graph: {type(error).__name__}"
                 return Timed(lambda: self._sample_burst(contestant, inputs, times), how, eager)
-        settling, replays = (_between(aim / (once * calls), 1, 50) for aim in (SETTLE_S, SAMPLE_S))
+        replays, settling = _between(SAMPLE_S / (once * calls), 1, 50), max(1, math.ceil(settle_s / (once * calls)))
 
         def sample() -> float:
             for _ in range(settling):

@@ -1,11 +1,10 @@
-"""Cases at shapes: every contestant built, checked against float64, and timed in interleaved rounds."""
+"""One case at one shape: every contestant built, checked against float64, and timed in interleaved rounds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from splatc.bench.gpu import check
@@ -16,7 +15,6 @@ from splatc.bench.gpu.shapes import Shape
 from splatc.bench.timing import Timing, interleave
 
 Record = dict[str, Any]  # JSON values of one measurement
-DENSE = "dense reference"  # what is timed beside every job
 WRONG = 0.05  # relative error from which a contestant computes something else
 
 
@@ -33,6 +31,7 @@ class Job:
     shape: Shape
     peers: tuple[str, ...] = ()
     repeats: int = 50  # runs compared bit by bit
+    settle_s: float = 0.0  # how long each contestant runs before it is timed, for ratios between jobs
 
 
 @dataclass
@@ -90,20 +89,12 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def measure(jobs: Sequence[Job], session: Session) -> list[Record]:
-    """The records of jobs of one dtype and head dim, timed in turn. What fails is said in its record, contestant by
-    contestant; only DeviceLost is raised."""
+def measure(job: Job, session: Session) -> Record:
+    """The record of a job. What fails is said in the record, contestant by contestant; only DeviceLost is raised."""
     import torch
 
-    ready: dict[tuple[int, str], Timed] = {}
     with torch.no_grad():
-        records = [record_of(job, session, partial(_prepare, ready=ready, number=i)) for i, job in enumerate(jobs)]
-        try:
-            _time(jobs, session, records, ready)
-        except Exception as error:
-            session.check_alive()
-            records = [record | {"failed": reason(error)} for record in records]
-    return records
+        return record_of(job, session, _measure)
 
 
 def record_of(job: Job, session: Session, fill: Callable[[Job, Session, Record], None]) -> Record:
@@ -123,11 +114,11 @@ def record_of(job: Job, session: Session, fill: Callable[[Job, Session, Record],
     return record
 
 
-def _prepare(job: Job, session: Session, record: Record, ready: dict[tuple[int, str], Timed], number: int) -> None:
+def _measure(job: Job, session: Session, record: Record) -> None:
     inputs = [job.shape.inputs(session.device) for _ in range(job.shape.sets)]
     sample = check.sample_rows(job.case.pattern, job.shape.seq_len, job.shape.heads)
-    record["contestants"] = contestants = {}
-    record["least_bytes"] = job.shape.least_bytes
+    contestants: dict[str, Record] = {}
+    ready: dict[str, Timed] = {}
     for name in ("splatc", *job.peers):
         try:
             contestant, values = _enter(name, job, session, inputs, sample)
@@ -135,12 +126,15 @@ def _prepare(job: Job, session: Session, record: Record, ready: dict[tuple[int, 
             if contestant.compiled is not None:
                 record.update(about(contestant.compiled, job.shape))
                 record["memory"] = memory(contestant, inputs, session.device)
-            ready[number, name] = session.clock.prepare(contestant, inputs)
+            ready[name] = session.clock.prepare(contestant, inputs, job.settle_s)
         except NotApplicable:
             continue
         except Exception as error:
             session.check_alive()
             contestants[name] = {**contestants.get(name, {}), "failed": reason(error)}
+    record["contestants"] = contestants
+    record["least_bytes"] = job.shape.least_bytes
+    _time(job, session, record, ready)
 
 
 def _enter(name: str, job: Job, session: Session, inputs: Inputs, sample: check.Sample) -> tuple[Contestant, Record]:
@@ -172,25 +166,23 @@ def _enter(name: str, job: Job, session: Session, inputs: Inputs, sample: check.
     return contestant, values
 
 
-def _time(jobs: Sequence[Job], session: Session, records: Sequence[Record],
-          ready: Mapping[tuple[int, str], Timed]) -> None:  # fmt: skip
-    dense = session.dense(jobs[0].shape)
-    samplers: dict[Any, Callable[[], float]] = {which: timed.sample for which, timed in ready.items()}
+def _time(job: Job, session: Session, record: Record, ready: Mapping[str, Timed]) -> None:
+    dense = session.dense(job.shape)
+    samplers = {name: timed.sample for name, timed in ready.items()}
     if dense is not None:
-        samplers[DENSE] = dense[1].sample
-    timings = interleave(samplers, session.rounds, session.job_seconds * len(jobs))
-    for (number, name), timed in ready.items():
-        record, timing = records[number], timings[number, name]
+        samplers["dense reference"] = dense[1].sample
+    timings = interleave(samplers, session.rounds, session.job_seconds)
+    for name, timed in ready.items():
         values = record["contestants"][name]
-        values |= timing.to_dict() | {"how": timed.how}
+        values |= timings[name].to_dict() | {"how": timed.how}
         if timed.eager_s is not None:
             values["eager_ms"] = timed.eager_s * 1e3
         if "nnz" in record:
-            values["useful_tflops"] = tflops(jobs[number].shape.flops(record["nnz"]), timing)
+            values["useful_tflops"] = tflops(job.shape.flops(record["nnz"]), timings[name])
     if dense is not None:
         name, _, flops = dense
-        for record in records:
-            record["dense"] = {"contestant": name, "tflops": tflops(flops, timings[DENSE]), **timings[DENSE].to_dict()}
+        timing = timings["dense reference"]
+        record["dense"] = {"contestant": name, "tflops": tflops(flops, timing), **timing.to_dict()}
 
 
 def tflops(flops: int, timing: Timing) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from splatc.bench.gpu import backward, checks, host, machine
 from splatc.bench.gpu.measure import DeviceLost, Record, Session, measure, reason
 from splatc.bench.gpu.results import Results
-from splatc.bench.gpu.suites import Choice, groups, jobs
+from splatc.bench.gpu.suites import Choice, jobs
 
 Kept = Callable[[Results, Record], None]
 
@@ -81,8 +82,7 @@ def _records(suite: str, choice: Choice, session: Session) -> Any:
 
 
 def _measured(suite: str, choice: Choice, session: Session) -> Iterator[Record]:
-    for together in groups(suite, choice):
-        yield from measure(together, session)
+    yield from map(partial(measure, session=session), jobs(suite, choice))
 
 
 def _count(suite: str, choice: Choice) -> int:

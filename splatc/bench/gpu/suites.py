@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from splatc.bench.gpu.cases import (
     Case,
@@ -32,6 +31,7 @@ QUICK_CASES = ("full", "causal", "win_pm256", "strided64", "st_fixed128_16", "lo
 SHORT_PEERS = ("cudnn", "flash", "flex", *PACKAGES)
 PEERS = ("flex", "cudnn", "flash", "masked", *PACKAGES)
 BACKWARD_PEERS = ("flex", "cudnn", "flash", "flash_attn", "flash_attn_3")
+SETTLE_S = 0.1  # of growth, whose lengths are compared: a GPU at work slows down, and what ran before decides how soon
 BACKWARD_REPEATS = 20  # runs compared bit by bit
 
 
@@ -57,13 +57,6 @@ def jobs(suite: str, choice: Choice) -> list[Job]:
     makers = {"dense": _dense, "patterns": _patterns, "shapes": _shapes, "short": _short, "growth": _growth,
               "backward": _backward}  # fmt: skip
     return list(makers[suite](choice))
-
-
-def groups(suite: str, choice: Choice) -> list[list[Job]]:
-    """The jobs, those together that are timed in turn: the lengths of a mask, as the claim is about their ratios."""
-    if suite == "growth":
-        return [list(mine) for _, mine in groupby(jobs(suite, choice), lambda job: job.case.name)]
-    return [[job] for job in jobs(suite, choice)]
 
 
 def _shape(choice: Choice, length: int, head_dim: int) -> Shape:
@@ -113,7 +106,7 @@ def _growth(choice: Choice) -> Iterator[Job]:
     head_dim = max(choice.head_dims)
     for name in ("win_pm256", "strided64"):
         for length in lengths:
-            yield Job("growth", seventeen(length)[name], _shape(choice, length, head_dim), (), 3)
+            yield Job("growth", seventeen(length)[name], _shape(choice, length, head_dim), (), 3, SETTLE_S)
 
 
 def _backward(choice: Choice) -> Iterator[Job]:
