@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -25,7 +26,7 @@ from splatc.errors import InvalidInput, Unsupported
 from splatc.formats.acsr import ACSR
 from splatc.formats.order import Order
 from splatc.runtime import products_gpu
-from splatc.runtime.products_gpu import tile_tables
+from splatc.runtime.products_gpu import cut, even_blocks, spread, tile_tables, work_rows
 from splatc.runtime.structure import structure_of, tile_values
 from tests import library
 
@@ -103,12 +104,40 @@ def test_tiles_of_several_patterns():
 
 def test_work_has_every_row_tile_of_every_head_once():
     structure = structure_of(P.PerHead((P.causal(), P.strided(8), P.causal())), 130, 130)
-    tables = tile_tables(structure, 3, transposed=False)
-    heads, items = tables["work"].T
+    tables, rows = tile_tables(structure, 3, transposed=False), work_rows(structure, 3, transposed=False)
+    heads, items = rows[:, :2].T
     for head in range(3):
         positions = tables["positions"][items[heads == head]]
         assert sorted(positions[positions >= 0].tolist()) == list(range(130))
     np.testing.assert_array_equal(tables["bases"], structure.bases(3))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 30, 55])
+def test_blocks_share_the_entries_evenly(blocks):
+    structure = structure_of(P.PerHead((P.causal(), P.window(-200, 300), P.strided(8))), 450, 450)
+    rows = work_rows(structure, 3, transposed=False)
+    entries = [(head, item, e) for head, item, begin, count in rows.tolist() for e in range(begin, begin + count)]
+    assert len(entries) == 55 and 0 in rows[:, 3]  # of the second mask some row tiles have none
+    tables = cut(rows, blocks)
+    of_block = [[(head, item, e) for head, item, begin, count in tables["work"][a:b].tolist()
+                 for e in range(begin, begin + count)] for a, b in itertools.pairwise(tables["starts"].tolist())]
+    assert len(of_block) == blocks and list(itertools.chain(*of_block)) == entries
+    assert max(map(len, of_block)) - min(map(len, of_block)) <= 1
+    assert (tables["work"][:, 3] > 0).all() and {x.dtype for x in tables.values()} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize(("tiles", "batch", "held", "wanted"), [
+    (5, 1, 660, 5), (2336, 1, 660, 660), (2336, 4, 660, 165), (133000, 1, 660, 1980), (100, 700, 660, 1), (9, 2, 3, 1),
+])  # fmt: skip
+def test_blocks_fill_a_gpu_some_whole_times(tiles, batch, held, wanted):
+    assert even_blocks(tiles, batch, held) == wanted
+
+
+def test_multiprocessors_get_long_rows_with_short_ones():
+    lengths = np.array([4, 9, 1, 7, 3, 8])
+    rows = np.column_stack([np.arange(6), np.arange(6), np.zeros(6), lengths]).astype(np.int32)
+    assert spread(rows, 2)[:, 3].tolist() == [9, 8, 4, 7, 3, 1]
+    np.testing.assert_array_equal(np.sort(spread(rows, 4)[:, 0]), np.arange(6))
 
 
 def test_tables_are_small_where_masks_are_dense_enough():

@@ -6,12 +6,13 @@ Arguments are put together at each call, and nothing is kept but kernels and tab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from splatc.codegen.kernel import (
     SDDMM,
@@ -26,7 +27,7 @@ from splatc.codegen.kernel import (
     product_spec,
 )
 from splatc.codegen.target import Target, arch_of
-from splatc.codegen.value_tiles import joined
+from splatc.codegen.value_tiles import ValueTiles, joined
 from splatc.runtime.arguments import Arguments, Function
 from splatc.runtime.gpu import DeviceTables, Gpu, gpu, load_functions
 from splatc.runtime.gpu_call import Step, config_of, start_of
@@ -38,8 +39,11 @@ from splatc.runtime.tensor_map import ALIGNMENT
 from splatc.runtime.tensors import dtype_name
 
 WARPS = 8  # rows of a softmax that a block has
-BLOCKS, MOST_PARTS = 4, 8  # of sddmm: blocks for each multiprocessor, and blocks that share a row tile to get there
+MOST_TILES = 64  # that a block of sddmm has: neighbours at work together read the same keys
+FEW = 4  # blocks of spmm, as many times as a GPU holds, up to which the longest begin first
 
+Ints = NDArray[np.int32]
+Uploaded = tuple[DeviceTables, Mapping[str, Any]]  # with the arrays it was made from
 Loader = Callable[[KernelSpec, Gpu], tuple[Function, ...]]
 
 
@@ -110,57 +114,110 @@ class GpuProducts:
 
     def _product(self, function: Function, structure: Structure, transposed: bool, batch: int, heads: int,
                  tensors: Mapping[str, Any], numbers: Mapping[str, float]) -> None:  # fmt: skip
-        """Start a product: a block for each row tile of each head."""
-        key = self._gpu, heads, transposed
-        if key not in structure.ready:
-            remember(structure.ready, key, self._upload(tile_tables(structure, heads, transposed)))
-        tables, arrays = structure.ready[key]
-        works = len(arrays["work"])
-        parts = 1
-        if function.name.startswith(SDDMM_FUNCTION):  # results of a part are its own
-            busy = BLOCKS * self._gpu.driver.multiprocessors(self._gpu.ordinal)
-            parts = min(max(busy // (batch * works), 1), MOST_PARTS)
-        values: dict[str, float] = {**numbers, "works": works, "parts": parts, "total": int(structure.bases(heads)[-1])}
+        """Start a product: blocks with row tiles of a head, or pieces of them."""
+        tiles = self._known(structure, (heads, transposed), lambda: tile_tables(structure, heads, transposed))
+        work = self._known(structure, (heads, transposed, function.name, batch),
+                           lambda: self._work(function, work_rows(structure, heads, transposed), batch))  # fmt: skip
+        arrays = work[1]
+        works = len(arrays["starts"]) - 1 if "starts" in arrays else len(arrays["work"])
+        values: dict[str, float] = {**numbers, "works": works, "total": int(structure.bases(heads)[-1])}
         for name, x in tensors.items():
             values |= {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("batch", "head", "seq")) if x.ndim == 4}
-        self._start(function, batch * works * parts, {**values, **tables_at(tables, arrays)}, tables, tensors)
+        self._start(function, batch * works, values, [tiles, work], tensors)
+
+    def _work(self, function: Function, rows: Ints, batch: int) -> Mapping[str, Ints]:
+        """Which blocks of a product do what: of each batch entry."""
+        multiprocessors = self._gpu.driver.multiprocessors(self._gpu.ordinal)
+        held = multiprocessors * self._gpu.driver.blocks_per_multiprocessor(
+            function.kernel, function.threads, function.smem_bytes, self._gpu.ordinal)  # fmt: skip
+        if function.name.startswith(SDDMM_FUNCTION):
+            return cut(rows, even_blocks(int(rows[:, 3].sum()), batch, held))
+        return {"work": spread(rows, multiprocessors) if batch * len(rows) <= FEW * held else rows}
 
     def _rows(self, function: Function, structure: Structure, batch: int, heads: int,
               tensors: Mapping[str, Any]) -> None:  # fmt: skip
         """Start a function over rows: a warp for each."""
-        key = self._gpu, heads, None
-        if key not in structure.ready:
-            remember(structure.ready, key, self._upload(row_tables(structure, heads)))
-        tables, arrays = structure.ready[key]
+        tables = self._known(structure, (heads,), lambda: row_tables(structure, heads))
         rows = batch * heads * structure.q_len
         values: dict[str, float] = {"rows": rows, "heads": heads, "q_len": structure.q_len,
                                     "total": int(structure.bases(heads)[-1])}  # fmt: skip
-        self._start(function, -(-rows // WARPS), {**values, **tables_at(tables, arrays)}, tables, tensors)
+        self._start(function, -(-rows // WARPS), values, [tables], tensors)
 
-    def _upload(self, arrays: Mapping[str, Any]) -> tuple[DeviceTables, Mapping[str, Any]]:
-        return DeviceTables(self._gpu, [arrays]), arrays
+    def _known(self, structure: Structure, what: tuple[Any, ...], make: Callable[[], Mapping[str, Any]]) -> Uploaded:
+        """Tables of a structure, uploaded once."""
+        found: Uploaded | None = structure.ready.get((self._gpu, *what))
+        if found is None:
+            arrays = make()
+            found = DeviceTables(self._gpu, [arrays]), arrays
+            remember(structure.ready, (self._gpu, *what), found)
+        return found
 
-    def _start(self, function: Function, blocks: int, values: Mapping[str, float], tables: DeviceTables,
+    def _start(self, function: Function, blocks: int, values: Mapping[str, float], tables: Sequence[Uploaded],
                tensors: Mapping[str, Any]) -> None:  # fmt: skip
         on = self._gpu
         addresses = {f"{name}_ptr": x.data_ptr() for name, x in tensors.items()}
+        for held, arrays in tables:
+            addresses |= {f"{name}_ptr": held.address(0, name) for name in arrays}
         arguments = Arguments(function, {**values, **addresses, "blocks": blocks}, {})
         step = Step(function, arguments, (blocks, 1, 1), {})
         config = config_of(step)
         with on.framework.on(on.ordinal) if on.framework.device() != on.ordinal else nullcontext():
             config.stream = on.framework.stream(on.ordinal)
-            tables.used(config.stream or 0, on.framework.capturing())
+            for held, _ in tables:
+                held.used(config.stream or 0, on.framework.capturing())
             on.driver.launch(*start_of(config, step), on.ordinal)
 
 
 def tile_tables(structure: Structure, heads: int, transposed: bool) -> Mapping[str, Any]:
-    """The tables of a product for so many heads (codegen/hopper/unfused/tiles.py)."""
-    pattern_of = structure.head_patterns(heads)
-    used = sorted(set(pattern_of))
+    """The tables of a product for so many heads but ``work`` (codegen/hopper/unfused/tiles.py)."""
+    _, tiles, _ = _tiles_of(structure, heads, transposed)
+    arrays = {name: array for name, array in tiles.arrays().items() if name != "items"}
+    return {**arrays, "bases": structure.bases(heads)}
+
+
+def work_rows(structure: Structure, heads: int, transposed: bool) -> Ints:
+    """int32 (row tiles of all heads, 4): head, item, first entry, entries."""
+    used, tiles, ends = _tiles_of(structure, heads, transposed)
+    rows = []
+    for head, pattern in enumerate(structure.head_patterns(heads)):
+        items = np.arange(*ends[used.index(pattern) :][:2])
+        rows.append(np.column_stack([np.full_like(items, head), items, tiles.items[items]]))
+    return np.concatenate(rows).astype(np.int32)
+
+
+def _tiles_of(structure: Structure, heads: int, transposed: bool) -> tuple[list[int], ValueTiles, Sequence[int]]:
+    """(the patterns of so many heads, their tiles, the first item of each pattern and their end)."""
+    used = sorted(set(structure.head_patterns(heads)))
     tiles, ends = joined([structure.tiles(transposed)[p] for p in used])
-    items = {p: np.arange(*ends[i : i + 2]) for i, p in enumerate(used)}
-    work = [np.stack([np.full_like(items[p], head), items[p]], 1) for head, p in enumerate(pattern_of)]
-    return {**tiles.arrays(), "work": np.concatenate(work).astype(np.int32), "bases": structure.bases(heads)}
+    return used, tiles, ends.tolist()
+
+
+def even_blocks(tiles: int, batch: int, held: int) -> int:
+    """How many blocks of a batch entry share its column tiles, if a GPU holds so many at a time: they fill it some
+    whole times, as nearly as the batch lets them."""
+    times = max(round(batch * tiles / (held * MOST_TILES)), 1)
+    return max(min(held * times // batch, tiles), 1)
+
+
+def cut(rows: Ints, blocks: int) -> Mapping[str, Ints]:
+    """The tables ``work`` and ``starts`` of sddmm: ``work_rows`` cut so that all blocks have as many entries."""
+    ends = rows[:, 3].cumsum(dtype=np.int64)
+    bounds = np.arange(blocks + 1) * ends[-1] // blocks
+    begins = np.union1d(ends, bounds)
+    count, begins = np.diff(begins), begins[:-1]
+    of = np.searchsorted(ends, begins, side="right")
+    work = rows[of]
+    work[:, 2] += (begins - (ends - rows[:, 3])[of]).astype(np.int32)
+    work[:, 3] = count
+    return {"work": work, "starts": np.searchsorted(np.append(begins, ends[-1]), bounds).astype(np.int32)}
+
+
+def spread(rows: Ints, multiprocessors: int) -> Ints:
+    """The longest rows of ``work_rows`` first, to and fro over multiprocessors, as they take blocks in turn."""
+    order = np.argsort(-rows[:, 3], kind="stable")
+    turns = [order[i : i + multiprocessors] for i in range(0, len(order), multiprocessors)]
+    to_and_fro: Ints = rows[np.concatenate([turn[:: -1 if i % 2 else 1] for i, turn in enumerate(turns)])]
+    return to_and_fro
 
 
 def row_tables(structure: Structure, heads: int) -> Mapping[str, Any]:
@@ -168,11 +225,6 @@ def row_tables(structure: Structure, heads: int) -> Mapping[str, Any]:
     indptr = np.stack([order.indptr for order in structure.orders]).astype(np.int32)
     return {"indptr": indptr, "pattern": np.array(structure.head_patterns(heads), np.int32),
             "bases": structure.bases(heads)}  # fmt: skip
-
-
-def tables_at(tables: DeviceTables, names: Mapping[str, Any]) -> dict[str, int]:
-    """Where the tables lie, by parameter."""
-    return {f"{name}_ptr": tables.address(0, name) for name in names}
 
 
 @cache

@@ -213,8 +213,9 @@ def copy_unit(target: Expr, source: Expr, wanted: Expr) -> None:
 class Walk:
     """The tables of tiles (codegen/value_tiles.py), and which of them a block has.
 
-    work: int32 (works, 2) head, item; the grid is ``blocks`` = batch * works. bases: int64, where each head's values
-    begin; total: int64, values of a batch entry. group: heads that share one of the rows copied for column tiles.
+    work: int32 (n, 4) head, item, first entry, entries: a row tile of a head, or a piece of one. ``works``: blocks of a
+    batch entry, the grid is ``blocks`` = batch * works. bases: int64, where each head's values begin; total: int64,
+    values of a batch entry. group: heads that share one of the rows copied for column tiles.
 
     Each warpgroup has ``stages`` places of its own in shared memory. A warp has 16 lines of every tile. Two lanes know
     each of them: what they read of the tables, others have from them.
@@ -225,33 +226,31 @@ class Walk:
         self._align = align
         self.blocks, self.works, self.group = map(int_arg, ("blocks", "works", "group"))
         self.total = I.arg("total", I.int64())
-        self.work, self.items, self.entries = (table(name, "int32", 2) for name in ("work", "items", "entries"))
+        self.work, self.entries = table("work", "int32", 4), table("entries", "int32", 2)
         self.positions, self.columns, self.first = (
             table(name, "int32", LANES) for name in ("positions", "columns", "first"))  # fmt: skip
         self.bits = table("bits", "uint32", WORDS * LANES)
         self.bases = table("bases", "int64", 1)
 
-    def start(self, parts: Expr = None, teams: int = 1) -> None:
-        """Find the block's row tile; and the part of its column tiles that this warpgroup has, where ``parts`` blocks
-        or ``teams`` warpgroups of a block share them."""
+    def start(self, teams: int = 1) -> Expr:
+        """The block's number in its batch entry. teams: warpgroups of a block."""
         index, thread = I.cta_id([self.blocks]), I.thread_id([teams * THREADS])
-        part = None
-        if parts is not None:
-            index, part = kept("whole", T.truncdiv(index, parts)), kept("part", T.truncmod(index, parts))
         self.teams, self.team, self.thread = teams, T.int32(0), thread
         if teams > 1:
             self.team, self.thread = kept("team", thread // THREADS), kept("team_thread", thread % THREADS)
-            parts, part = T.int32(teams), self.team
         self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
         self.own_line = let("own_line", self.warp * WARP_LINES + self.lane % WARP_LINES)
         self.batch = kept("batch", T.truncdiv(index, self.works))
-        row = kept("work_row", index - self.batch * self.works)
-        self.head, self.item = (kept(name, self.work[row, i]) for i, name in enumerate(("head", "item")))
-        self.begin, self.count = (kept(name, self.items[self.item, i]) for i, name in enumerate(("begin", "count")))
-        if part is not None:
-            skipped = kept("skipped", T.truncdiv(self.count * part, parts))
-            self.begin = kept("part_begin", self.begin + skipped)
-            self.count = kept("part_count", T.truncdiv(self.count * (part + 1), parts) - skipped)
+        return kept("block", index - self.batch * self.works)
+
+    def take(self, row: Expr) -> None:
+        """Go to a row of ``work``, and there to this warpgroup's part of the column tiles."""
+        names = "head", "item", "begin", "count"
+        self.head, self.item, self.begin, self.count = (kept(name, self.work[row, i]) for i, name in enumerate(names))
+        if self.teams > 1:
+            skipped = kept("skipped", T.truncdiv(self.count * self.team, self.teams))
+            self.begin = kept("team_begin", self.begin + skipped)
+            self.count = kept("team_count", T.truncdiv(self.count * (self.team + 1), self.teams) - skipped)
         origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
         self._shift = kept("shift", T.bitwise_and(T.cast(origin, "int32"), self._align - 1))
         self.base = kept("base", origin - wide(self._shift), "int64")
