@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -26,7 +25,7 @@ from splatc.errors import InvalidInput, Unsupported
 from splatc.formats.acsr import ACSR
 from splatc.formats.order import Order
 from splatc.runtime import products_gpu
-from splatc.runtime.products_gpu import cut, even_blocks, spread, tile_tables, work_rows
+from splatc.runtime.products_gpu import cut, spread, tile_tables, work_rows
 from splatc.runtime.structure import structure_of, tile_values
 from tests import library
 
@@ -112,25 +111,19 @@ def test_work_has_every_row_tile_of_every_head_once():
     np.testing.assert_array_equal(tables["bases"], structure.bases(3))
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 7, 30, 55])
-def test_blocks_share_the_entries_evenly(blocks):
+@pytest.mark.parametrize("parts", [1, 2, 3, 100])
+def test_long_row_tiles_are_cut_into_pieces_about_as_long(parts):
     structure = structure_of(P.PerHead((P.causal(), P.window(-200, 300), P.strided(8))), 450, 450)
     rows = work_rows(structure, 3, transposed=False)
-    entries = [(head, item, e) for head, item, begin, count in rows.tolist() for e in range(begin, begin + count)]
-    assert len(entries) == 55 and 0 in rows[:, 3]  # of the second mask some row tiles have none
-    tables = cut(rows, blocks)
-    of_block = [[(head, item, e) for head, item, begin, count in tables["work"][a:b].tolist()
-                 for e in range(begin, begin + count)] for a, b in itertools.pairwise(tables["starts"].tolist())]
-    assert len(of_block) == blocks and list(itertools.chain(*of_block)) == entries
-    assert max(map(len, of_block)) - min(map(len, of_block)) <= 1
-    assert (tables["work"][:, 3] > 0).all() and {x.dtype for x in tables.values()} == {np.dtype(np.int32)}
-
-
-@pytest.mark.parametrize(("tiles", "batch", "held", "wanted"), [
-    (5, 1, 660, 5), (2336, 1, 660, 660), (2336, 4, 660, 165), (133000, 1, 660, 1980), (100, 700, 660, 1), (9, 2, 3, 1),
-])  # fmt: skip
-def test_blocks_fill_a_gpu_some_whole_times(tiles, batch, held, wanted):
-    assert even_blocks(tiles, batch, held) == wanted
+    assert rows[:, 3].max() == 8 and 0 in rows[:, 3]  # of the second mask some row tiles have none
+    pieces = cut(rows, parts)
+    entries = [[(head, item, e) for head, item, begin, count in some.tolist() for e in range(begin, begin + count)]
+               for some in (rows, pieces)]  # fmt: skip
+    assert entries[0] == entries[1] and pieces.dtype == np.int32
+    assert pieces[:, 3].max() == max(-(-8 // parts), 1)
+    for head, item in rows[:, :2].tolist():
+        lengths = pieces[(pieces[:, :2] == (head, item)).all(1), 3]
+        assert 1 <= len(lengths) <= parts and lengths.max() - lengths.min() <= 1
 
 
 def test_multiprocessors_get_long_rows_with_short_ones():

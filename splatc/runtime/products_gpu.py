@@ -39,8 +39,8 @@ from splatc.runtime.tensor_map import ALIGNMENT
 from splatc.runtime.tensors import dtype_name
 
 WARPS = 8  # rows of a softmax that a block has
-MOST_TILES = 64  # that a block of sddmm has: neighbours at work together read the same keys
-FEW = 4  # blocks of spmm, as many times as a GPU holds, up to which the longest begin first
+BLOCKS = 4  # of sddmm for each multiprocessor: fewer row tiles are cut to get there
+FEW = 32  # blocks for each multiprocessor, up to which the longest begin first: beyond, neighbours are better together
 
 Ints = NDArray[np.int32]
 Uploaded = tuple[DeviceTables, Mapping[str, Any]]  # with the arrays it was made from
@@ -118,8 +118,7 @@ class GpuProducts:
         tiles = self._known(structure, (heads, transposed), lambda: tile_tables(structure, heads, transposed))
         work = self._known(structure, (heads, transposed, function.name, batch),
                            lambda: self._work(function, work_rows(structure, heads, transposed), batch))  # fmt: skip
-        arrays = work[1]
-        works = len(arrays["starts"]) - 1 if "starts" in arrays else len(arrays["work"])
+        works = len(work[1]["work"])
         values: dict[str, float] = {**numbers, "works": works, "total": int(structure.bases(heads)[-1])}
         for name, x in tensors.items():
             values |= {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("batch", "head", "seq")) if x.ndim == 4}
@@ -128,11 +127,9 @@ class GpuProducts:
     def _work(self, function: Function, rows: Ints, batch: int) -> Mapping[str, Ints]:
         """Which blocks of a product do what: of each batch entry."""
         multiprocessors = self._gpu.driver.multiprocessors(self._gpu.ordinal)
-        held = multiprocessors * self._gpu.driver.blocks_per_multiprocessor(
-            function.kernel, function.threads, function.smem_bytes, self._gpu.ordinal)  # fmt: skip
-        if function.name.startswith(SDDMM_FUNCTION):
-            return cut(rows, even_blocks(int(rows[:, 3].sum()), batch, held))
-        return {"work": spread(rows, multiprocessors) if batch * len(rows) <= FEW * held else rows}
+        if function.name.startswith(SDDMM_FUNCTION):  # results of a piece are its own
+            rows = cut(rows, max(BLOCKS * multiprocessors // (batch * len(rows)), 1))
+        return {"work": spread(rows, multiprocessors) if batch * len(rows) <= FEW * multiprocessors else rows}
 
     def _rows(self, function: Function, structure: Structure, batch: int, heads: int,
               tensors: Mapping[str, Any]) -> None:  # fmt: skip
@@ -192,28 +189,18 @@ def _tiles_of(structure: Structure, heads: int, transposed: bool) -> tuple[list[
     return used, tiles, ends.tolist()
 
 
-def even_blocks(tiles: int, batch: int, held: int) -> int:
-    """How many blocks of a batch entry share its column tiles, if a GPU holds so many at a time: they fill it some
-    whole times, as nearly as the batch lets them."""
-    times = max(round(batch * tiles / (held * MOST_TILES)), 1)
-    return max(min(held * times // batch, tiles), 1)
-
-
-def cut(rows: Ints, blocks: int) -> Mapping[str, Ints]:
-    """The tables ``work`` and ``starts`` of sddmm: ``work_rows`` cut so that all blocks have as many entries."""
-    ends = rows[:, 3].cumsum(dtype=np.int64)
-    bounds = np.arange(blocks + 1) * ends[-1] // blocks
-    begins = np.union1d(ends, bounds)
-    count, begins = np.diff(begins), begins[:-1]
-    of = np.searchsorted(ends, begins, side="right")
-    work = rows[of]
-    work[:, 2] += (begins - (ends - rows[:, 3])[of]).astype(np.int32)
-    work[:, 3] = count
-    return {"work": work, "starts": np.searchsorted(np.append(begins, ends[-1]), bounds).astype(np.int32)}
+def cut(rows: Ints, parts: int) -> Ints:
+    """``work_rows`` of which the longest are cut in so many pieces, and others in fewer, about as long."""
+    counts = rows[:, 3].astype(np.int64)
+    pieces = np.maximum(-(-counts // max(-(-int(counts.max()) // parts), 1)), 1)
+    of = np.repeat(np.arange(len(rows)), pieces)
+    number = np.arange(len(of)) - (pieces.cumsum() - pieces)[of]
+    begin, end = (counts[of] * i // pieces[of] for i in (number, number + 1))
+    return np.column_stack([rows[of, :2], rows[of, 2] + begin, end - begin]).astype(np.int32)
 
 
 def spread(rows: Ints, multiprocessors: int) -> Ints:
-    """The longest rows of ``work_rows`` first, to and fro over multiprocessors, as they take blocks in turn."""
+    """The longest rows of ``work`` first, to and fro over multiprocessors, as they take blocks in turn."""
     order = np.argsort(-rows[:, 3], kind="stable")
     turns = [order[i : i + multiprocessors] for i in range(0, len(order), multiprocessors)]
     to_and_fro: Ints = rows[np.concatenate([turn[:: -1 if i % 2 else 1] for i, turn in enumerate(turns)])]

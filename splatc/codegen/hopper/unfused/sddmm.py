@@ -1,13 +1,11 @@
 """values[q, k] = factor * <q_q, k_k> for the elements of a mask, in ACSR order.
 
-A block multiplies 64 queries by 64 keys at a time. All blocks have as many column tiles, whether of one row tile or of
-several: each piece of one is a row of ``work``, and a block has those from its place in ``starts`` to the next one's.
-
-The products leave through shared memory, each warp's 16 lines by itself: there a line's values are neighbours, and
-before them stand the last 32 bytes of the tile before. 16 bytes a lane go from there to memory, read from wherever they
-begin: what is whole 32 bytes there. Memory is slow at writing parts of these, less than half as fast where no line is
-aligned. So a line that goes on in the next tile leaves the rest to that; only the ends of what a block has of a row are
-stored value by value.
+A block multiplies 64 queries by 64 keys at a time; several may share the column tiles of a row tile. The products leave
+through shared memory, each warp's 16 lines by itself: there a line's values are neighbours, and before them stand the
+last 32 bytes of the tile before. 16 bytes a lane go from there to memory, read from wherever they begin: what is whole
+32 bytes there. Memory is slow at writing parts of these, less than half as fast where no line is aligned. So a line
+that goes on in the next tile leaves the rest to that; only the ends of what a block has of a row are stored value by
+value.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,7 +18,6 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import FULL_WARP
-from splatc.codegen.hopper.block import table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.emit import (
     MIN_BLOCKS,
@@ -30,7 +27,6 @@ from splatc.codegen.hopper.emit import (
     from_lane,
     kept,
     kernel_function,
-    loop,
     registers,
     store,
     when,
@@ -66,10 +62,10 @@ def sddmm(spec: KernelSpec):
     with kernel_function(NAME) as made:
         q, k = Rows("q", s), Rows("k", s)
         values, walk = value_array("values", s), Walk(align=s.sector)
-        starts, factor = table("starts", "int32", 1), I.arg("factor", I.float32())
+        factor = I.arg("factor", I.float32())
         I.device_entry()
         with I.attr({MIN_BLOCKS: BLOCKS if s.dim <= 64 else 1}):
-            smem_bytes = _Block(s, q, k, values, walk, factor).run(starts)
+            smem_bytes = _Block(s, q, k, values, walk, factor).run()
     return made(), THREADS, smem_bytes
 
 
@@ -77,38 +73,29 @@ class _Block:
     def __init__(self, s: Sizes, q: Rows, k: Rows, values: Expr, walk: Walk, factor: Expr) -> None:
         self.s, self.q, self.k, self.values, self.walk, self.factor = s, q, k, values, walk, factor
 
-    def run(self, starts: Expr) -> int:
-        """The values of a block's pieces."""
+    def run(self) -> int:
         s, w = self.s, self.walk
-        block = w.start()
+        w.start()
         self.pitch = s.sector + LANES + s.packed  # of lines in shared memory: an odd number of words, for its banks
         line_bytes = LANES * self.pitch * s.item_bytes
-        self.stages = s.stages(s.tile_bytes + line_bytes, s.tile_bytes)
+        stages = s.stages(s.tile_bytes + line_bytes, s.tile_bytes)
         pool = SharedMemory()
         self.q_tile = pool.alloc((s.tile_items,), s.stored, align=1024)
-        self.k_tiles = pool.alloc((self.stages * s.tile_items,), s.stored, align=1024)
+        self.k_tiles = pool.alloc((stages * s.tile_items,), s.stored, align=1024)
         self.lines = pool.alloc((LANES * self.pitch,), s.stored, align=4)
         pool.commit()
         self.scores = Scores(s.dtype, s.dim, LANES, LANES)
         self.q_desc = descriptor("q_desc", self.q_tile, 0, 1)
         self.k_desc = descriptor("k_desc", self.k_tiles, 0, 1)
-        self.unit = kept("unit", w.lane % s.units)  # that the lane stores of a line; its neighbours have others
-        first = kept("first_piece", starts[block])
-        with loop(starts[block + 1] - first) as number:
-            self.piece(first + number)
+        with when(w.count > 0):
+            self.q.ask(w.positions, w.item, w.thread)
+            self.q.copy(self.q.base(w.batch, w.head), self.q_tile, 0, w.thread)
+            self.k_base = self.k.base(w.batch, w.shared_head)
+            self.own = OwnLine(w)
+            self.open_at = Cell("open_at", -1)  # where values of the own line begin that wait for more, -1 for none
+            self.unit = kept("unit", w.lane % s.units)  # that the lane stores of a line; its neighbours have others
+            w.pipeline(stages, self.k, None, self.copy, self.arrived, self.tile)
         return pool.size
-
-    def piece(self, row: Expr) -> None:
-        """The values of column tiles that follow each other in a row tile."""
-        w = self.walk
-        w.take(row)
-        w.sync()  # the tiles of the piece before have been read
-        self.q.ask(w.positions, w.item, w.thread)
-        self.q.copy(self.q.base(w.batch, w.head), self.q_tile, 0, w.thread)
-        self.k_base = self.k.base(w.batch, w.shared_head)
-        self.own = OwnLine(w)
-        self.open_at = Cell("open_at", -1)  # where values of the own line begin that wait for more, -1 for none
-        w.pipeline(self.stages, self.k, None, self.copy, self.arrived, self.tile)
 
     def copy(self, entry: Expr, stage: Expr) -> None:
         """The keys of a column tile."""

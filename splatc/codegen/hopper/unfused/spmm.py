@@ -95,7 +95,7 @@ class _Block:
     def run(self) -> int:
         """Sum up."""
         s, w = self.s, self.walk
-        w.take(w.start(self.teams))
+        w.start(self.teams)
         self.stages = s.stages(BARRIER_BYTES, self.teams * self.stage_bytes)
         places = self.teams * self.stages
         pool = SharedMemory()

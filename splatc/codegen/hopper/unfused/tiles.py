@@ -213,9 +213,9 @@ def copy_unit(target: Expr, source: Expr, wanted: Expr) -> None:
 class Walk:
     """The tables of tiles (codegen/value_tiles.py), and which of them a block has.
 
-    work: int32 (n, 4) head, item, first entry, entries: a row tile of a head, or a piece of one. ``works``: blocks of a
-    batch entry, the grid is ``blocks`` = batch * works. bases: int64, where each head's values begin; total: int64,
-    values of a batch entry. group: heads that share one of the rows copied for column tiles.
+    work: int32 (works, 4) head, item, first entry, entries: a row tile of a head, or a piece of one; the grid is
+    ``blocks`` = batch * works. bases: int64, where each head's values begin; total: int64, values of a batch entry.
+    group: heads that share one of the rows copied for column tiles.
 
     Each warpgroup has ``stages`` places of its own in shared memory. A warp has 16 lines of every tile. Two lanes know
     each of them: what they read of the tables, others have from them.
@@ -232,8 +232,8 @@ class Walk:
         self.bits = table("bits", "uint32", WORDS * LANES)
         self.bases = table("bases", "int64", 1)
 
-    def start(self, teams: int = 1) -> Expr:
-        """The block's number in its batch entry. teams: warpgroups of a block."""
+    def start(self, teams: int = 1) -> None:
+        """Find the block's row tile, or piece of one, and this warpgroup's part of it, where ``teams`` share it."""
         index, thread = I.cta_id([self.blocks]), I.thread_id([teams * THREADS])
         self.teams, self.team, self.thread = teams, T.int32(0), thread
         if teams > 1:
@@ -241,11 +241,7 @@ class Walk:
         self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
         self.own_line = let("own_line", self.warp * WARP_LINES + self.lane % WARP_LINES)
         self.batch = kept("batch", T.truncdiv(index, self.works))
-        return kept("block", index - self.batch * self.works)
-
-    def take(self, row: Expr) -> None:
-        """Go to a row of ``work``, and there to this warpgroup's part of the column tiles."""
-        names = "head", "item", "begin", "count"
+        row, names = kept("work_row", index - self.batch * self.works), ("head", "item", "begin", "count")
         self.head, self.item, self.begin, self.count = (kept(name, self.work[row, i]) for i, name in enumerate(names))
         if self.teams > 1:
             skipped = kept("skipped", T.truncdiv(self.count * self.team, self.teams))
