@@ -27,7 +27,6 @@ from splatc.codegen.kernel import (
 )
 from splatc.codegen.no_torch import import_tvm_ffi, without_torch
 from splatc.codegen.ptxas import check_report, read_report
-from splatc.codegen.source_only import source_only
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.codegen.variables import arrays_to_variables
@@ -192,6 +191,8 @@ def source_of(emitted: Emitted, spec: KernelSpec) -> str:
 def device_source(emitted: Emitted, arch: str, simplified: bool = True) -> str:
     """The CUDA of a generated module, without a host side; needs neither a compiler nor a GPU."""
     import tvm
+
+    from splatc.codegen.source_only import source_only
 
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="cuda_host")
     with tvm.transform.PassContext(disabled_pass=[COMMON] if simplified else [COMMON, SIMPLIFY]), source_only():
