@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	  $(PYTHON) -m venv --clear $(VENV) || { \
 	    echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs: apt install python3-venv" >&2; exit 1; }; fi
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,jax,transformers,plot,test,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,cuda,jax,transformers,plot,test,dev]'
 	@touch $@
 
 demo: install  ## compile and run a few masks, and check them

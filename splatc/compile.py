@@ -201,6 +201,9 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
               allow_tf32: bool = True, **options: Unpack[TermOptions]) -> Any:  # fmt: skip
     """Masked attention of q, k, v: ``compile`` memoised by mask and shape, and called. See CompiledAttention.
 
+    Each length has its best tile, and a tile its kernel, compiled once for all: where lengths vary and nothing may be
+    compiled again, keep a CompiledAttention, or call ``splatc.nn.functional.sparse_attention``.
+
     options: biases, sinks and dropout (``splatc.runtime.terms.TermOptions``); a kernel is compiled for what there is.
     """
     if layout not in LAYOUTS:

@@ -12,6 +12,8 @@ SPLATC_LINE_INFO      1: kernels tell profilers and compute-sanitizer which line
                       take an eighth longer to compile (default: 0)
 SPLATC_GRADIENT_WALKS how a Hopper GPU computes gradients: in one walk over tiles or two (default: the faster by the
                       cost model)
+SPLATC_COSTS          a file of `splatc tune --calibrate -o FILE`: what the cost model's kernels for Hopper cost on your
+                      GPU (default: on the one that splatc was made with; `splatc doctor` says which)
 
 An empty variable counts as unset.
 """
@@ -47,7 +49,8 @@ class Config:
     cache_dir, dump_dir: absolute, need not exist. cache_size: bytes. dump: a subset of DUMPS.
     log_level: a `logging` level, or None to leave logging to the application. arch: None means "detect".
     cuda_compiler: one of CUDA_COMPILERS, or None for the first that is installed. gradient_walks: one of
-    GRADIENT_WALKS, or None for the one that is predicted to be faster. line_info: whether CUDA kernels have it.
+    GRADIENT_WALKS, or None for the one that is predicted to be faster. line_info: whether CUDA kernels have it. costs:
+    None for splatc's own.
     """
 
     cache_dir: Path
@@ -60,6 +63,7 @@ class Config:
     cuda_compiler: str | None = None
     gradient_walks: str | None = None
     line_info: bool = False
+    costs: Path | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
@@ -80,6 +84,7 @@ class Config:
             cuda_compiler=_one("SPLATC_CUDA_COMPILER", get("CUDA_COMPILER"), CUDA_COMPILERS),
             gradient_walks=_one("SPLATC_GRADIENT_WALKS", get("GRADIENT_WALKS"), GRADIENT_WALKS),
             line_info=_flag("SPLATC_LINE_INFO", get("LINE_INFO")),
+            costs=_file("SPLATC_COSTS", get("COSTS")),
         )
 
 
@@ -126,16 +131,27 @@ def _flag(name: str, text: str) -> bool:
 
 
 def _folder(name: str, text: str) -> Path | None:
+    path = _path(name, text)
+    if path is not None and path.exists() and not path.is_dir():
+        raise InvalidInput(f"{name}={text!r} is not a folder: name a folder, existing or not")
+    return path
+
+
+def _file(name: str, text: str) -> Path | None:
+    path = _path(name, text)
+    if path is not None and not path.is_file():
+        raise InvalidInput(f"{name}={text!r} is no file: name one that exists, or unset it")
+    return path
+
+
+def _path(name: str, text: str) -> Path | None:
     if not text:
         return None
     try:
         path = Path(text).expanduser()
     except RuntimeError:  # "~nobody-of-that-name"
         raise InvalidInput(f"{name}={text!r} names no user's home: write an absolute path") from None
-    path = Path(os.path.abspath(path))
-    if path.exists() and not path.is_dir():
-        raise InvalidInput(f"{name}={text!r} is not a folder: name a folder, existing or not")
-    return path
+    return Path(os.path.abspath(path))
 
 
 def _subset(name: str, text: str, allowed: tuple[str, ...]) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_every_variable(tmp_path):
             "SPLATC_GRADIENT_WALKS": "Two",
             "SPLATC_LINE_INFO": "1",
             "SPLATC_CACHE_SIZE": "500MB",
+            "SPLATC_COSTS": __file__,
         }
     )
     assert config == Config(
@@ -44,6 +46,7 @@ def test_every_variable(tmp_path):
         cuda_compiler="nvcc",
         gradient_walks="two",
         line_info=True,
+        costs=Path(__file__),
     )
 
 
@@ -78,6 +81,8 @@ def test_sizes(text, size):
         ("SPLATC_ARCH", "../x"),
         ("SPLATC_CUDA_COMPILER", "clang"),
         ("SPLATC_GRADIENT_WALKS", "three"),
+        ("SPLATC_COSTS", "/nowhere/costs.json"),
+        ("SPLATC_COSTS", os.path.dirname(__file__)),
     ],
 )
 def test_bad_values_name_the_variable_in_one_line(name, text):

@@ -60,6 +60,9 @@ SPECS = [
     spec_of(64, tile=(64, 64), softcap=True), spec_of(128, tile=(64, 64)), spec_of(128, tile=(64, 80)),
     spec_of(64, tile=(64, 80)), spec_of(64, tile=(64, 128), dtype="float16"),
 ]  # fmt: skip
+SPECS += [spec_of(d, tile=tile) for d, tile in (
+    (64, (128, 64)), (64, (128, 32)), (64, (128, 112)), (64, (192, 64)), (128, (128, 64)), (128, (128, 32)),
+    (128, (128, 112)), (32, None))]  # fmt: skip
 EVERYTHING = dict.fromkeys(("softcap", "alibi", "relative", "block", "sinks", "dropout"), True)
 SPECS += [spec_of(64, alibi=True), spec_of(128, dropout=True, gather=True), spec_of(128, **EVERYTHING),
           spec_of(64, dtype="float32", **EVERYTHING), spec_of(256, relative=True), spec_of(256, alibi=True),

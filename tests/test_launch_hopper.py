@@ -23,7 +23,7 @@ from splatc.ir.score import Score, score_of
 from splatc.ir.terms import Terms
 from splatc.ir.views import contiguous, patches, residue
 from splatc.runtime.kernel import Kernel
-from splatc.runtime.launch import Launcher, layout_of
+from splatc.runtime.launch import Launcher, _say_copied, layout_of
 from splatc.runtime.tensor_map import Layout, geometry, sub_box
 from tests.fake_gpu import FakeDriver, FakeTorch, TensorMap, fake_gpu, plan, write_built
 from tests.fake_gpu import check as check_within
@@ -174,15 +174,18 @@ def test_layouts_and_strides(tmp_path: Path) -> None:
         check(attend(*expanded), expanded, dense)
 
 
-def test_what_tma_cannot_read_is_copied(tmp_path: Path) -> None:
+def test_what_tma_cannot_read_is_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _say_copied.cache_clear()
     attend = Machine(tmp_path, STRIDED)
     qkv = draw(130)
     wanted = attend(*qkv)[0]
     odd = [torch.nn.functional.pad(x, (0, 3))[..., :D] for x in qkv]  # rows of 38 bytes
     shifted = [torch.cat([torch.zeros(1).half(), x.flatten()])[1:].view(x.shape) for x in qkv]  # at 2 modulo 16
     backwards = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in qkv]
-    for tensors in (odd, shifted, backwards):
+    for tensors, why in ((odd, "do not suit the tensor memory"), (shifted, "16 bytes"), (backwards, "not neighbours")):
+        caplog.clear()
         assert torch.equal(attend(*tensors)[0], wanted)
+        assert [why in record.message for record in caplog.records] == [True], caplog.records
     q, k, v = qkv
     once = [q, k[:, :, :1].expand_as(k), v]  # one key for all positions
     check(attend(*once), once, STRIDED.dense(130))

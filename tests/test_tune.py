@@ -22,7 +22,7 @@ from splatc.cli.main import run
 from splatc.codegen import costs
 from splatc.codegen.kernel import HOPPER_TILES, kernel_spec
 from splatc.compile import best_plan
-from splatc.errors import CompileError, Unsupported
+from splatc.errors import CompileError, InvalidInput, Unsupported
 from splatc.runtime.work import finish, work_of
 from tests.tuning import HOPPER, MASK, SPEC, found
 
@@ -185,17 +185,24 @@ def test_the_file_is_one_that_the_cost_model_reads(plans, tmp_path, monkeypatch)
     assert written["date"] == "2026-11-20" and "numpy" not in written["versions"]
     path = tmp_path / "costs.json"
     path.write_text(json.dumps(written))
-    monkeypatch.setattr(costs, "FILE", path)
-    costs._table.cache_clear()
-    try:
-        got, half, single = (costs.costs_of(kernel_spec(128, None, dtype, HOPPER))
-                             for dtype in ("bfloat16", "float16", "float32"))  # fmt: skip
-    finally:
-        monkeypatch.undo()
-        costs._table.cache_clear()
+    monkeypatch.setenv("SPLATC_COSTS", str(path))
+    got, half, single = (costs.costs_of(kernel_spec(128, None, dtype, HOPPER))
+                         for dtype in ("bfloat16", "float16", "float32"))  # fmt: skip
     assert (got.tile, got.launch, got.combine) == pytest.approx((1.65, TRUE.launch, COMBINE), rel=0.01)
     assert half == got and (single.tile, single.item) == pytest.approx((1.9, 4.1), rel=0.01)
     assert got.bandwidth == 4100e3 and got.workers == WORKERS and "H200" in got.source
+    assert splatc.compile("causal", seq_len=256, head_dim=128, dtype="bfloat16", target="sm_90a").explain().costs \
+        == got.source != f"{shipped['device']}, {shipped['date']}"  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("{", "cannot be read as JSON"), ("[1]", "has no device, date, multi"),
+                                              ("7", "cannot be read"), (None, "has no kernels")])  # fmt: skip
+def test_a_file_of_other_things_is_refused(text, wanted, tmp_path, monkeypatch):
+    path = tmp_path / "costs.json"
+    path.write_text(text or json.dumps(json.loads(costs.FILE.read_text()) | {"kernels": []}))
+    monkeypatch.setenv("SPLATC_COSTS", str(path))
+    with pytest.raises(InvalidInput, match=f"SPLATC_COSTS: .*{wanted}"):
+        costs.costs_of(kernel_spec(128, None, "bfloat16", HOPPER))
 
 
 def test_no_constant_is_negative():

@@ -19,6 +19,7 @@ import typer
 from rich.text import Text
 
 from splatc.cli.output import console, plural, print_json, table
+from splatc.codegen import costs
 from splatc.codegen.nvcc import find_nvcc
 from splatc.codegen.nvrtc import find_nvrtc
 from splatc.codegen.toolchain import INSTALL
@@ -86,6 +87,7 @@ def examine() -> list[Finding]:
         ("GPU", False, _gpu),
         ("NVRTC", False, _nvrtc),
         ("nvcc", False, _nvcc),
+        ("cost model", False, _costs),
         ("matplotlib", False, lambda: _package("matplotlib", False, "pip install 'splatc[plot]'", " (pictures)")),
     )
     found = []
@@ -96,6 +98,11 @@ def examine() -> list[Finding]:
             reason = (str(error).strip().splitlines() or [""])[0]
             found.append(Finding(name, False, f"{type(error).__name__}: {reason}", needed))
     return found
+
+
+def _costs() -> Finding:
+    cure = "on a Hopper GPU: splatc tune --calibrate -o costs.json; then SPLATC_COSTS=costs.json"
+    return Finding("cost model", True, f"Hopper kernels as measured on: {costs.source()}", False, cure)
 
 
 def _python() -> Finding:

@@ -1,4 +1,5 @@
-"""What the parts of a kernel cost, measured once on a device (`splatc tune --calibrate`) and kept in costs.json."""
+"""What the parts of a kernel cost, measured once on a device (`splatc tune --calibrate`) and kept in costs.json, or in
+the file that SPLATC_COSTS names."""
 
 from __future__ import annotations
 
@@ -10,8 +11,12 @@ from typing import Any
 
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, shape_of
 from splatc.codegen.kernel import BACKWARD, COLUMNS, DK_ALONE, DV_ALONE, FORWARD, ROWS, KernelSpec
+from splatc.config import Config
+from splatc.errors import InvalidInput
 
 FILE = Path(__file__).with_name("costs.json")
+NEEDED = "device", "date", "multiprocessors", "bandwidth_gb_s", "launch_us", "combine_us", "part_us", "kernels"
+CURE = "`splatc tune --calibrate -o FILE`"
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
         scale *= GRADIENT_TILES[spec.role][head_dim > 64]
     costs = Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                   table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
-                  f"{table['device']}, {table['date']}", near["gather_us"] * scale, table["part_us"])  # fmt: skip
+                  source(), near["gather_us"] * scale, table["part_us"])  # fmt: skip
     return costs.shared(shape_of(spec).blocks) if spec.role == FORWARD and spec.tile_m == WARPGROUP_ROWS else costs
 
 
@@ -89,7 +94,24 @@ def _operations(tile_m: int, tile_n: int, head_dim: float, v_head_dim: float) ->
     return 2 * tile_m * tile_n * (head_dim + v_head_dim)
 
 
-@cache
+def source() -> str:
+    """Where and when the costs of Hopper kernels were measured: "NVIDIA H200, 2026-11-28"."""
+    table = _table()
+    return f"{table['device']}, {table['date']}"
+
+
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(FILE.read_text())
-    return table
+    return _read(Config.from_env().costs or FILE)
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+        missing = [name for name in NEEDED if name not in table]
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidInput(f"SPLATC_COSTS: {path} cannot be read as JSON ({error}): write it anew by {CURE}") from None
+    if missing or not table["kernels"]:
+        what = f"has no {', '.join(missing) or 'kernels'}"
+        raise InvalidInput(f"SPLATC_COSTS: {path} {what}: write it anew by {CURE}")
+    return dict(table)

@@ -23,7 +23,7 @@ class Explanation:
     """One head of a mask (the sum over distinct patterns for per-head masks). Areas are in elements.
 
     waste: tile_area / nnz. views: "rows / columns" of each pass. seconds: predicted for one head of batch 1 on a device
-    kept busy by others (CompiledAttention.predict says it for a whole call).
+    kept busy by others (CompiledAttention.predict says it for a whole call); costs: where that was measured.
     """
 
     pattern: str
@@ -49,6 +49,7 @@ class Explanation:
     tile: tuple[int, int]
     gathered_tiles: int
     seconds: float
+    costs: str
     pruning: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,5 +103,6 @@ def explain(
         views=tuple(f"{c.rows} / {'; '.join(map(str, c.cols))}" for c in covers),
         table_bytes=sum(t.nbytes for t in every), head_dim=spec.head_dim, dtype=spec.dtype, target=str(spec.target),
         kernel=spec.kernel, tile=(spec.tile_m, spec.tile_n), gathered_tiles=sum(len(t.gather) for t in every),
-        seconds=busy / costs.workers * 1e-6, pruning=str(spec.score.pruning) if spec.score.pruning else None,
+        seconds=busy / costs.workers * 1e-6, costs=costs.source,
+        pruning=str(spec.score.pruning) if spec.score.pruning else None,
     )  # fmt: skip

@@ -111,6 +111,7 @@ class Launcher:
 
     def _must_copy(self, x: Any, one: Layout) -> bool:
         if x.stride(-1) != 1 and x.shape[-1] != 1:
+            _say_copied("numbers of a head_dim are not neighbours in memory (its last stride is not 1)")
             return True
         if not self._hopper or one.mappable():
             return False
