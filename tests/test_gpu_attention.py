@@ -91,9 +91,9 @@ def test_tiles(tile: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_heads_that_share_keys(kv_heads: int) -> None:
-    qkv = draw(500, 700, 128, 128, "bfloat16", kv_heads=kv_heads)
-    o = splatc.attention(*qkv, P.causal("bottom_right"), enable_gqa=True)
-    assert close(o, qkv, P.causal("bottom_right").dense(500, 700), "bfloat16")
+    q, k, v = draw(500, 700, 128, 128, "bfloat16", kv_heads=kv_heads)
+    o = splatc.attention(q, k, v, P.causal("bottom_right"), enable_gqa=True)
+    assert close(o, (q, k, v), P.causal("bottom_right").dense(500, 700), "bfloat16")
 
 
 @pytest.mark.parametrize("tile", [(64, 32), (64, 64), (64, 128), (128, 32), (128, 128), (192, 64)])
