@@ -16,7 +16,7 @@ import splatc
 from splatc import oracle
 from splatc import patterns as P
 from splatc.cli.main import app
-from splatc.codegen.kernel import PRODUCTS, product_spec
+from splatc.codegen.kernel import COMPRESSED, PRODUCTS, product_spec
 from splatc.codegen.target import Target
 from splatc.codegen.values import ValueTables
 from splatc.errors import InvalidInput, Unsupported
@@ -328,6 +328,36 @@ def test_conversions(kind, name):
         np.testing.assert_array_equal(one.to_dense()[0, 0], dense[1, 2])
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_conversions_of_types(kind, dtype):
+    if (kind, dtype) == ("numpy", "bfloat16"):
+        pytest.skip("NumPy has none")
+    q, k = (x.to(getattr(torch, dtype)) for x in tensors(1, 1, 1, (20, 30), 16, 16)[:2])
+    if kind == "numpy":
+        q, k = q.numpy(), k.numpy()
+    scores = splatc.sddmm(q, k, P.window(5, 3))
+    dense = torch.as_tensor(scores.to_dense())[0, 0]
+    np.testing.assert_array_equal(scores.to_scipy().toarray(), dense.float())
+    sparse = scores.to_torch()
+    assert str(sparse.dtype) == f"torch.{dtype}" and torch.equal(sparse.to_dense(), dense)
+    for one in (sparse, sparse.to_sparse_coo(), sparse.to_sparse_csc()):
+        again = splatc.SparseScores.from_torch(one)
+        assert again.dtype == dtype and torch.equal(again.values, torch.as_tensor(scores.values))
+
+
+@pytest.mark.parametrize(("make", "given"), [
+    (splatc.SparseScores.from_torch, torch.ones(3, 3)), (splatc.SparseScores.from_torch, np.ones((3, 3))),
+    (splatc.SparseScores.from_torch, torch.ones(2, 3, 3).to_sparse_csr()),
+    (splatc.SparseScores.from_torch, torch.ones(4, 4).to_sparse_bsr(2)),
+    (splatc.SparseScores.from_scipy, np.ones((3, 3))),
+    (splatc.SparseScores.from_scipy, scipy.sparse.coo_array(np.ones(3))),
+])  # fmt: skip
+def test_what_is_no_sparse_matrix(make, given):
+    with pytest.raises(InvalidInput, match=r"matrix is .*: give a (torch|scipy).*sparse"):
+        make(given)
+
+
 def test_matrices_from_elsewhere():
     """Unsorted entries, zeros among them, duplicates."""
     coo = scipy.sparse.coo_array(([1.0, 2.0, 0.0, 4.0], ([2, 0, 0, 2], [1, 3, 1, 1])), shape=(3, 4))
@@ -381,6 +411,8 @@ def test_probabilities_of_a_compiled_mask(layout):
         np.testing.assert_allclose(o, fused if layout == "bhsd" else fused.transpose(1, 2), atol=1e-12)
     capped = CompiledAttention(replace(attend.kernel, spec=replace(attend.kernel.spec, score=score_of(True))),
                                attend.plan(), lambda *lengths: attend.plan())  # fmt: skip
+    with pytest.raises(InvalidInput, match="this was compiled for float64 with 16"):
+        attend.probabilities(*(x.float() for x in inputs[:2]), enable_gqa=True)
     with pytest.raises(Unsupported, match="compile the mask without"):
         capped.probabilities(*tensors(2, 2, 2, (64, 64), 16, 16)[:2])
 
@@ -397,6 +429,38 @@ def test_dump_unfused(capsys):
     assert all(f"splatc_{name}(" in text for name in names)
     text = dump("--what", "ir")
     assert "cover m = 3 tiles" in text and "s = sddmm(q, k) over m" in text
+
+
+def test_dump_unfused_for_a_gpu(capsys):
+    def dump(mask, *options):
+        app(["dump", mask, "-s", "256", "-d", "64", "--arch", "sm_90a", "--unfused", *options], standalone_mode=False)
+        return capsys.readouterr().out
+
+    text = dump("causal")
+    assert all(f"// {role}_hopper_d" in text for role in PRODUCTS) and "splatc_spmm_transposed_kernel(" in text
+    pruned = dump("nm(1, 2)")
+    assert all(f"// attention_{role}_hopper" in pruned for role in COMPRESSED) and "sparse" in pruned
+    for options in (["causal & nm(2, 4)"], ["nm(2, 4)", "--what", "ir"]):
+        with pytest.raises(InvalidInput, match=r"--unfused has kernels for nm\(2, 4\) alone"):
+            dump(*options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast(dtype):
+    q, k, v = (x.float() for x in tensors(1, 2, 2, (40, 40), 16, 16))
+    kept, wide = P.window(9, 0), splatc.spmm(splatc.softmax(splatc.sddmm(q, k, P.window(9, 0))), v)
+    with torch.autocast("cpu", getattr(torch, dtype)):
+        o = splatc.spmm(splatc.softmax(splatc.sddmm(q, k, kept)), v)
+        pruned = splatc.nm_scores(q, k).softmax().spmm(v)
+        probs = splatc.compile(kept, seq_len=40, head_dim=16, dtype="float32").probabilities(q, k)
+    assert o.dtype == pruned.dtype == getattr(torch, dtype) and probs.dtype == "float32"
+    assert oracle.relative_error(o.double(), wide.double()) < 2e-2
+
+
+def test_no_queries_and_no_keys():
+    q, k = np.ones((1, 2, 0, 16), np.float16), np.ones((1, 2, 8, 16), np.float16)
+    assert splatc.nm_scores(q, k).softmax().spmm(k).shape == (1, 2, 0, 16)
+    assert splatc.nm_scores(k, q).values.shape == (1, 2, 8, 0)
 
 
 def test_bad_input():

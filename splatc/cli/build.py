@@ -23,7 +23,19 @@ from splatc.cli.masks import (
     sized_mask,
 )
 from splatc.cli.output import console, note, size, write_or_print
-from splatc.codegen.kernel import ROWS, SDDMM, SOFTMAX, SPMM, KernelSpec, gradient_specs, product_spec, with_pruning
+from splatc.codegen.kernel import (
+    COMPRESSED,
+    HOPPER_STEP,
+    ROWS,
+    SDDMM,
+    SOFTMAX,
+    SPMM,
+    KernelSpec,
+    compressed_spec,
+    gradient_specs,
+    product_spec,
+    with_pruning,
+)
 from splatc.codegen.tables import Tables
 from splatc.codegen.target import resolve_target
 from splatc.codegen.toolchain import INSTALL, find_compiler
@@ -32,6 +44,7 @@ from splatc.errors import CacheError, InvalidInput, Unsupported
 from splatc.ir.passes import PASSES
 from splatc.ir.printer import to_text
 from splatc.ir.program import GATHERED, Program
+from splatc.patterns import full
 from splatc.patterns.base import Pattern
 from splatc.patterns.pruned import split
 from splatc.runtime.attention import Plan
@@ -199,8 +212,16 @@ def _gradient_kernel(spec: KernelSpec, role: str | None) -> KernelSpec:
 
 
 def _unfused(sized: Sized, spec: KernelSpec, what: What, after: str | None, backward: bool) -> str:
+    static, pruning = split(sized[0])
     dims = {SDDMM: spec.head_dim, SOFTMAX: 1, SPMM: spec.v_head_dim}
-    specs = [product_spec(role, dim, spec.dtype, spec.target) for role, dim in dims.items()]
+    if pruning is None:
+        specs = [product_spec(role, dim, spec.dtype, spec.target) for role, dim in dims.items()]
+    elif static != full() or what is What.ir:
+        cure = "--what ir" if static == full() else "the rest of the mask, or --unfused"
+        raise InvalidInput(f"--unfused has kernels for {pruning} alone, and no program of them: leave out {cure}")
+    else:
+        roles = dict(zip(COMPRESSED, (spec.head_dim, HOPPER_STEP, spec.v_head_dim), strict=True))
+        specs = [compressed_spec(role, dim, spec.dtype, spec.target, pruning=pruning) for role, dim in roles.items()]
     if what is What.tables or backward:
         raise InvalidInput("--unfused has no tables, and its gradients are the same kernels: leave out --what tables "
                            "and --backward")  # fmt: skip

@@ -34,7 +34,7 @@ _FREE = {TWO_OF_FOUR: 0x4444, ONE_OF_TWO: 0x8888}  # the word of keys that do no
 def select(scores: Floats, pruning: Pruning) -> Bools:
     """The n entries of each group of m along the last axis that ``Pruning`` keeps, exactly n in each; the axis must be
     a multiple of m. Entries of -inf come last, the lowest position first, like all that are equal."""
-    groups = scores.reshape(*scores.shape[:-1], -1, pruning.m)
+    groups = scores.reshape(*scores.shape[:-1], scores.shape[-1] // pruning.m, pruning.m)
     order = np.argsort(-np.where(np.isnan(groups), np.inf, groups), axis=-1, kind="stable")
     out = np.zeros(groups.shape, np.bool_)
     np.put_along_axis(out, order[..., : pruning.n], True, axis=-1)
@@ -68,28 +68,30 @@ def encode(scores: Floats, pruning: Pruning, bits: int = 16) -> Compressed:
     check_ratio(pruning, bits)
     dense = _padded(np.asarray(scores), keys_of_a_word(bits), -np.inf)
     kept = select(dense, pruning)
-    values = dense[kept].reshape(*dense.shape[:-1], -1)
-    at = np.nonzero(kept.reshape(*dense.shape[:-1], -1, 4 if bits == 16 else 2))[-1]  # positions in nibbles' keys
+    rows, count = dense.shape[:-1], dense.shape[-1] // (4 if bits == 16 else 2)  # nibbles of a row
+    values = dense[kept].reshape(*rows, dense.shape[-1] // pruning.m * pruning.n)
+    at = np.nonzero(kept.reshape(*rows, count, dense.shape[-1] // max(count, 1)))[-1]  # positions in nibbles' keys
     if bits == 16:
-        pairs = at.reshape(*dense.shape[:-1], -1, 2)
+        pairs = at.reshape(*rows, count, 2)
         nibbles = pairs[..., 0] | pairs[..., 1] << 2
     else:
-        nibbles = LANE_CODES[at].reshape(*dense.shape[:-1], -1)
+        nibbles = LANE_CODES[at].reshape(*rows, count)
     shifts = 4 * np.arange(WORD_GROUPS)
-    words = (nibbles.reshape(*nibbles.shape[:-1], -1, WORD_GROUPS) << shifts).sum(-1).astype(np.uint16)
+    words = (nibbles.reshape(*rows, count // WORD_GROUPS, WORD_GROUPS) << shifts).sum(-1).astype(np.uint16)
     return Compressed(values, words, scores.shape[-1], pruning, bits)
 
 
 def decode(c: Compressed, fill: float = -np.inf) -> Floats:
     """The dense (..., kv_len) of what was compressed, ``fill`` where nothing is kept."""
-    nibbles = (c.words[..., None] >> 4 * np.arange(WORD_GROUPS) & 15).reshape(*c.words.shape[:-1], -1).astype(np.int64)
+    *rows, words = c.words.shape
+    nibbles = (c.words[..., None] >> 4 * np.arange(WORD_GROUPS) & 15).astype(np.int64).reshape(*rows, WORD_GROUPS * words)
     if c.bits == 16:
         group, at = 4, np.stack([nibbles & 3, nibbles >> 2], axis=-1)
     else:
         group, at = 2, nibbles[..., None] >> 3  # 4 -> 0, 14 -> 1
     out = np.full((*nibbles.shape, group), fill, c.values.dtype)
     np.put_along_axis(out, at, c.values.reshape(at.shape), axis=-1)
-    return out.reshape(*nibbles.shape[:-1], -1)[..., : c.kv_len]
+    return out.reshape(*rows, WORD_GROUPS * words * group)[..., : c.kv_len]
 
 
 def to_registers(words: NDArray[np.uint16], pruning: Pruning = TWO_OF_FOUR) -> NDArray[np.uint32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from splatc.runtime.tensors import (
     check_call,
     check_scale,
     for_autocast,
+    is_torch,
     last_axis_contiguous,
     outputs,
     to_bhsd,
@@ -178,9 +180,19 @@ class CompiledAttention:
                               f"{', '.join(self.kernel.spec.score.names)}: compile the mask without")  # fmt: skip
         from splatc.runtime.unfused import sddmm, softmax
 
-        check_call(q, k, k, self.layout, enable_gqa)
+        spec, in_its_dtype = self.kernel.spec, nullcontext()
+        if is_torch(q) and is_torch(k):
+            import torch
+
+            q, k, _ = for_autocast(q, k, k, spec.dtype)
+            in_its_dtype = torch.autocast(q.device.type, enabled=False)
+        shape = check_call(q, k, k, self.layout, enable_gqa)
+        if (shape.dtype, shape.head_dim) != (spec.dtype, spec.head_dim):
+            raise InvalidInput(f"q and k are {shape.dtype} with head_dim {shape.head_dim}: this was compiled for "
+                               f"{spec.dtype} with {spec.head_dim}")  # fmt: skip
         q, k = to_bhsd(q, self.layout), to_bhsd(k, self.layout)
-        probs: SparseScores = softmax(sddmm(q, k, self._plan.pattern, scale=scale, enable_gqa=enable_gqa))
+        with in_its_dtype:
+            probs: SparseScores = softmax(sddmm(q, k, self._plan.pattern, scale=scale, enable_gqa=enable_gqa))
         return probs
 
     # -- calling it ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from splatc.errors import InvalidInput, Unsupported
 from splatc.formats import nm
 from splatc.patterns.pruned import TWO_OF_FOUR, Pruning
 from splatc.patterns.pruned import nm as nm_pattern
-from splatc.runtime.tensors import check_call, check_gradients, check_scale, dtype_name, is_torch
+from splatc.runtime.tensors import check_call, check_gradients, check_scale, dtype_name, for_autocast, is_torch
 
 if TYPE_CHECKING:
     from splatc.runtime.compressed_gpu import CompressedKernels
@@ -77,6 +77,8 @@ class CompressedScores:
         heads of v. For probabilities: the -inf that scores have behind the last key would make NaN on a GPU. Raises
         InvalidInput for what does not fit, Unsupported for tensors that require gradients.
         """
+        if is_torch(v):
+            v, _, _ = for_autocast(v, v, v, self.dtype)
         if is_torch(v) != is_torch(self.values) or not hasattr(v, "dtype"):
             kinds = type(v).__name__, type(self.values).__name__
             raise InvalidInput(f"v is a {kinds[0]} but the values are a {kinds[1]}: give both of one kind")
@@ -113,6 +115,8 @@ def nm_scores(q: Any, k: Any, n: int = 2, m: int = 4, *, scale: float | None = N
     scale: default 1/sqrt(dim). enable_gqa: allow fewer key heads. No gradients. Raises InvalidInput for what does not
     fit, Unsupported for what there is no kernel for.
     """
+    if is_torch(q) and is_torch(k):
+        q, k, _ = for_autocast(q, k, k)
     shape = check_call(q, k, k, "bhsd", enable_gqa)
     number = check_scale(scale, shape.head_dim)
     pruning = nm_pattern(n, m).pruning

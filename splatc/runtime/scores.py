@@ -104,13 +104,14 @@ class SparseScores:
         return SparseScores(np.concatenate(parts, 1).reshape(structure.values_shape(batch, heads)), structure)
 
     def to_scipy(self, batch: int = 0, head: int = 0) -> scipy.sparse.csr_array:
-        """One head as a scipy.sparse.csr_array (q_len, kv_len), every element stored; bfloat16 becomes float32."""
+        """One head as a scipy.sparse.csr_array (q_len, kv_len), every element stored; 16 bits become float32."""
         import scipy.sparse
 
-        values = self.head(head)[batch]
+        values, short = self.head(head)[batch], self.dtype in ("bfloat16", "float16")
         if is_torch(values):
             values = values.detach().cpu()
-            values = (values.float() if self.dtype == "bfloat16" else values).numpy()
+            values = (values.float() if short else values).numpy()
+        values = values.astype(np.float32) if short else values
         _, k = self.elements(head)
         return scipy.sparse.csr_array((values, k, self._indptr(head)), shape=(self.q_len, self.kv_len))
 
@@ -128,16 +129,25 @@ class SparseScores:
     def from_scipy(matrix: Any) -> SparseScores:
         """A scipy.sparse matrix or array (q_len, kv_len), one head of one batch: its entries, zeros among them, are the
         elements; those stored twice are summed."""
+        if not hasattr(matrix, "tocsr") or matrix.ndim != 2:
+            raise InvalidInput(f"matrix is a {type(matrix).__name__}: give a scipy.sparse matrix or array of two "
+                               "dimensions (from_dense takes dense ones)")  # fmt: skip
         csr = matrix.tocsr().copy()
         csr.sum_duplicates()  # and sorts
         return SparseScores(csr.data.reshape(1, 1, -1), _structure_of_csr(csr.indptr, csr.indices, csr.shape))
 
     @staticmethod
     def from_torch(matrix: Any) -> SparseScores:
-        """A torch sparse CSR tensor (q_len, kv_len), one head of one batch: its entries, zeros among them."""
+        """A torch sparse tensor (q_len, kv_len), CSR, CSC or COO, one head of one batch: its entries, zeros among them;
+        those stored twice in COO are summed."""
         import scipy.sparse
         import torch
 
+        sparse = torch.sparse_csr, torch.sparse_csc, torch.sparse_coo
+        if not is_torch(matrix) or matrix.layout not in sparse or matrix.ndim != 2 or matrix.dense_dim():
+            raise InvalidInput(f"matrix is {_described(matrix)}: give a torch sparse tensor, CSR, CSC or COO, of two "
+                               "dimensions (from_dense takes dense ones)")  # fmt: skip
+        matrix = matrix.to_sparse_csr()
         indptr, columns = (x.cpu().numpy() for x in (matrix.crow_indices(), matrix.col_indices()))
         number = scipy.sparse.csr_array((np.arange(len(columns)), columns, indptr), shape=tuple(matrix.shape))
         number.sort_indices()
@@ -156,6 +166,10 @@ class SparseScores:
     def __repr__(self) -> str:
         s = self.structure
         return f"<splatc scores {s.pattern} {s.q_len}x{s.kv_len} {tuple(self.values.shape)} {self.dtype}>"
+
+
+def _described(x: Any) -> str:
+    return f"a tensor {tuple(x.shape)}, {str(x.layout).removeprefix('torch.')}" if is_torch(x) else type(x).__name__
 
 
 def _structure_of_csr(indptr: Any, columns: Any, shape: tuple[int, int]) -> Structure:

@@ -53,9 +53,12 @@ def spmm(probs: SparseScores, v: Any, *, enable_gqa: bool = False) -> Any:
     """o[i] = sum over j of probs[i, j] v[j]: (batch, heads, q_len, v_head_dim), 0 for rows without elements.
 
     v: (batch, kv_heads, kv_len, v_head_dim), of the kind and dtype of the values; summed in float32 (float64).
-    Differentiable in both. enable_gqa: allow fewer value heads.
+    Differentiable in both. enable_gqa: allow fewer value heads. Under autocast both are converted, as by torch.matmul.
     """
     _check_scores(probs)
+    if is_torch(v) and is_torch(probs.values):
+        v, values, _ = for_autocast(v, probs.values, v)
+        probs = probs.with_values(values)
     if is_torch(v) != is_torch(probs.values) or not hasattr(v, "dtype"):
         kinds = type(v).__name__, type(probs.values).__name__
         raise InvalidInput(f"v is a {kinds[0]} but the values are a {kinds[1]}: give both of one kind")
