@@ -84,7 +84,8 @@ def encode(scores: Floats, pruning: Pruning, bits: int = 16) -> Compressed:
 def decode(c: Compressed, fill: float = -np.inf) -> Floats:
     """The dense (..., kv_len) of what was compressed, ``fill`` where nothing is kept."""
     *rows, words = c.words.shape
-    nibbles = (c.words[..., None] >> 4 * np.arange(WORD_GROUPS) & 15).astype(np.int64).reshape(*rows, WORD_GROUPS * words)
+    nibbles = (c.words[..., None] >> 4 * np.arange(WORD_GROUPS) & 15).astype(np.int64)
+    nibbles = nibbles.reshape(*rows, WORD_GROUPS * words)
     if c.bits == 16:
         group, at = 4, np.stack([nibbles & 3, nibbles >> 2], axis=-1)
     else:

@@ -15,7 +15,7 @@ from splatc.patterns import Pattern, parse
 from splatc.runtime import torch_ops
 from splatc.runtime.attention import CompiledAttention
 from splatc.runtime.handles import new_handle
-from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast
+from splatc.runtime.tensors import LAYOUTS, check_call, check_softcap, for_autocast, number_of
 from splatc.runtime.terms import NOTHING, Asked, TermOptions, asked_by, asked_of, terms_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class AnyLength:
         check_softcap(softcap)
         self.pattern, self.layout, self.softcap, self.allow_tf32 = pattern, layout, softcap, allow_tf32
         self.seq_len = seq_len
-        self._handle = new_handle(self, f"attention at any length {layout}")
+        self._handle = new_handle(self, f"attention at any length {layout}",
+                                  f"{pattern} {softcap} {allow_tf32} {seq_len}")  # fmt: skip
         self._compiled: dict[tuple[Any, ...], CompiledAttention] = {}
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,
@@ -108,7 +109,7 @@ def by_operator(handle: str, layout: str, q: torch.Tensor, k: torch.Tensor, v: t
                 return_lse: bool, enable_gqa: bool, options: Any) -> Any:  # fmt: skip
     """The call of an AnyLength as a compiler records it."""
     q, k, v = for_autocast(q, k, v)
-    number = None if scale is None else float(scale)
+    number = None if scale is None else number_of(scale)
     dtype = "float64" if q.dtype == torch.float64 else "float32"
     terms = terms_of(q, k, layout, dtype, **options) if options else NO_TERMS
     o, lse = torch_ops.attention(q, k, v, handle, number, enable_gqa, *terms.arguments)

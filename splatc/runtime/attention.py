@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,13 +27,16 @@ from splatc.runtime.launch import Launcher, remember
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import (
     DETACH,
+    NO_TANGENTS,
     NO_TRANSFORMS,
     Shape,
     check_call,
     check_scale,
     for_autocast,
+    has_tangents,
     is_torch,
     last_axis_contiguous,
+    number_of,
     outputs,
     to_bhsd,
 )
@@ -115,7 +118,8 @@ class CompiledAttention:
         self._asks = any(self._asked)
         self._make_gradients = None if refused else gradients
         self._refused = refused
-        self._handle = new_handle(self, f"{kernel.spec.name} {layout}")
+        meaning = f"{plan.pattern} {plan.q_len} {plan.kv_len} {cap}"
+        self._handle = new_handle(self, f"{kernel.spec.name} {layout}", meaning)
         self._replan = replan
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
@@ -180,7 +184,8 @@ class CompiledAttention:
                               f"{', '.join(self.kernel.spec.score.names)}: compile the mask without")  # fmt: skip
         from splatc.runtime.unfused import sddmm, softmax
 
-        spec, in_its_dtype = self.kernel.spec, nullcontext()
+        spec = self.kernel.spec
+        in_its_dtype: AbstractContextManager[Any] = nullcontext()
         if is_torch(q) and is_torch(k):
             import torch
 
@@ -214,12 +219,15 @@ class CompiledAttention:
         if hasattr(q, "requires_grad"):  # a torch tensor
             import torch
 
-            traced = torch.compiler.is_compiling()
-            if traced or torch._C._is_any_autocast_enabled():
+            compiled = torch.compiler.is_compiling()
+            if compiled or torch._C._is_any_autocast_enabled():
                 q, k, v = for_autocast(q, k, v, self.kernel.spec.dtype)
-            if not traced and torch._C._are_functorch_transforms_active():
+            if not compiled and torch._C._are_functorch_transforms_active():
                 raise Unsupported(NO_TRANSFORMS)
-            if traced or (torch.is_grad_enabled() and self._must_differentiate(q, k, v, terms)):
+            if not compiled and torch.autograd.forward_ad._current_level >= 0 and has_tangents(q, k, v):
+                raise Unsupported(NO_TANGENTS)
+            recorded = compiled or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
+            if recorded or (torch.is_grad_enabled() and self._must_differentiate(q, k, v, terms)):
                 return self._differentiable(q, k, v, scale, return_lse, enable_gqa, terms)
         o, lse = self.run(q, k, v, scale, enable_gqa, terms)
         return (o, lse) if return_lse else o
@@ -265,7 +273,7 @@ class CompiledAttention:
                         terms: Terms | None) -> Any:  # fmt: skip
         from splatc.runtime import torch_ops
 
-        number = None if scale is None else float(scale)
+        number = None if scale is None else number_of(scale)
         given = q, k, v, self._handle, number, enable_gqa, *(terms or NO_TERMS).arguments
         o, lse = torch_ops.differentiable(*given)
         return (o, lse) if return_lse else o

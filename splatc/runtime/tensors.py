@@ -13,6 +13,10 @@ from splatc.errors import InvalidInput, Unsupported
 
 LAYOUTS = ("bhsd", "bshd")
 DETACH = "call under torch.no_grad() or pass detached tensors"
+NO_TANGENTS = (
+    "attention has no derivatives in forward mode (jvp, dual tensors): use reverse mode, or splatc.nn.functional."
+    "dense_attention"
+)
 NO_TRANSFORMS = ("splatc does not work inside torch.func (vmap, grad, jvp, ...): fold a mapped dimension into batch, "
                  "use torch.autograd for gradients")  # fmt: skip
 MAX_SCALE = 1e38  # times log2(e), still finite in float32
@@ -102,13 +106,15 @@ def check_sizes(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
 
 
 def for_autocast(q: Any, k: Any, v: Any, dtype: str | None = None) -> tuple[Any, Any, Any]:
-    """Torch tensors as they are; under autocast of their device in ``dtype``, default: the one that it asks for."""
+    """Torch tensors as they are; under autocast of their device in ``dtype``, default: the one that it asks for, which
+    leaves float64 alone."""
     import torch
 
     kind = q.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         wanted = torch.get_autocast_dtype(kind) if dtype is None else getattr(torch, dtype)
-        q, k, v = (x.to(wanted) if x.is_floating_point() else x for x in (q, k, v))
+        kept = torch.float64 if dtype is None else None
+        q, k, v = (x.to(wanted) if x.is_floating_point() and x.dtype != kept else x for x in (q, k, v))
     return q, k, v
 
 
@@ -116,19 +122,28 @@ def check_scale(scale: Any, head_dim: int) -> float:
     """The scale of scores: 1/sqrt(head_dim) for None, else a finite number."""
     if scale is None:
         return 1 / math.sqrt(head_dim)
-    try:
-        value = float(scale)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInput(f"scale is {repr(scale)[:40]}: it must be a number, or None for 1/sqrt(head_dim)") from None
+    value = number_of(scale)
     if not abs(value) <= MAX_SCALE:
         raise InvalidInput(f"scale is {value}: it must be finite in float32, or None for 1/sqrt(head_dim)")
     return value
+
+
+def number_of(scale: Any) -> float:
+    """A scale as a number."""
+    if getattr(scale, "requires_grad", False):
+        raise InvalidInput("scale is a tensor that requires gradients, and there are none of a scale: multiply q by it")
+    try:
+        return float(scale)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"scale is {repr(scale)[:40]}: it must be a number, or None for 1/sqrt(head_dim)") from None
 
 
 def check_softcap(softcap: Any) -> float:
     """The cap of scores: 0 for None, else a positive finite number."""
     if softcap is None:
         return 0.0
+    if getattr(softcap, "requires_grad", False):
+        raise InvalidInput("softcap is a tensor that requires gradients, and there are none of a cap: give a number")
     try:
         value = float(softcap)
     except (TypeError, ValueError, OverflowError):
@@ -136,6 +151,13 @@ def check_softcap(softcap: Any) -> float:
     if not 0 < value <= MAX_SCALE:
         raise InvalidInput(f"softcap is {value}: it must be positive and finite in float32, or None for no cap")
     return value
+
+
+def has_tangents(*tensors: Any) -> bool:
+    """Whether one of some torch tensors is differentiated in forward mode."""
+    from torch.autograd import forward_ad
+
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
 
 
 def check_gradients(*tensors: Any) -> None:

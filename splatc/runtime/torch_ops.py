@@ -125,7 +125,8 @@ class _Eager(torch.autograd.Function):
 
 def differentiable(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
     """(o, lse) with a way back: by the operator wherever anything but autograd must see it."""
-    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    seen = (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+            or torch._C._get_tracing_state() is not None)  # fmt: skip
     if seen or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (q, k, v)):
         o, lse = attention(q, k, v, *options)
     else:
