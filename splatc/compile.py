@@ -42,7 +42,7 @@ from splatc.runtime.gradient_walks import Sources
 from splatc.runtime.gradients import Gradients, Planner
 from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.kernel import Kernel, find_kernel
-from splatc.runtime.tensors import LAYOUTS, Shape, check_call, check_softcap, for_autocast, is_torch
+from splatc.runtime.tensors import LAYOUTS, Shape, check_call, check_softcap, for_autocast, is_torch, refuse_compilation
 from splatc.runtime.terms import Asked, TermOptions, asked_by, check_asked
 from splatc.runtime.tuned import tuned_tiles
 
@@ -206,6 +206,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
 
     options: biases, sinks and dropout (``splatc.runtime.terms.TermOptions``); a kernel is compiled for what there is.
     """
+    refuse_compilation(q, "splatc.attention", "call splatc.nn.functional.sparse_attention, or a mask compiled before")
     if layout not in LAYOUTS:
         raise InvalidInput(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     if is_torch(q) and is_torch(k) and is_torch(v):

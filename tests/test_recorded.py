@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ CALLS = {
 }
 
 
-def draw(count: int = 3) -> list[torch.Tensor]:
+def draw(count: int = 3) -> list[Any]:
     return [torch.randn(1, 2, 32, 16) for _ in range(count)]
 
 
@@ -71,7 +72,7 @@ def test_an_exported_program_finds_its_mask_or_none(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_what_was_recorded_computes_anew(record: str, name: str) -> None:
     call, first, second = CALLS[name](), draw(), draw()
-    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def function(q: Any, k: Any, v: Any) -> Any:
         return call(q, k, v)
 
     if record == "trace":
@@ -123,3 +124,10 @@ def test_autocast_leaves_float64_alone() -> None:
         assert splatc.attention(q, k, v, "causal").dtype == torch.float64
         assert sparse_attention(q, k, v, pattern=P.causal()).dtype == torch.float64
         assert splatc.attention(q.float(), k.float(), v.float(), "causal").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("call", [splatc.attention, lambda q, k, v, pattern: splatc.sddmm(q, k, pattern)])
+def test_what_plans_as_it_goes_says_so_to_a_compiler(call: Any) -> None:
+    function = torch.compile(lambda q, k, v: call(q, k, v, "causal"), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"plans a mask at each call, which torch\.compile cannot trace"):
+        function(*draw())

@@ -21,7 +21,7 @@ class ContextParallel:
     enable_gqa=False)`` on local shards. Made by ``context_parallel``."""
 
     def __init__(self, mask: Any, group: dist.ProcessGroup, seq_len: int | None, layout: Layout | None,
-                 softcap: float | None) -> None:  # fmt: skip
+                 softcap: float | None, allow_tf32: bool) -> None:  # fmt: skip
         pattern, q_len, kv_len = resolve_mask(mask, seq_len, None)
         if q_len != kv_len:
             raise Unsupported(
@@ -33,7 +33,7 @@ class ContextParallel:
         self.plan = plan_of(pattern, q_len, dist.get_world_size(group), layout)
         self._share = self.plan.shares[self.rank]
         self._exchange = Exchange(self.plan, group)
-        self._softcap = softcap
+        self._softcap, self._allow_tf32 = softcap, allow_tf32
 
     @property
     def layout(self) -> Layout:
@@ -63,7 +63,7 @@ class ContextParallel:
                 )
         k, v = self._exchange.keys(k, v)
         return attention(q, k, v, self._share.pattern, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa,
-                         softcap=self._softcap)  # fmt: skip
+                         softcap=self._softcap, allow_tf32=self._allow_tf32)  # fmt: skip
 
     def shard(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
         """The local rows of a whole tensor, whose axis `dim` is the sequence. Differentiable, no communication."""
@@ -105,14 +105,16 @@ class ContextParallel:
 
 
 def context_parallel(mask: Any, group: dist.ProcessGroup | DeviceMesh | None = None, *, seq_len: int | None = None,
-                     layout: Layout | None = None, softcap: float | None = None) -> ContextParallel:  # fmt: skip
+                     layout: Layout | None = None, softcap: float | None = None,
+                     allow_tf32: bool = True) -> ContextParallel:  # fmt: skip
     """Attention of a sequence sharded over the ranks of a group.
 
     mask: anything that ``splatc.compile`` takes, or what it returned (its pattern, length and softcap are used; layout
     "bhsd", no biases, sinks or dropout). group: a process group or a device mesh of one dimension, default: all
     processes. seq_len: of the whole sequence, where the mask has none of its own; the number of ranks need not divide
     it.
-    layout: which rank holds which positions, default: the one of least cost for this pattern.
+    layout: which rank holds which positions, default: the one of least cost for this pattern. softcap, allow_tf32: as
+    of ``splatc.compile``; a mask compiled for exact float32 on a GPU stays exact.
     """
     if not dist.is_initialized():
         raise InvalidInput("there is no process group: call torch.distributed.init_process_group first (see torchrun)")
@@ -132,5 +134,7 @@ def context_parallel(mask: Any, group: dist.ProcessGroup | DeviceMesh | None = N
         plan = mask.plan()
         if plan.q_len != plan.kv_len:
             raise Unsupported(f"context parallel needs as many queries as keys, not {plan.q_len} and {plan.kv_len}")
-        return ContextParallel(plan.pattern, group, seq_len or plan.q_len, layout, softcap or mask.softcap)
-    return ContextParallel(mask, group, seq_len, layout, softcap)
+        exact = mask.kernel.spec.kernel == "portable"
+        return ContextParallel(plan.pattern, group, seq_len or plan.q_len, layout, softcap or mask.softcap,
+                               allow_tf32 and not exact)  # fmt: skip
+    return ContextParallel(mask, group, seq_len, layout, softcap, allow_tf32)

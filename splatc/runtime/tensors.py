@@ -118,6 +118,15 @@ def for_autocast(q: Any, k: Any, v: Any, dtype: str | None = None) -> tuple[Any,
     return q, k, v
 
 
+def refuse_compilation(x: Any, what: str, instead: str) -> None:
+    """Raise Unsupported where torch.compile traces what plans a mask as it goes."""
+    if hasattr(x, "requires_grad"):  # a torch tensor
+        import torch
+
+        if torch.compiler.is_compiling():
+            raise Unsupported(f"{what} plans a mask at each call, which torch.compile cannot trace: {instead}")
+
+
 def check_scale(scale: Any, head_dim: int) -> float:
     """The scale of scores: 1/sqrt(head_dim) for None, else a finite number."""
     if scale is None:

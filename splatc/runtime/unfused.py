@@ -17,7 +17,15 @@ from splatc.patterns.importers import as_pattern
 from splatc.runtime import products
 from splatc.runtime.scores import SparseScores
 from splatc.runtime.structure import structure_of
-from splatc.runtime.tensors import NO_TRANSFORMS, check_call, check_scale, dtype_name, for_autocast, is_torch
+from splatc.runtime.tensors import (
+    NO_TRANSFORMS,
+    check_call,
+    check_scale,
+    dtype_name,
+    for_autocast,
+    is_torch,
+    refuse_compilation,
+)
 
 
 def sddmm(q: Any, k: Any, pattern: Any, *, scale: float | None = None, enable_gqa: bool = False) -> SparseScores:
@@ -29,6 +37,7 @@ def sddmm(q: Any, k: Any, pattern: Any, *, scale: float | None = None, enable_gq
     allow fewer key heads. On a GPU float32 is rounded to tf32 where it enters a product. Raises InvalidInput for what
     does not fit, Unsupported for a GPU that is not sm_90a, and there for dims that are no multiples of 8.
     """
+    refuse_compilation(q, "splatc.sddmm", "leave it outside, or disable it there (torch.compiler.disable)")
     if is_torch(q) and is_torch(k):
         q, k, _ = for_autocast(q, k, k)
     shape = check_call(q, k, k, "bhsd", enable_gqa)
