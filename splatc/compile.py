@@ -219,10 +219,11 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
 def compiled_for(s: Shape, mask: Any, softcap: float | None, layout: str, allow_tf32: bool,
                  asked: Asked, target: str | None = None) -> CompiledAttention:  # fmt: skip
     """``compile`` for a call of these sizes, memoised. target: default, that of the tensors' device."""
+    q_len, kv_len = max(s.q_len, 1), max(s.kv_len, 1)  # where there is nothing to attend, a mask of one does as well
     if not isinstance(mask, Pattern):
-        mask = as_pattern(mask, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
+        mask = as_pattern(mask, q_len=q_len, kv_len=kv_len, heads=s.heads)
     target = target or ("cpu" if s.device == "cpu" else "cuda")
-    return _memo(mask, s.q_len, s.kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, target, layout, allow_tf32, asked)
+    return _memo(mask, q_len, kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, target, layout, allow_tf32, asked)
 
 
 @lru_cache(maxsize=256)

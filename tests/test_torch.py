@@ -13,6 +13,8 @@ from tests.test_attention import tensors
 
 torch = pytest.importorskip("torch")
 
+from splatc.nn.functional import sparse_attention  # noqa: E402
+
 D = 16
 PATTERN = P.causal() & (P.window(30, 0) | P.strided(16))
 
@@ -333,3 +335,17 @@ def test_terms_of_another_dtype():
         q, k, v = qkv
         o = splatc.attention(q, k, v, PATTERN, **terms, block_size=16)
     assert o.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("call", [splatc.attention, sparse_attention])
+def test_a_first_call_may_be_of_no_positions(call, lengths):
+    q, k, v = tensors(*lengths)
+    for x in (q, k, v):
+        x.requires_grad_()
+    o, lse = call(q, k, v, "causal & window(97, 0)", return_lse=True)
+    assert not o.any() and torch.isneginf(lse).all() and lse.shape == q.shape[:3]
+    o.sum().backward()
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in (q, k, v))
+    q, k, v = (x.detach().numpy() for x in (q, k, v))
+    assert splatc.attention(q, k, v, "causal").shape == o.shape

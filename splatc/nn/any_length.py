@@ -87,7 +87,7 @@ class AnyLength:
         key = q.dtype, q.shape[-1], v.shape[-1], q.device.type, asked
         if key not in self._compiled:
             s = check_call(q, k, v, self.layout, enable_gqa)
-            lengths = (s.q_len, s.kv_len) if self.seq_len is None else (self.seq_len, self.seq_len)
+            lengths = (max(s.q_len, 1), max(s.kv_len, 1)) if self.seq_len is None else (self.seq_len, self.seq_len)
             q_len, kv_len = self.pattern.own_lengths() or lengths
             self._compiled[key] = compile(
                 self.pattern, seq_len=q_len, kv_len=kv_len, head_dim=s.head_dim, v_head_dim=s.v_head_dim, dtype=s.dtype,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from splatc.errors import Unsupported
-from splatc.integrations.layers import layer_of
+from splatc.errors import InvalidInput, Unsupported
 from splatc.integrations.transformers import few
+from splatc.integrations.transformers.layers import attentions_of, implementation, is_cross
 from splatc.integrations.transformers.masks import Mask, Part, parts_of, splatc_mask
 from splatc.nn.any_length import any_length
 from splatc.patterns import Pattern, as_pattern, causal, full
@@ -17,6 +18,14 @@ from splatc.patterns import Pattern, as_pattern, causal, full
 NAME = "splatc"
 _OWN = "_splatc_pattern"  # the attribute of modules that have a pattern of the user's
 _REFUSED = ("position_bias", "head_mask")
+
+
+@dataclass(frozen=True)
+class Own:
+    """A pattern of the user's, and whether the module attends from one sequence to another."""
+
+    pattern: Pattern
+    cross: bool
 
 
 def register() -> None:
@@ -31,16 +40,24 @@ def set_patterns(model: torch.nn.Module, patterns: Mapping[int | str, Any]) -> N
     """Let layers of a model with attn_implementation="splatc" attend by patterns in place of their own masks.
 
     patterns: {layer: pattern}. A layer is its index (the first number in the names of its modules) or the name of a
-    module, for all attention within. A pattern is one of ``splatc.patterns``, its text, or a list with one for each
-    head; it counts positions from the first real token of each sequence, says all that a query attends to (write
-    ``causal & ...`` for a decoder), and padding is cut off. None gives a layer its own mask back. Raises InvalidInput
-    for a layer that the model does not have.
+    module, for all attention within; cross-attention is changed only by its own name. A pattern is one of
+    ``splatc.patterns``, its text, or a list with one for each head; it counts positions from the first real token of
+    each row of the batch and says all that a query attends to (write ``causal & ...`` for a decoder). Padding is cut
+    off, and packed documents (told by position_ids) stay apart. In cross-attention queries count from the first of the
+    call, keys from the first real one. None gives a layer its own mask back. Raises InvalidInput, with no layer
+    changed, for a layer that the model does not have or that more than one of its parts has, for modules without
+    attention that transformers lets us replace, and for layers with another attn_implementation.
     """
-    modules = dict(model.named_modules())
+    chosen: list[tuple[torch.nn.Module, Own | None]] = []
     for layer, given in patterns.items():
         pattern = None if given is None else as_pattern(given)
-        for module in layer_of(modules, layer).values():
-            setattr(module, _OWN, pattern)
+        for name, module in attentions_of(model, layer).items():
+            if pattern is not None and (now := implementation(module)) != NAME:
+                raise InvalidInput(f"set_patterns: {name} has attn_implementation={now!r}, which ignores patterns: "
+                                   f"call register() and model.set_attn_implementation({NAME!r}) first")  # fmt: skip
+            chosen.append((module, None if pattern is None else Own(pattern, is_cross(name, module))))
+    for module, own in chosen:
+        setattr(module, _OWN, own)
 
 
 def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -62,8 +79,8 @@ def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         raise Unsupported(f"the attention mask is a tensor of shape {tuple(attention_mask.shape)}: give padding as "
                           "(batch, positions), and other masks as patterns by set_patterns")  # fmt: skip
     mask = attention_mask or _without_mask(module, query, key, is_causal)
-    own: Pattern | None = getattr(module, _OWN, None)
-    parts = mask.parts if own is None else mask.with_pattern(own)
+    own: Own | None = getattr(module, _OWN, None)
+    parts = mask.parts if own is None else mask.with_pattern(own.pattern, own.cross)
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     if s_aux is not None:
         options["sinks"] = s_aux

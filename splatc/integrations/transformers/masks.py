@@ -22,6 +22,7 @@ from splatc.patterns.library import Full
 
 MaskFunction = Callable[..., Any]
 _FAR = 2**40  # further than any key
+_PACKED = "packed_sequence_mask_function"
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Part:
 class Mask:
     """What our mask function gives to the layers in place of a tensor.
 
-    before: keys before the first query. kept: whether keys before those have been dropped (by a cache of a window).
-    spans: [from, to) of each entry's keys that are no padding. patterns: of each entry, on the positions of its span.
-    parts: what to run.
+    before: keys before the first query. dropped: whether keys before those have been dropped (by a cache of a window).
+    spans: [from, to) of each entry's keys that are no padding. parts: what to run. packed: of each entry, the documents
+    in its row, if there are several. model: its type, for messages.
+
+    A model that works on its mask as a tensor gets Unsupported.
     """
 
     q_len: int
@@ -51,6 +54,8 @@ class Mask:
     dropped: bool
     spans: tuple[tuple[int, int], ...] | None
     parts: tuple[Part, ...]
+    packed: tuple[Pattern | None, ...] = ()
+    model: str = ""
 
     @property
     def ndim(self) -> int:
@@ -58,15 +63,62 @@ class Mask:
         raise Unsupported("attn_implementation='splatc' cannot generate with a static cache, whose masks "
                           "transformers makes ahead: use the default (dynamic) cache")  # fmt: skip
 
-    def with_pattern(self, pattern: Pattern) -> tuple[Part, ...]:
-        """The parts with a pattern of the user's in place of the model's."""
+    def with_pattern(self, pattern: Pattern, cross: bool = False) -> tuple[Part, ...]:
+        """The parts with a pattern of the user's in place of the model's; padding and documents stay. cross: queries
+        are another sequence than the keys."""
         if self.spans is None:
             raise Unsupported("set_patterns: the padding mask has holes, so that patterns cannot count positions: "
                               "move padding to the ends")  # fmt: skip
+        if cross:
+            return self._across(pattern, self.spans)
         if self.dropped:
             raise Unsupported("set_patterns: the cache of this layer has dropped keys, so that patterns cannot count "
                               "from the first: use a DynamicCache made without the config")  # fmt: skip
-        return parts_of([pattern] * len(self.spans), self.spans, self.q_len, self.before)
+        packed = self.packed or (None,) * len(self.spans)
+        patterns = [pattern if documents_of is None else pattern & documents_of for documents_of in packed]
+        return parts_of(patterns, self.spans, self.q_len, self.before)
+
+    def _across(self, pattern: Pattern, spans: tuple[tuple[int, int], ...]) -> tuple[Part, ...]:
+        if self.q_len == 1:
+            raise Unsupported("set_patterns: a decode step of cross-attention does not tell its query's position: take "
+                              "the pattern away (None) to generate")  # fmt: skip
+        entries: dict[tuple[int, int], list[int]] = {}
+        for i, (start, end) in enumerate(spans):
+            if end > start:
+                entries.setdefault((start, end), []).append(i)
+        return tuple(Part(tuple(group), pattern, 0, self.q_len, *span) for span, group in entries.items())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _NoTensor(_refusal(self, f"takes .{name} of"))
+
+    def __getitem__(self, index: Any) -> Any:
+        raise Unsupported(_refusal(self, "indexes"))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuses all of torch's functions and operators with a mask among their arguments."""
+        given = [*args, *(kwargs or {}).values()]
+        mask = next((x for x in given if isinstance(x, Mask)), None)
+        raise Unsupported(_refusal(mask, f"calls {getattr(function, '__name__', function)} with"))
+
+    def _operator(self, *others: Any) -> Any:
+        raise Unsupported(_refusal(self, "calculates with"))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __invert__ = _operator
+    __and__ = __rand__ = __or__ = __ror__ = __lt__ = __le__ = __gt__ = __ge__ = _operator
+
+
+class _NoTensor(Unsupported, AttributeError):
+    """Unsupported, and for hasattr what an attribute is that does not exist."""
+
+
+def _refusal(mask: Mask | None, does: str) -> str:
+    model = None if mask is None else mask.__dict__.get("model")
+    return (f"the model{f' ({model})' if model else ''} {does} its attention mask as if that were a tensor, and "
+            "attn_implementation='splatc' makes none: give this model attn_implementation='sdpa', or 'eager' if it has "
+            "no 'sdpa'")  # fmt: skip
 
 
 def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, kv_offset: int,
@@ -89,7 +141,9 @@ def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, k
         parts = parts_of(patterns, spans, q_length, before)  # type: ignore[arg-type]
     else:
         parts = _by_element(mask_function, real, batch_size, q_length, kv_length, int(q_offset), kv_offset)
-    return Mask(q_length, kv_length, before, kv_offset > 0, spans, parts)
+    packed = tuple(_packed(mask_function, i) for i in range(batch_size))
+    model = getattr(kwargs.get("config"), "model_type", "")
+    return Mask(q_length, kv_length, before, kv_offset > 0, spans, parts, packed, model)
 
 
 def parts_of(patterns: list[Pattern], spans: tuple[tuple[int, int], ...], q_len: int, before: int) -> tuple[Part, ...]:
@@ -129,14 +183,10 @@ def _spans(real: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[tuple[int, int], 
     return tuple(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def _read(function: MaskFunction, entry: int, first: int, length: int) -> Pattern | None:
+def _read(function: MaskFunction, entry: int, first: int, length: int, places: Any = None) -> Pattern | None:
     """The pattern of a mask function for a batch entry, on ``length`` positions from ``first`` on; None if we do not
-    know it."""
-    if getattr(function, "__module__", None) != "transformers.masking_utils":
-        return None
-    name = function.__qualname__.removesuffix(".<locals>.inner_mask")
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    values = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    know it. places (length,): of packed documents, the position of each token in its own."""
+    name, values = _opened(function)
     match name:
         case "causal_mask_function":
             return causal()
@@ -147,13 +197,35 @@ def _read(function: MaskFunction, entry: int, first: int, length: int) -> Patter
         case "sliding_window_bidirectional_overlay":
             return window(values["sliding_window"], values["sliding_window"])
         case "chunked_overlay":
-            return _chunks(values["chunk_size"], first - int(values["left_padding"][entry]), length)
-        case "packed_sequence_mask_function":
-            return documents(ids=values["packed_sequence_mask"][entry].cpu().numpy())
+            padding = int(values["left_padding"][entry])
+            if places is not None:
+                return _chunks_of_documents(values["chunk_size"], places - padding)
+            return _chunks(values["chunk_size"], first - padding, length)
+        case _ if name == _PACKED:
+            return _packed(function, entry)
         case "remap_positions_for_packed_sequence":  # transformers joins it with documents, in which positions run on
-            return _read(values["mask_function"], entry, first, length)
+            return _read(values["mask_function"], entry, first, length, values["position_ids"][entry].cpu().numpy())
         case "and_masks.<locals>.and_mask":
-            return _all_of([_read(f, entry, first, length) for f in values["mask_functions"]])
+            return _all_of([_read(f, entry, first, length, places) for f in values["mask_functions"]])
+    return None
+
+
+def _opened(function: MaskFunction) -> tuple[str, dict[str, Any]]:
+    """The name and the closure of a mask function of transformers; of others, an empty name."""
+    if getattr(function, "__module__", None) != "transformers.masking_utils":
+        return "", {}
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    return function.__qualname__.removesuffix(".<locals>.inner_mask"), values
+
+
+def _packed(function: MaskFunction, entry: int) -> Pattern | None:
+    """The documents that a mask function keeps apart in the row of a batch entry, whatever else it says."""
+    name, values = _opened(function)
+    if name == _PACKED:
+        return documents(ids=values["packed_sequence_mask"][entry].cpu().numpy())
+    if name == "and_masks.<locals>.and_mask":
+        return next((p for f in values["mask_functions"] if (p := _packed(f, entry)) is not None), None)
     return None
 
 
@@ -164,6 +236,12 @@ def _chunks(size: int, first: int, length: int) -> Pattern:
         return blocked(size)
     cuts = np.unique(np.clip(np.arange(0, begun + length + size, size) - begun, 0, length))
     return documents(np.diff(cuts))
+
+
+def _chunks_of_documents(size: int, places: np.ndarray[Any, Any]) -> Pattern:
+    """Chunks of Llama 4 that begin anew with each packed document."""
+    cuts = (np.diff(places) != 1) | (np.diff(places // size) != 0)
+    return documents(ids=np.concatenate([[0], np.cumsum(cuts)]))
 
 
 def _all_of(patterns: list[Pattern | None]) -> Pattern | None:
