@@ -73,11 +73,14 @@ def test_gradients():
     assert (got[3] != 0).sum() > 10
 
 
-def test_a_dropped_key_never_returns():
-    """So a query may gather what was kept before its block: keys beyond those would be missed else."""
+@pytest.mark.parametrize("step", [None, 0.5, 1.5])
+def test_a_dropped_key_never_returns(step):
+    """So a query may gather what was kept before its block: keys beyond those would be missed else. With a step, many
+    scores are equal."""
     from splatc.nn.sparsek import QUERIES, _kept
 
     scores = torch.randn(1, 1, 4 * QUERIES, dtype=torch.float64) * 0.5
+    scores = scores if step is None else (scores / step).round() * step
     index, share = _kept(scores, 6, 10)
     kept = torch.zeros(4 * QUERIES, 4 * QUERIES, dtype=torch.bool)
     for block in range(4):
@@ -88,6 +91,17 @@ def test_a_dropped_key_never_returns():
     was_there = kept.int().cummax(0).values.bool() & (place >= 0)
     gone = was_there & ~kept
     assert gone.any() and not (gone[:-1] & kept[1:]).any() and int(kept.sum(1).max()) <= 6
+
+
+@pytest.mark.parametrize("step", [0.5, 10.0])
+def test_what_comes_later_changes_nothing_before(step):
+    q, k, v = (torch.randn(1, 2, 300, 16) for _ in range(3))
+    scores = (torch.randn(1, 2, 300) / step).round() * step
+    whole = sparsek_attention(q, k, v, scores, keep=5, window=20)
+    for n in (130, 257):
+        a, b, c, d = (x[:, :, :n] for x in (q, k, v, scores))
+        part = sparsek_attention(a, b, c, d, keep=5, window=20)
+        torch.testing.assert_close(whole[:, :, :n], part, atol=1e-5, rtol=1e-5)
 
 
 # -- a task: copy what stood long ago ----------------------------------------------------------------------------------

@@ -148,6 +148,21 @@ def test_a_layer_is_dense_then_sparse():
     assert torch.equal(layer(x), dense)
 
 
+def test_another_pattern_is_a_new_begin():
+    torch.manual_seed(2)
+    blocks, x = find_pattern(torch.rand(64, 64), 16, 0.5).pattern, torch.randn(1, 64, 32)
+    layer, made = SpionAttention(32, 2, prune_to="zero"), SpionAttention(32, 2, P.causal(), prune_to="zero")
+    layer.switch(blocks)
+    layer(x)
+    layer.set_pattern(P.causal())
+    assert layer.blocks is None and layer.base == layer.pattern == P.causal()
+    made.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), made(x))
+    for one in (layer, made):
+        one.switch(blocks)
+    assert layer.pattern == P.causal() & blocks and torch.equal(layer(x), made(x))
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 def test_blocks_are_saved_with_the_model(tmp_path, per_head):
     rng = np.random.default_rng(2)

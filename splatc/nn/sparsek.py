@@ -74,7 +74,7 @@ def _kept(scores: torch.Tensor, keep: int, window: int) -> tuple[torch.Tensor, t
     allowed = first[:, None] + torch.arange(QUERIES, device=device) - window  # the newest key that competes
     with torch.no_grad():
         before = scores[..., None, :].masked_fill(place > allowed[:, :1], -torch.inf)
-        old = before.topk(min(keep, length), -1).indices
+        old = _largest(before, keep)
         new = (allowed[:, :1] + 1 + torch.arange(QUERIES, device=device)).expand(*old.shape[:-1], -1)
         index = torch.cat([old, new], -1)
     is_old = torch.arange(index.shape[-1], device=device) < old.shape[-1]
@@ -85,9 +85,14 @@ def _kept(scores: torch.Tensor, keep: int, window: int) -> tuple[torch.Tensor, t
     each = _gather(scores[..., None], index[..., 0, :])[..., 0][..., None, :]
     tau = pad(thresholds(scores, keep, causal=True), (window, 0))[..., :length]  # rows in the window see no other key
     tau = pad(tau, (0, -length % QUERIES)).reshape(*tau.shape[:-1], -1, QUERIES, 1)
-    best = each.detach().masked_fill(~seen, -torch.inf).topk(min(keep, index.shape[-1]), -1).indices
+    best = _largest(each.detach().masked_fill(~seen, -torch.inf), keep)
     seen = seen & torch.zeros_like(seen).scatter_(-1, best, True)
     return index[..., 0, :], (each - tau).clamp(0, 1).masked_fill(~seen, 0)
+
+
+def _largest(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the largest along the last axis are; of equal ones the first, so that what was dropped stays so."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,11 @@ class SpionAttention(SparseAttention):
         self.blocks = blocks
         self._pruned = {}
 
+    def set_pattern(self, pattern: Any) -> None:
+        """Attend by another pattern from now on, all of it: as a layer that was made with it, and not switched."""
+        super().set_pattern(pattern)
+        self.base, self.blocks, self._pruned = self.pattern, None, {}
+
     def watch(self, per_head: bool = False) -> None:
         """Add up what is attended to in the calls from now on, until `watched`."""
         self._seen = MeanMap(per_head)

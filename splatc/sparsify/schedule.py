@@ -25,8 +25,11 @@ class SpionSchedule:
         for step, x in enumerate(batches):
             if step % 500 == 0 and not schedule.switched:
                 with schedule.watch():
-                    loss = model(x)
+                    model(x).mean().backward()
             ...
+
+    The switch comes at the end of a `watch`; a backward pass that runs layers again (activation checkpoints) has to be
+    inside, or it would run others.
 
     What a `watch` sees is an evaluation: each layer's mean attention A_t. Of two in a row it takes the distance d_t =
     ||A_t - A_{t-1}||_F. When |d_t - d_{t-1}| < change * d_{t-1} in every layer, which the third evaluation is the first
