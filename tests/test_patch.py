@@ -205,6 +205,19 @@ def test_sdpa_with_options(options):
     close(ours, F.scaled_dot_product_attention(q, k, v, mask, scale=options.get("scale")))
 
 
+@pytest.mark.parametrize("sizes", [(4, HEADS, 1, LENGTH), (4, 1, LENGTH, LENGTH), (4, HEADS, LENGTH, LENGTH)], ids=str)
+@pytest.mark.parametrize("least", [None, -float("inf"), torch.finfo(torch.float32).min])
+def test_padding_as_models_expand_it(least, sizes):
+    q, k, v = (torch.randn(4, HEADS, LENGTH, 16) for _ in "qkv")
+    real = ~padding()[:, None, None]
+    mask = (real if least is None else torch.zeros(real.shape).masked_fill(~real, least)).expand(sizes)
+    with splatc.patch_sdpa(PATTERN):
+        ours = F.scaled_dot_product_attention(q, k, v, mask)
+    close(ours, F.scaled_dot_product_attention(q, k, v, dense(PATTERN) & real))
+    with splatc.patch_sdpa(PATTERN), pytest.raises(Unsupported, match="takes padding"):
+        F.scaled_dot_product_attention(q, k, v, mask.expand(4, HEADS, LENGTH, LENGTH).clone())
+
+
 def test_sdpa_of_other_shapes():
     """Grouped heads; one head without its axis; more leading axes."""
     q, k, v = (torch.randn(2, heads, LENGTH, 16) for heads in (4, 2, 2))

@@ -60,13 +60,13 @@ def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
 
 def real_keys(name: str, mask: torch.Tensor, kept: bool) -> Real:
     """bool of the shape of a mask of keys: which are real. kept: what True says in a boolean mask; a mask of numbers is
-    added to scores, so that it is 0 there and -inf elsewhere."""
+    added to scores, so that it is 0 there and elsewhere -inf, or the least number of its type."""
     if mask.dtype == torch.bool:
         return (mask if kept else ~mask).cpu().numpy()
     real = (mask == 0).cpu().numpy()
-    if not mask.is_floating_point() or not bool((mask[mask != 0] == -float("inf")).all()):
-        raise Unsupported(f"{name} is added to the scores, and has numbers other than 0 and -inf: a pattern only says "
-                          "which keys count")  # fmt: skip
+    if not mask.is_floating_point() or not bool((mask[mask != 0] <= torch.finfo(mask.dtype).min).all()):
+        raise Unsupported(f"{name} is added to the scores, and has numbers other than 0 and -inf (or the least of its "
+                          "type): a pattern only says which keys count")  # fmt: skip
     return real
 
 

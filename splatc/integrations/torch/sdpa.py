@@ -83,6 +83,7 @@ def _padding(mask: torch.Tensor, query: torch.Tensor, kv_len: int) -> Any:
     scores = torch.Size((*query.shape[:-1], kv_len))
     if mask.ndim > len(scores) or any(n not in (1, m) for n, m in zip(mask.shape[::-1], scores[::-1], strict=False)):
         raise InvalidInput(f"attn_mask has shape {tuple(mask.shape)}: scores have {tuple(scores)}")
+    mask = mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride()[:-1])]  # what expand() repeats
     same = mask.shape[max(-mask.ndim, -3) : -1] if query.ndim > 3 else mask.shape[-2:-1]
     if mask.shape[-1] != kv_len or mask.ndim > 4 or any(n != 1 for n in same):
         raise Unsupported(f"attn_mask has shape {tuple(mask.shape)}: splatc.patch_sdpa takes padding, (batch, 1, 1, "
