@@ -103,7 +103,8 @@ def test_tiles_of_several_patterns():
 
 def test_work_has_every_row_tile_of_every_head_once():
     structure = structure_of(P.PerHead((P.causal(), P.strided(8), P.causal())), 130, 130)
-    tables, rows = tile_tables(structure, 3, transposed=False), work_rows(structure, 3, transposed=False)
+    tables = tile_tables(structure, 3, transposed=False)
+    rows = work_rows(structure, 3, False, tables["items"])
     heads, items = rows[:, :2].T
     for head in range(3):
         positions = tables["positions"][items[heads == head]]
@@ -114,7 +115,7 @@ def test_work_has_every_row_tile_of_every_head_once():
 @pytest.mark.parametrize("parts", [1, 2, 3, 100])
 def test_long_row_tiles_are_cut_into_pieces_about_as_long(parts):
     structure = structure_of(P.PerHead((P.causal(), P.window(-200, 300), P.strided(8))), 450, 450)
-    rows = work_rows(structure, 3, transposed=False)
+    rows = work_rows(structure, 3, False, tile_tables(structure, 3, False)["items"])
     assert rows[:, 3].max() == 8 and 0 in rows[:, 3]  # of the second mask some row tiles have none
     pieces = cut(rows, parts)
     entries = [[(head, item, e) for head, item, begin, count in some.tolist() for e in range(begin, begin + count)]

@@ -213,15 +213,15 @@ def _gradient_kernel(spec: KernelSpec, role: str | None) -> KernelSpec:
 
 def _unfused(sized: Sized, spec: KernelSpec, what: What, after: str | None, backward: bool) -> str:
     static, pruning = split(sized[0])
-    dims = {SDDMM: spec.head_dim, SOFTMAX: 1, SPMM: spec.v_head_dim}
     if pruning is None:
+        dims = {SDDMM: spec.head_dim, SOFTMAX: 1, SPMM: spec.v_head_dim}
         specs = [product_spec(role, dim, spec.dtype, spec.target) for role, dim in dims.items()]
-    elif static != full() or what is What.ir:
-        cure = "--what ir" if static == full() else "the rest of the mask, or --unfused"
-        raise InvalidInput(f"--unfused has kernels for {pruning} alone, and no program of them: leave out {cure}")
     else:
-        roles = dict(zip(COMPRESSED, (spec.head_dim, HOPPER_STEP, spec.v_head_dim), strict=True))
-        specs = [compressed_spec(role, dim, spec.dtype, spec.target, pruning=pruning) for role, dim in roles.items()]
+        for found, cure in ((static != full(), "the rest of the mask, or --unfused"), (what is What.ir, "--what ir")):
+            if found:
+                raise InvalidInput(f"--unfused has kernels for {pruning} alone, and no program: leave out {cure}")
+        dims = dict(zip(COMPRESSED, (spec.head_dim, HOPPER_STEP, spec.v_head_dim), strict=True))
+        specs = [compressed_spec(role, dim, spec.dtype, spec.target, pruning=pruning) for role, dim in dims.items()]
     if what is What.tables or backward:
         raise InvalidInput("--unfused has no tables, and its gradients are the same kernels: leave out --what tables "
                            "and --backward")  # fmt: skip

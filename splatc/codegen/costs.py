@@ -86,7 +86,7 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
         scale *= GRADIENT_TILES[spec.role][head_dim > 64]
     costs = Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                   table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
-                  source(), near["gather_us"] * scale, table["part_us"])  # fmt: skip
+                  _source(table), near["gather_us"] * scale, table["part_us"])  # fmt: skip
     return costs.shared(shape_of(spec).blocks) if spec.role == FORWARD and spec.tile_m == WARPGROUP_ROWS else costs
 
 
@@ -96,7 +96,10 @@ def _operations(tile_m: int, tile_n: int, head_dim: float, v_head_dim: float) ->
 
 def source() -> str:
     """Where and when the costs of Hopper kernels were measured: "NVIDIA H200, 2026-11-28"."""
-    table = _table()
+    return _source(_table())
+
+
+def _source(table: dict[str, Any]) -> str:
     return f"{table['device']}, {table['date']}"
 
 

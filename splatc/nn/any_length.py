@@ -48,8 +48,8 @@ class AnyLength:
         check_softcap(softcap)
         self.pattern, self.layout, self.softcap, self.allow_tf32 = pattern, layout, softcap, allow_tf32
         self.seq_len = seq_len
-        self._handle = new_handle(self, f"attention at any length {layout}",
-                                  f"{pattern} {softcap} {allow_tf32} {seq_len}")  # fmt: skip
+        meaning = f"{pattern} {softcap} {allow_tf32} {seq_len}"
+        self._handle = new_handle(self, f"attention at any length {layout}", meaning)
         self._compiled: dict[tuple[Any, ...], CompiledAttention] = {}
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None,

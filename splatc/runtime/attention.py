@@ -38,6 +38,7 @@ from splatc.runtime.tensors import (
     last_axis_contiguous,
     number_of,
     outputs,
+    recorded,
     to_bhsd,
 )
 from splatc.runtime.terms import TermOptions, asked_in, check_terms, terms_of
@@ -119,7 +120,7 @@ class CompiledAttention:
         self._make_gradients = None if refused else gradients
         self._refused = refused
         meaning = f"{plan.pattern} {plan.q_len} {plan.kv_len} {cap}"
-        self._handle = new_handle(self, f"{kernel.spec.name} {layout}", meaning)
+        self._handle = new_handle(self, f"{kernel.spec.name} {layout}", meaning)  # now: compilers cannot trace this
         self._replan = replan
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
@@ -226,8 +227,7 @@ class CompiledAttention:
                 raise Unsupported(NO_TRANSFORMS)
             if not compiled and torch.autograd.forward_ad._current_level >= 0 and has_tangents(q, k, v):
                 raise Unsupported(NO_TANGENTS)
-            recorded = compiled or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
-            if recorded or (torch.is_grad_enabled() and self._must_differentiate(q, k, v, terms)):
+            if recorded() or (torch.is_grad_enabled() and self._must_differentiate(q, k, v, terms)):
                 return self._differentiable(q, k, v, scale, return_lse, enable_gqa, terms)
         o, lse = self.run(q, k, v, scale, enable_gqa, terms)
         return (o, lse) if return_lse else o

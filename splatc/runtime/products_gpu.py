@@ -117,7 +117,8 @@ class GpuProducts:
         """Start a product: blocks with row tiles of a head, or pieces of them."""
         tiles = self._known(structure, (heads, transposed), lambda: tile_tables(structure, heads, transposed))
         work = self._known(structure, (heads, transposed, function.name, batch),
-                           lambda: self._work(function, work_rows(structure, heads, transposed), batch))  # fmt: skip
+                           lambda: self._work(function, work_rows(structure, heads, transposed, tiles[1]["items"]),
+                                              batch))  # fmt: skip
         works = len(work[1]["work"])
         values: dict[str, float] = {**numbers, "works": works, "total": int(structure.bases(heads)[-1])}
         for name, x in tensors.items():
@@ -167,26 +168,24 @@ class GpuProducts:
 
 def tile_tables(structure: Structure, heads: int, transposed: bool) -> Mapping[str, Any]:
     """The tables of a product for so many heads but ``work`` (codegen/hopper/unfused/tiles.py)."""
-    _, tiles, _ = _tiles_of(structure, heads, transposed)
-    arrays = {name: array for name, array in tiles.arrays().items() if name != "items"}
-    return {**arrays, "bases": structure.bases(heads)}
+    tiles, _ = joined(_used(structure, heads, transposed))
+    return {**tiles.arrays(), "bases": structure.bases(heads)}
 
 
-def work_rows(structure: Structure, heads: int, transposed: bool) -> Ints:
-    """int32 (row tiles of all heads, 4): head, item, first entry, entries."""
-    used, tiles, ends = _tiles_of(structure, heads, transposed)
-    rows = []
-    for head, pattern in enumerate(structure.head_patterns(heads)):
-        items = np.arange(*ends[used.index(pattern) :][:2])
-        rows.append(np.column_stack([np.full_like(items, head), items, tiles.items[items]]))
+def work_rows(structure: Structure, heads: int, transposed: bool, items: Ints) -> Ints:
+    """int32 (row tiles of all heads, 4): head, item, first entry, entries. items: of ``tile_tables``."""
+    ends = np.cumsum([0, *(len(tiles.items) for tiles in _used(structure, heads, transposed))])
+    pattern_of, rows = structure.head_patterns(heads), []
+    numbered = sorted(set(pattern_of))
+    for head, pattern in enumerate(pattern_of):
+        item = np.arange(*ends[numbered.index(pattern) :][:2])
+        rows.append(np.column_stack([np.full_like(item, head), item, items[item]]))
     return np.concatenate(rows).astype(np.int32)
 
 
-def _tiles_of(structure: Structure, heads: int, transposed: bool) -> tuple[list[int], ValueTiles, Sequence[int]]:
-    """(the patterns of so many heads, their tiles, the first item of each pattern and their end)."""
-    used = sorted(set(structure.head_patterns(heads)))
-    tiles, ends = joined([structure.tiles(transposed)[p] for p in used])
-    return used, tiles, ends.tolist()
+def _used(structure: Structure, heads: int, transposed: bool) -> list[ValueTiles]:
+    """The tiles of each pattern that so many heads have, by its number."""
+    return [structure.tiles(transposed)[p] for p in sorted(set(structure.head_patterns(heads)))]
 
 
 def cut(rows: Ints, parts: int) -> Ints:

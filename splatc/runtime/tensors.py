@@ -162,6 +162,14 @@ def check_softcap(softcap: Any) -> float:
     return value
 
 
+def recorded() -> bool:
+    """Whether something but autograd must see what is called: torch.compile, torch.jit.trace, a dispatch mode."""
+    import torch
+
+    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+                or torch._C._get_tracing_state() is not None)  # fmt: skip
+
+
 def has_tangents(*tensors: Any) -> bool:
     """Whether one of some torch tensors is differentiated in forward mode."""
     from torch.autograd import forward_ad

@@ -19,7 +19,7 @@ import torch
 from splatc.errors import Unsupported
 from splatc.ir.terms import LEARNABLE, NO_TERMS, Terms
 from splatc.runtime.handles import find
-from splatc.runtime.tensors import NO_TRANSFORMS, computed_in, dtype_name
+from splatc.runtime.tensors import NO_TRANSFORMS, computed_in, dtype_name, recorded
 
 TENSORS = len(LEARNABLE) + 1  # of Terms: these and the seed
 FIELDS = len(NO_TERMS.arguments)
@@ -125,9 +125,7 @@ class _Eager(torch.autograd.Function):
 
 def differentiable(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
     """(o, lse) with a way back: by the operator wherever anything but autograd must see it."""
-    seen = (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-            or torch._C._get_tracing_state() is not None)  # fmt: skip
-    if seen or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (q, k, v)):
+    if recorded() or not all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (q, k, v)):
         o, lse = attention(q, k, v, *options)
     else:
         o, lse = _Eager.apply(q, k, v, *options)  # type: ignore[no-untyped-call]

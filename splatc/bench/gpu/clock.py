@@ -33,9 +33,10 @@ class Clock(Protocol):
     """Makes contestants ready for timing."""
 
     def prepare(self, contestant: Contestant, inputs: Inputs, settle_s: float = 0.0) -> Timed:
-        """Warm the contestant up on the inputs; before each sample it runs for ``settle_s`` seconds or once.
+        """Warm the contestant up on the inputs; on a GPU it runs once before each sample, or for ``settle_s`` seconds.
 
-        Raises what the contestant raises."""
+        Raises what the contestant raises.
+        """
         ...
 
 

@@ -8,7 +8,7 @@
 tail         a pattern for the last queries of a sequence, whose keys are in a cache
 masks        transformers' mask functions, read as patterns
 few          a few queries, such as a decode step's: the keys of their rows, and no plan
-layers       attention modules by the index or the name of a layer
+modules      attention modules by the index or the name of a layer
 attention    the attention function, and patterns for layers
 replace      models with a sparse attention of their own: longformer, big_bird
 keys         keys at some positions, as a pattern

@@ -10,8 +10,8 @@ import torch
 
 from splatc.errors import InvalidInput, Unsupported
 from splatc.integrations.transformers import few
-from splatc.integrations.transformers.layers import attentions_of, implementation, is_cross
 from splatc.integrations.transformers.masks import Mask, Part, parts_of, splatc_mask
+from splatc.integrations.transformers.modules import attentions_of, implementation, is_cross
 from splatc.nn.any_length import any_length
 from splatc.patterns import Pattern, as_pattern, causal, full
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,8 @@ class Mask:
     """What our mask function gives to the layers in place of a tensor.
 
     before: keys before the first query. dropped: whether keys before those have been dropped (by a cache of a window).
-    spans: [from, to) of each entry's keys that are no padding. parts: what to run. packed: of each entry, the documents
-    in its row, if there are several. model: its type, for messages.
+    spans: [from, to) of each entry's keys that are no padding. parts: what to run. function: transformers' own, that
+    says the same. model: its type, for messages.
 
     A model that works on its mask as a tensor gets Unsupported.
     """
@@ -54,7 +54,7 @@ class Mask:
     dropped: bool
     spans: tuple[tuple[int, int], ...] | None
     parts: tuple[Part, ...]
-    packed: tuple[Pattern | None, ...] = ()
+    function: MaskFunction | None = None
     model: str = ""
 
     @property
@@ -74,9 +74,13 @@ class Mask:
         if self.dropped:
             raise Unsupported("set_patterns: the cache of this layer has dropped keys, so that patterns cannot count "
                               "from the first: use a DynamicCache made without the config")  # fmt: skip
-        packed = self.packed or (None,) * len(self.spans)
-        patterns = [pattern if documents_of is None else pattern & documents_of for documents_of in packed]
+        patterns = [pattern if together is None else pattern & together for together in self._packed]
         return parts_of(patterns, self.spans, self.q_len, self.before)
+
+    @cached_property
+    def _packed(self) -> tuple[Pattern | None, ...]:
+        """Of each entry, the documents in its row, if there are several; the same for all layers."""
+        return tuple(_packed(self.function, i) for i in range(len(self.spans or ())))
 
     def _across(self, pattern: Pattern, spans: tuple[tuple[int, int], ...]) -> tuple[Part, ...]:
         if self.q_len == 1:
@@ -141,9 +145,8 @@ def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, k
         parts = parts_of(patterns, spans, q_length, before)  # type: ignore[arg-type]
     else:
         parts = _by_element(mask_function, real, batch_size, q_length, kv_length, int(q_offset), kv_offset)
-    packed = tuple(_packed(mask_function, i) for i in range(batch_size))
     model = getattr(kwargs.get("config"), "model_type", "")
-    return Mask(q_length, kv_length, before, kv_offset > 0, spans, parts, packed, model)
+    return Mask(q_length, kv_length, before, kv_offset > 0, spans, parts, mask_function, model)
 
 
 def parts_of(patterns: list[Pattern], spans: tuple[tuple[int, int], ...], q_len: int, before: int) -> tuple[Part, ...]:
@@ -210,16 +213,16 @@ def _read(function: MaskFunction, entry: int, first: int, length: int, places: A
     return None
 
 
-def _opened(function: MaskFunction) -> tuple[str, dict[str, Any]]:
+def _opened(function: MaskFunction | None) -> tuple[str, dict[str, Any]]:
     """The name and the closure of a mask function of transformers; of others, an empty name."""
-    if getattr(function, "__module__", None) != "transformers.masking_utils":
+    if function is None or getattr(function, "__module__", None) != "transformers.masking_utils":
         return "", {}
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     values = dict(zip(function.__code__.co_freevars, cells, strict=True))
     return function.__qualname__.removesuffix(".<locals>.inner_mask"), values
 
 
-def _packed(function: MaskFunction, entry: int) -> Pattern | None:
+def _packed(function: MaskFunction | None, entry: int) -> Pattern | None:
     """The documents that a mask function keeps apart in the row of a batch entry, whatever else it says."""
     name, values = _opened(function)
     if name == _PACKED:
