@@ -53,6 +53,10 @@ inline void tvm_builtin_ptx_st_shared_b32(uint32_t to, uint32_t x) {
   if (to % 4) abort();
   memcpy(pool_buf_ptr + to, &x, 4);
 }
+inline void tvm_builtin_ptx_ld_global_b32_s32(int32_t& x, const void* from) {
+  if (uintptr_t(from) % 4) abort();
+  memcpy(&x, from, 4);
+}
 inline void tvm_builtin_ptx_ld_shared_b32(uint32_t& x, uint32_t from) {
   if (from % 4) abort();
   memcpy(&x, pool_buf_ptr + from, 4);

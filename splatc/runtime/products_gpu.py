@@ -157,7 +157,7 @@ class GpuProducts:
         for held, arrays in tables:
             addresses |= {f"{name}_ptr": held.address(0, name) for name in arrays}
         arguments = Arguments(function, {**values, **addresses, "blocks": blocks}, {})
-        step = Step(function, arguments, (blocks, 1, 1), {})
+        step = Step(function, arguments, (blocks, 1, 1), {}, early=True)
         config = config_of(step)
         with on.framework.on(on.ordinal) if on.framework.device() != on.ordinal else nullcontext():
             config.stream = on.framework.stream(on.ordinal)

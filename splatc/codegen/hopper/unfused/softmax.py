@@ -20,7 +20,17 @@ from splatc.codegen.constants import LN2, LOG2E, NEG_INF
 from splatc.codegen.cuda_parts import from_lane as across
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
-from splatc.codegen.hopper.emit import Cell, Expr, do, kernel_function, let, registers, store, when
+from splatc.codegen.hopper.emit import (
+    Cell,
+    Expr,
+    do,
+    follow_kernels_before,
+    kernel_function,
+    let,
+    registers,
+    store,
+    when,
+)
 from splatc.codegen.hopper.epilogue import finite
 from splatc.codegen.hopper.stored import split, values_of, words_of
 from splatc.codegen.hopper.unfused.tiles import Sizes, sizes_of, value_array
@@ -107,6 +117,7 @@ def _row(s: Sizes) -> Iterator[Row]:
     blocks, rows, heads, q_len = map(int_arg, ("blocks", "rows", "heads", "q_len"))
     I.device_entry()
     block, thread = I.cta_id([blocks]), I.thread_id([THREADS])
+    follow_kernels_before()
     number = let("number", block * ROWS + thread // 32)
     with when(number < rows):
         group, query = let("pair", T.truncdiv(number, q_len)), let("query", T.truncmod(number, q_len))

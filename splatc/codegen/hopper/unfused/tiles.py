@@ -17,7 +17,19 @@ from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.block import int_arg, table
 from splatc.codegen.hopper.combine import wide
 from splatc.codegen.hopper.copies import commit_copies
-from splatc.codegen.hopper.emit import Cell, Expr, do, kept, let, loop, registers, store, when
+from splatc.codegen.hopper.emit import (
+    Cell,
+    Expr,
+    do,
+    kept,
+    let,
+    let_next_kernel_start,
+    loop,
+    registers,
+    store,
+    wait_for_kernels_before,
+    when,
+)
 from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, chunk
 from splatc.codegen.hopper.stored import type_of
 from splatc.codegen.kernel import KernelSpec
@@ -122,7 +134,7 @@ class Rows:
 
     def ask(self, positions: Expr, tile: Expr, thread: Expr) -> None:
         """Begin to read which rows positions[tile] lists: a copy of them begins later."""
-        self._listed = [Cell("position", positions[tile, row]) for row, _, _ in self._units(thread)]
+        self._listed = [read_now("position", positions, tile, row) for row, _, _ in self._units(thread)]
 
     def ask_again(self, positions: Expr, tile: Expr, thread: Expr) -> None:
         """The same for another tile, after a copy of those before."""
@@ -234,6 +246,7 @@ class Walk:
 
     def start(self, teams: int = 1) -> None:
         """Find the block's row tile, or piece of one, and this warpgroup's part of it, where ``teams`` share it."""
+        let_next_kernel_start()
         index, thread = I.cta_id([self.blocks]), I.thread_id([teams * THREADS])
         self.teams, self.team, self.thread = teams, T.int32(0), thread
         if teams > 1:
@@ -273,18 +286,22 @@ class Walk:
         return Spot(kept("skip", T.bitwise_and(number, self._align - 1)),
                     kept("spot_at", T.bitwise_and(number, -self._align)))  # fmt: skip
 
-    def pipeline(self, stages: int, rows: Rows, line: OwnLine | None, copy: Callable[[Expr, Expr], None],
-                 arrived: Callable[[Expr, Expr], None],
+    def pipeline(self, stages: int, rows: Rows, line: OwnLine | None, begin: Callable[[], None],
+                 copy: Callable[[Expr, Expr], None], arrived: Callable[[Expr, Expr], None],
                  use: Callable[[Expr, Expr, Callable[[], None]], None]) -> None:  # fmt: skip
-        """For every entry, in this order: copy(entry, stage), ``stages`` - 1 entries ahead, when ``rows`` and ``line``
-        have read what the tables say of it; arrived(number of the entry, stage), by each thread when its copies are
-        there; and use(entry, stage, meanwhile), which calls meanwhile() once to start later copies, and is done with
-        shared memory when it ends.
+        """When the kernels before in the stream have ended, begin(), to start copies that are there before the first
+        entry is used; until then only tables are read. For every entry, in this order: copy(entry, stage), ``stages``
+        - 1 entries ahead, when ``rows`` and ``line`` have read what the tables say of it; arrived(number of the entry,
+        stage), by each thread when its copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once
+        to start later copies, and is done with shared memory when it ends.
 
         Tables are read without branches, also beyond the last entry: at its end a branch waits for what it reads. What
         says where to read comes last of all, when no register is wanted for anything else, for the same reason."""
         rows.ask(self.columns, self.entries[self.begin, 0], self.thread)
-        column = Cell("column", self.entries[self.known(self.begin + 1), 0])  # of the entry to ask for next
+        column = read_now("column", self.entries, self.known(self.begin + 1), 0)  # of the entry to ask for next
+
+        wait_for_kernels_before()
+        begin()
 
         def start(number: Expr, stage: Expr) -> None:
             with when(number < self.count):
@@ -321,9 +338,9 @@ class OwnLine:
     def __init__(self, walk: Walk) -> None:
         self._walk = walk
         begin = walk.begin
-        self.kind, self._next_kind = (Cell("kind", walk.entries[walk.known(begin + i), 1]) for i in range(2))
+        self.kind, self._next_kind = (read_now("kind", walk.entries, walk.known(begin + i), 1) for i in range(2))
         self.first, self.next_first = (
-            Cell("own_first", walk.first[walk.known(begin + i), walk.own_line]) for i in range(2))  # fmt: skip
+            read_now("own_first", walk.first, walk.known(begin + i), walk.own_line) for i in range(2))  # fmt: skip
         self.words = [Cell("own_word", self._word(w), "uint32") for w in range(WORDS)]
 
     def read(self, entry: Expr) -> None:
@@ -357,6 +374,13 @@ class Spot:
 
     skip: Expr
     at: Expr
+
+
+def read_now(name: str, table: Expr, *place: Expr) -> Cell:
+    """A cell with an int32 of a table, which is read here: what only names it, the compiler moves to its use."""
+    cell = Cell(name, 0)
+    do(T.ptx["ld.global.b32"](cell(), table.ptr_to(list(place))))
+    return cell
 
 
 def value_array(name: str, s: Sizes) -> Expr:
