@@ -246,7 +246,6 @@ class Walk:
 
     def start(self, teams: int = 1) -> None:
         """Find the block's row tile, or piece of one, and this warpgroup's part of it, where ``teams`` share it."""
-        let_next_kernel_start()
         index, thread = I.cta_id([self.blocks]), I.thread_id([teams * THREADS])
         self.teams, self.team, self.thread = teams, T.int32(0), thread
         if teams > 1:
@@ -293,7 +292,8 @@ class Walk:
         entry is used; until then only tables are read. For every entry, in this order: copy(entry, stage), ``stages``
         - 1 entries ahead, when ``rows`` and ``line`` have read what the tables say of it; arrived(number of the entry,
         stage), by each thread when its copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once
-        to start later copies, and is done with shared memory when it ends.
+        to start later copies, and is done with shared memory when it ends. Then the next kernel may start: no sooner, or
+        its longest blocks, which come first, would crowd on the multiprocessors that end first.
 
         Tables are read without branches, also beyond the last entry: at its end a branch waits for what it reads. What
         says where to read comes last of all, when no register is wanted for anything else, for the same reason."""
@@ -329,6 +329,7 @@ class Walk:
             later = number + (stages - 1)
             use(kept("entry", self.begin + number), stage, lambda: start(later, later % stages))
             look_ahead(later)
+        let_next_kernel_start()
 
 
 class OwnLine:
