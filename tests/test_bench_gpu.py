@@ -14,7 +14,21 @@ import pytest
 import splatc
 from splatc import oracle
 from splatc import patterns as P
-from splatc.bench.gpu import cases, check, checks, host, machine, peers, plot, results, run, suites, tables, targets
+from splatc.bench.gpu import (
+    cases,
+    check,
+    checks,
+    host,
+    machine,
+    peers,
+    plot,
+    results,
+    run,
+    suites,
+    tables,
+    targets,
+    warm,
+)
 from splatc.bench.gpu.measure import DeviceLost, Job, Session, measure
 from splatc.bench.gpu.peers import BUILDERS, Contestant, NotApplicable
 from splatc.bench.gpu.results import Results
@@ -390,3 +404,14 @@ def test_the_plot_of_a_run_without_ceilings(measured, tmp_path):
     pytest.importorskip("matplotlib")
     plot.save(measured, tmp_path / "bench.svg")
     assert "longformer" in (tmp_path / "bench.svg").read_text()
+
+
+# -- compiled beforehand -----------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_compiled_beforehand_by_other_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPLATC_CACHE_DIR", str(tmp_path))
+    names, counted = ("dense", "growth", "host"), []
+    warm.fill(names, SMALL, "cpu", 2, lambda: counted.append(1))
+    assert len(counted) == warm.count(names, SMALL) == len(suites.jobs("dense", SMALL)) > 0
+    assert list(tmp_path.glob("v1/*/attention_*float32*/report.json"))

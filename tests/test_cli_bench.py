@@ -78,7 +78,8 @@ def test_wrong_options(arguments, message, capsys, cpu_only):
 
 def test_a_gpu_suite_is_measured_saved_and_told(capsys, gpu_on_cpu, tmp_path):
     path = tmp_path / "d.json"
-    code = run(["bench", "--suite", "dense", "--quick", "--dtype", "float32", "--head-dim", "32", "--json", str(path)])
+    code = run(["bench", "--suite", "dense", "--quick", "--dtype", "float32", "--head-dim", "32", "--json", str(path),
+                "-j", "0"])  # fmt: skip
     out, err = capsys.readouterr()
     assert code == 0, err
     values = json.loads(path.read_text())
@@ -98,7 +99,7 @@ def test_figures_are_saved_before_the_run_ends(capsys, gpu_on_cpu, monkeypatch, 
         return {"suite": "dense", "case": job.case.name, "failed": "as said"}
 
     monkeypatch.setattr(gpu_run, "measure", interrupted)
-    assert run(["bench", "--suite", "dense", "--quick", "--json", str(path)]) == 130
+    assert run(["bench", "--suite", "dense", "--quick", "--json", str(path), "-j", "0"]) == 130
     assert len(json.loads(path.read_text())["gpu"]["records"]) == 2
 
 

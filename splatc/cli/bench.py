@@ -20,6 +20,7 @@ from splatc.bench.gpu import run as gpu_run
 from splatc.bench.gpu import suites as gpu_suites
 from splatc.bench.gpu import tables as gpu_tables
 from splatc.bench.gpu import targets as gpu_targets
+from splatc.bench.gpu import warm as gpu_warm
 from splatc.bench.gpu.measure import Record
 from splatc.bench.gpu.results import Results
 from splatc.cli.output import console, note, progress, table
@@ -93,6 +94,9 @@ def bench(
     budget: Annotated[
         float, typer.Option("--budget", help="Seconds after which no GPU measurement begins any more.")
     ] = 480.0,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=0, help="Processes that compile beforehand what the GPU suites time.")
+    ] = min((os.cpu_count() or 1) // 2, 8),
 ) -> None:
     """Time masked attention against what one would use instead. Exit code 1 if a stated target is missed."""
     done = Report(report.environment(["splatc", *sys.argv[1:]]))
@@ -109,7 +113,7 @@ def bench(
             _measure(task, done)
         gpu = [name for name in gpu_suites.SUITES if name in chosen]
         if gpu:
-            _measure_gpu(gpu, choice, budget, json, done)
+            _measure_gpu(gpu, choice, budget, jobs, json, done)
     if done.gpu.runs:
         for section in gpu_tables.sections(done.gpu):
             _print(section)
@@ -193,10 +197,14 @@ def _measure(task: Task, done: Report) -> None:
 
 
 def _measure_gpu(
-    names: Sequence[str], choice: gpu_suites.Choice, budget: float, path: Path | None, done: Report
+    names: Sequence[str], choice: gpu_suites.Choice, budget: float, jobs: int, path: Path | None, done: Report
 ) -> None:
     """Run GPU suites; every record is a line on stderr and, with a path, in the file at once."""
     with progress() as bar:
+        session = gpu_run.session_for(choice, "cuda")
+        if jobs:
+            compiling = bar.add_task("compiling", total=gpu_warm.count(names, choice))
+            gpu_warm.fill(names, choice, session.device, jobs, lambda: bar.advance(compiling))
         shown = bar.add_task("GPU", total=gpu_run.count(names, choice))
 
         def keep(results: Results, record: Record) -> None:
@@ -206,7 +214,6 @@ def _measure_gpu(
             if path is not None:
                 save_text(path, done.to_json())
 
-        session = gpu_run.session_for(choice, "cuda")
         done.gpu = gpu_run.run(names, choice, session, ["splatc", *sys.argv[1:]], budget=budget, keep=keep)
     run = done.gpu.runs[0]
     for line in (*run["left_out"], *([run["ended"]] if run["ended"] else [])):

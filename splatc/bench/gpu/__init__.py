@@ -12,6 +12,7 @@ products  sddmm and spmm against cuSPARSE and dense products, a script of its ow
 passes    the device time of each kernel of a call
 host      what the CPU side costs: calls, compilation, new lengths, new processes
 suites    which cases at which shapes
+warm      what the suites compile, compiled beforehand by processes beside each other
 run       the suites in order, within a time budget
 results   the figures as JSON, saved as they come, merged
 targets   stated targets against the figures

@@ -292,8 +292,8 @@ class Walk:
         entry is used; until then only tables are read. For every entry, in this order: copy(entry, stage), ``stages``
         - 1 entries ahead, when ``rows`` and ``line`` have read what the tables say of it; arrived(number of the entry,
         stage), by each thread when its copies are there; and use(entry, stage, meanwhile), which calls meanwhile() once
-        to start later copies, and is done with shared memory when it ends. Then the next kernel may start: no sooner, or
-        its longest blocks, which come first, would crowd on the multiprocessors that end first.
+        to start later copies, and is done with shared memory when it ends. Then the next kernel may start: any sooner
+        its longest blocks, which come first, would crowd on the multiprocessors that are done first.
 
         Tables are read without branches, also beyond the last entry: at its end a branch waits for what it reads. What
         says where to read comes last of all, when no register is wanted for anything else, for the same reason."""
