@@ -41,6 +41,9 @@ def good() -> Results:
         found.records.append(record("shapes", "nat2d_13", 0.1, 0.7, Shape(8192, dim)))
         found.records.append(record("shapes", "half_in_one_row", 0.12, 1.0, Shape(16384, dim)))
         found.records.append(record("shapes", "even_rows", 0.1, 1.0, Shape(16384, dim)))
+        for name, length in (("full", 4096), ("full", 8192), ("full", 16384), ("blocked256", 8192)):
+            found.records.append(record("pruned", f"nm24_{name}", 1.0, 1.0, Shape(length, dim)))
+            found.records[-1]["contestants"]["unpruned"] = entry(1.1, exact=False)
         for length in (8192, 16384):
             found.records += [record("dense", name, 1.0, 1.0, Shape(length, dim)) for name in ("full", "causal")]
     long = Shape(32768, 128, 1, 64, 8)

@@ -326,7 +326,7 @@ def test_suites_have_the_stated_sizes():
 def measured() -> Results:
     """Small runs of all suites that need no process of their own."""
     kept = []
-    timed = ["dense", "patterns", "shapes", "short", "growth"]
+    timed = ["dense", "patterns", "shapes", "short", "pruned", "growth"]
     found = run.run(timed, SMALL, session(), ["splatc", "bench"], budget=300,
                     keep=lambda r, record: kept.append(record))  # fmt: skip
     assert len(kept) == len(found.records) == run.count(timed, SMALL)
@@ -340,6 +340,7 @@ def test_records_are_right_and_json(measured):
         for name, values in record["contestants"].items():
             assert "failed" not in values, (record["case"], name, values)
             assert not values["exact"] or values["error"] < 1e-5
+            assert values["exact"] == (record["suite"] != "pruned" or name == "splatc")
         assert tables.summary(record).startswith(record["suite"])
     again = results.from_dict(json.loads(json.dumps(measured.to_dict(), allow_nan=False)))
     assert again.records == json.loads(json.dumps(measured.records))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from splatc import patterns as P
 from splatc.patterns.base import Pattern
+from splatc.patterns.pruned import split
 
 # (b, h, q, k) -> bool tensor, of index tensors
 MaskMod = Callable[[Any, Any, Any, Any], Any]
@@ -36,6 +37,21 @@ class Case:
     def causal_flag(self) -> bool | None:
         """What ``is_causal`` has to be for this mask; None if neither will do."""
         return {(-1, -1): False, (-1, 0): True}.get(self.band) if self.band else None
+
+    @property
+    def static(self) -> Pattern:
+        """The pattern without its pruning, which only ours knows."""
+        return split(self.pattern)[0]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether scores prune the mask: then ``mask_mod`` and ``band`` are of the static part."""
+        return split(self.pattern)[1] is not None
+
+    def pruned_by(self, n: int, m: int) -> Case:
+        """The same mask, of whose every m keys the n with the largest scores stay."""
+        return replace(self, name=f"nm{n}{m}_{self.name}", formula=f"{n} of every {m} keys of: {self.formula}",
+                       pattern=self.pattern & P.nm(n, m))  # fmt: skip
 
 
 def seventeen(n: int) -> dict[str, Case]:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from splatc.formats.nm import prune
 from splatc.patterns.base import Pattern
 from splatc.patterns.heads import heads_of
+from splatc.patterns.pruned import Pruning, split
 
 SAMPLED, SAMPLED_AREA = 64, 1 << 19  # rows a head, and mask elements a head that all of them may have
 EDGE = 2  # rows at either end that are always among them
@@ -19,10 +21,12 @@ EDGE = 2  # rows at either end that are always among them
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of each head, int64 (heads, rows), and what they attend to, bool (heads, rows, kv_len)."""
+    """Rows of each head, int64 (heads, rows), what they attend to, bool (heads, rows, kv_len), and how that is pruned
+    by scores."""
 
     rows: NDArray[np.int64]
     mask: NDArray[np.bool_]
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ def sample_rows(pattern: Pattern, seq_len: int, heads: int, kv_len: int | None =
     kv_len: how many keys there are, default seq_len. The pattern may be one a head.
     """
     kv_len = seq_len if kv_len is None else kv_len
+    static, pruning = split(pattern)
     rng = np.random.default_rng()
     count = max(EDGE * 3, min(SAMPLED, SAMPLED_AREA // kv_len))
     if seq_len <= count:
@@ -51,9 +56,9 @@ def sample_rows(pattern: Pattern, seq_len: int, heads: int, kv_len: int | None =
     keys = np.arange(kv_len)[None, :]
     mask = np.stack([
         np.broadcast_to(one.contains(mine[:, None], keys, seq_len, kv_len), (len(mine), kv_len))
-        for one, mine in zip(heads_of(pattern, heads), rows, strict=True)
+        for one, mine in zip(heads_of(static, heads), rows, strict=True)
     ])  # fmt: skip
-    return Sample(rows, mask)
+    return Sample(rows, mask, pruning)
 
 
 def errors(o: Any, lse: Any, q: Any, k: Any, v: Any, sample: Sample) -> Errors:
@@ -71,8 +76,11 @@ def errors(o: Any, lse: Any, q: Any, k: Any, v: Any, sample: Sample) -> Errors:
         mask = torch.from_numpy(sample.mask[head]).to(q.device)
         keys, values = (x[:, head // group].double() for x in (k, v))
         scores = (q[:, head, rows].double() @ keys.mT * scale).masked_fill(~mask, -math.inf)
+        if sample.pruning is not None:
+            scores = torch.from_numpy(prune(scores.cpu().numpy(), sample.pruning)).to(q.device)
         wanted_lse = scores.logsumexp(-1)
-        weights = (scores - wanted_lse[..., None]).exp().masked_fill(~mask, 0.0)  # an empty row: nan, then 0
+        weights = (scores - wanted_lse[..., None]).exp()
+        weights = weights.masked_fill(scores.isneginf(), 0.0)  # an empty row: nan, then 0
         wanted = weights @ values
         gap += float((o[:, head, rows].double() - wanted).square().sum())
         size += float(wanted.square().sum())

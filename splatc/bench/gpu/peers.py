@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -49,6 +49,13 @@ def build_splatc(case: Case, shape: Shape, device: str) -> Contestant:
     if shape.heads == shape.kv_heads:
         return Contestant(compiled, compiled=compiled)
     return Contestant(lambda q, k, v: compiled(q, k, v, enable_gqa=True), compiled=compiled)
+
+
+def build_unpruned(case: Case, shape: Shape, device: str) -> Contestant:
+    """Ours for the static part of a mask that scores prune."""
+    if not case.pruned:
+        raise NotApplicable
+    return Contestant(build_splatc(replace(case, pattern=case.static), shape, device).call, exact=False)
 
 
 def build_flex(case: Case, shape: Shape, device: str) -> Contestant:
@@ -184,6 +191,7 @@ def _installed(package: str) -> Any:
 
 BUILDERS: Mapping[str, Builder] = {
     "splatc": build_splatc,
+    "unpruned": build_unpruned,
     "flex": build_flex,
     "cudnn": build_cudnn,
     "flash": build_flash,
@@ -195,6 +203,7 @@ BUILDERS: Mapping[str, Builder] = {
 }
 TITLES = {
     "splatc": "splatc",
+    "unpruned": "splatc, not pruned",
     "flex": "FlexAttention",
     "cudnn": "cuDNN",
     "flash": "SDPA flash",

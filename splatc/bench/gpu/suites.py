@@ -19,7 +19,7 @@ from splatc.bench.gpu.peers import PACKAGES
 from splatc.bench.gpu.shapes import Shape
 
 # In the order in which they run.
-SUITES = ("dense", "patterns", "shapes", "short", "growth", "host", "checks", "backward")
+SUITES = ("dense", "patterns", "shapes", "short", "pruned", "growth", "host", "checks", "backward")
 HEAD_DIMS = (64, 128)
 LENGTH = 8192
 GROWTH = tuple(1 << n for n in range(12, 19))  # 4K to 256K
@@ -30,6 +30,8 @@ CHECK_DIMS, CHECK_DTYPES = (64, 128, 256), ("bfloat16", "float16")
 QUICK_CASES = ("full", "causal", "win_pm256", "strided64", "st_fixed128_16", "longformer")
 SHORT_PEERS = ("cudnn", "flash", "flex", *PACKAGES)
 PEERS = ("flex", "cudnn", "flash", "masked", *PACKAGES)
+PRUNED_PEERS = ("unpruned", "cudnn", "flash")
+PRUNED_CASES = ("causal_win1024", "blocked256")  # besides the full mask
 BACKWARD_PEERS = ("flex", "cudnn", "flash", "flash_attn", "flash_attn_3")
 SETTLE_S = 0.1  # of growth, whose lengths are compared: a GPU at work slows down, and what ran before decides how soon
 BACKWARD_REPEATS = 20  # runs compared bit by bit
@@ -53,9 +55,9 @@ class Choice:
 
 
 def jobs(suite: str, choice: Choice) -> list[Job]:
-    """The timed jobs of "dense", "patterns", "shapes", "short", "growth" or "backward"."""
-    makers = {"dense": _dense, "patterns": _patterns, "shapes": _shapes, "short": _short, "growth": _growth,
-              "backward": _backward}  # fmt: skip
+    """The timed jobs of "dense", "patterns", "shapes", "short", "pruned", "growth" or "backward"."""
+    makers = {"dense": _dense, "patterns": _patterns, "shapes": _shapes, "short": _short, "pruned": _pruned,
+              "growth": _growth, "backward": _backward}  # fmt: skip
     return list(makers[suite](choice))
 
 
@@ -99,6 +101,16 @@ def _short(choice: Choice) -> Iterator[Job]:
             cases, shape = seventeen(length), _shape(choice, length, head_dim)
             for name in SHORT_CASES:
                 yield Job("short", cases[name], shape, SHORT_PEERS, choice.repeats)
+
+
+def _pruned(choice: Choice) -> Iterator[Job]:
+    """2:4 attention, alone at several lengths and with static patterns."""
+    for head_dim in choice.head_dims:
+        for length in (choice.length // 2, choice.length, 2 * choice.length):
+            cases, shape = seventeen(length), _shape(choice, length, head_dim)
+            names = ("full", *(PRUNED_CASES if length == choice.length else ()))
+            for name in names:
+                yield Job("pruned", cases[name].pruned_by(2, 4), shape, PRUNED_PEERS, choice.repeats)
 
 
 def _growth(choice: Choice) -> Iterator[Job]:

@@ -22,7 +22,7 @@ from splatc.bench.gpu.measure import Record
 from splatc.bench.gpu.peers import PACKAGES
 from splatc.bench.gpu.results import Results
 from splatc.bench.gpu.shapes import Shape
-from splatc.bench.gpu.suites import SHORT_PEERS
+from splatc.bench.gpu.suites import PRUNED_PEERS, SHORT_PEERS
 from splatc.bench.gpu.targets import Verdict, copy_tb_s, judge, median_ms, missed, share, speedup, useful_tflops
 from splatc.bench.report import Row, Section, table_lines
 
@@ -32,8 +32,8 @@ NEAR = 0.05  # a loss below this is none
 
 def sections(results: Results) -> list[Section]:
     """Targets, then a table for each suite that has records."""
-    makers = (_targets, _dense, _patterns, _shapes, _short, backward_tables.sections, _growth, _host, _start, _checks,
-              _memory, _failures)  # fmt: skip
+    makers = (_targets, _dense, _patterns, _shapes, _short, _pruned, backward_tables.sections, _growth, _host, _start,
+              _checks, _memory, _failures)  # fmt: skip
     return [section for maker in makers for section in maker(results) if section.rows]
 
 
@@ -163,6 +163,22 @@ def _shapes(results: Results) -> list[Section]:
 
 def _short(results: Results) -> list[Section]:
     return [_rates(results, results.of("short"), "Short sequences", sizes=True, peers=SHORT_PEERS)]
+
+
+def _pruned(results: Results) -> list[Section]:
+    """Of 2:4 attention; errors are against the same selection in float64."""
+    records = results.of("pruned")
+    others = present(records, PRUNED_PEERS)
+    columns = ("mask", "S", "D", "splatc us", *(f"{title(n)} us" for n in others), "times not pruned", "times cuDNN",
+               "predicted us", "error")  # fmt: skip
+    rows = [
+        Row((r["case"], str(r["seq_len"]), str(r["head_dim"]), us(values_of(r, "splatc")),
+             *(us(values_of(r, n)) for n in others), times(speedup(r, "unpruned")), times(speedup(r, "cudnn")),
+             number(r.get("predicted_us")), error_of_ours(r)), r)
+        for r in records
+    ]  # fmt: skip
+    note = "cuDNN and flash attend to all keys of the static part, as ours without pruning does."
+    return [Section(f"2:4 attention{shared_sizes(records)}", columns, note, rows)]
 
 
 def _rates(results: Results, records: list[Record], heading: str, sizes: bool = False,

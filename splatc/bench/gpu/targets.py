@@ -32,6 +32,10 @@ HOST_TITLES = {
     "warm": "warm process",
     "new length": "new length, after the plan",
 }
+PRUNED = {  # full masks: head dim, peer, times that
+    "cuDNN, D=128": (128, "cudnn", 1.12), "our own without, D=128": (128, "unpruned", 1.05),
+    "cuDNN, D=64": (64, "cudnn", 1.05),
+}  # fmt: skip
 EAGER_US = 12.0
 BACKWARD_DENSE = {64: 1.08, 128: 1.03}  # times cuDNN, backward
 BACKWARD_MEAN = 3.5  # times FlexAttention, backward: the geometric mean; EACH holds for every pattern
@@ -75,7 +79,7 @@ class Bound:
 
 def judge(results: Results) -> list[Verdict]:
     """Every target against the results, measured or not."""
-    rules = (_correct, _dense, _patterns, _shares, _shapes, _backward, _growth, _host)
+    rules = (_correct, _dense, _patterns, _shares, _shapes, _pruned, _backward, _growth, _host)
     return [verdict for rule in rules for verdict in rule(results)]
 
 
@@ -150,7 +154,7 @@ def _correct(results: Results) -> Iterator[Verdict]:
 
 
 def _splatc(results: Results) -> Iterator[tuple[Record, Record]]:
-    for record in results.of("dense", "patterns", "shapes", "short", "growth", "backward"):
+    for record in results.of("dense", "patterns", "shapes", "short", "pruned", "growth", "backward"):
         yield record, record["contestants"].get("splatc", {})
 
 
@@ -221,6 +225,16 @@ def _shapes(results: Results) -> Iterator[Verdict]:
                 yield Verdict(what, wanted, f"{rate:.0f}, {part:.2f}" if part else f"{rate:.0f}", met)
                 return
     yield Verdict(what, wanted)
+
+
+def _pruned(results: Results) -> Iterator[Verdict]:
+    records = [r for r in results.of("pruned") if stated(r)]
+    for what, (dim, peer, at_least) in PRUNED.items():
+        found = [(f"S={r['seq_len']}", speedup(r, peer)) for r in records
+                 if (r["case"], r["head_dim"]) == ("nm24_full", dim)]  # fmt: skip
+        yield _worst(f"2:4 attention against {what}", found, Bound(">=", at_least, "{:.2f}x"))
+    found = [(f"{r['case']}, D={r['head_dim']}", speedup(r, "unpruned")) for r in records if r["case"] != "nm24_full"]
+    yield _worst("2:4 of a static pattern against the pattern alone", found, Bound(">=", 1.0, "{:.2f}x"))
 
 
 def _backward(results: Results) -> Iterator[Verdict]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from splatc.bench.gpu.suites import Choice, jobs
 
-TIMED = ("dense", "patterns", "shapes", "short", "backward")  # suites of jobs that have masks of their own
+TIMED = ("dense", "patterns", "shapes", "short", "pruned", "backward")  # suites of jobs that have masks of their own
 COMPILING = ("splatc", "flex")  # contestants that compile
 
 
