@@ -14,7 +14,7 @@ from splatc.codegen.kernel import KernelSpec, dtypes_of
 from splatc.codegen.tables import Tables
 from splatc.errors import InvalidInput, Unsupported
 from splatc.ir.program import Cover, Program
-from splatc.ir.terms import NO_TERMS, Terms
+from splatc.ir.terms import Terms
 from splatc.patterns.base import Pattern
 from splatc.runtime.cpu_call import exchange, table_arguments, term_arguments
 from splatc.runtime.explain import Explanation
@@ -24,6 +24,7 @@ from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.handles import new_handle
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, remember
+from splatc.runtime.likeness import Like, likeness
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import (
     DETACH,
@@ -125,6 +126,7 @@ class CompiledAttention:
         self._plan = plan
         self._plans = {(plan.q_len, plan.kv_len): plan}
         self._ready: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}  # by sizes: the tables for a CPU
+        self._seen: tuple[Like, bool, Shape] | None = None  # of the last backward pass
         self._launcher = Launcher(kernel, layout, self._check, self._launches, cap)
         # (q, k, v, scale, enable_gqa, terms) -> (o, lse), without gradients
         self.run: Callable[..., tuple[Any, Any]] = (
@@ -242,10 +244,18 @@ class CompiledAttention:
                  learning: Sequence[bool] | None = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
         """(dq, dk, dv, those of ``terms.learning(learning)``) for the gradients do of o and dlse of lse (None for
         zeros); torch tensors, in the compiled layout."""
-        shape = check_call(q, k, v, self.layout, enable_gqa)
+        shape = self._shape_of(q, k, v, enable_gqa)
         number = check_scale(scale, shape.head_dim)
         dq, dk, dv, *of_terms = self.gradients(shape, q, k, v, o, lse, do, dlse, number, terms, learning)
         return dq, dk, dv, of_terms
+
+    def _shape_of(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> Shape:
+        """As ``check_call``, which looks at torch tensors like those of the call before no more."""
+        known = self._seen
+        if known is None or known[1] is not enable_gqa or not known[0](q, k, v):
+            shape = check_call(q, k, v, self.layout, enable_gqa)
+            known = self._seen = likeness(q, k, v), enable_gqa, shape
+        return known[2]
 
     @cached_property
     def gradients(self) -> Gradients | GpuGradients | PortableGradients:
@@ -274,7 +284,7 @@ class CompiledAttention:
         from splatc.runtime import torch_ops
 
         number = None if scale is None else number_of(scale)
-        given = q, k, v, self._handle, number, enable_gqa, *(terms or NO_TERMS).arguments
+        given = q, k, v, self._handle, number, enable_gqa, *(terms.arguments if terms is not None else ())
         o, lse = torch_ops.differentiable(*given)
         return (o, lse) if return_lse else o
 

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
@@ -17,11 +17,12 @@ from splatc.ir.terms import LEARNABLE, NO_TERMS, Terms
 from splatc.runtime.arguments import Arguments, Bound, Function
 from splatc.runtime.bias_gradients import ABSENT_SUMS, BiasGradients, without_pairs
 from splatc.runtime.gpu import DeviceTables, FindGpu, Gpu, gpu, load_functions
-from splatc.runtime.gpu_call import Sizes, Step, config_of, contiguous, start_of
+from splatc.runtime.gpu_call import Allocate, Sizes, Step, allocation, config_of, start_of
 from splatc.runtime.gradient_walks import Sources, Walk, Way, way_of
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import contiguous_copy, layout_of, output_layout, remember
 from splatc.runtime.launch_hopper import Maps, boxes_of, hopper_tables
+from splatc.runtime.likeness import Like, likeness
 from splatc.runtime.tensor_map import ALIGNMENT, Layout, geometry, sub_box, unswizzled
 from splatc.runtime.tensors import Shape, to_bhsd
 from splatc.runtime.term_values import ABSENT, Slots, term_values
@@ -44,6 +45,7 @@ class GpuGradients:
         self._sources, self._find, self._layout, self._cap = sources, find, layout, cap
         self._walks, self._find_gpu = walks, find_gpu
         self._ready: dict[tuple[Any, ...], GradientCall] = {}
+        self._latest: tuple[Like, GradientCall] | None = None  # of these, for tensors that are taken as they are
         self._no_dlse: dict[tuple[Any, ...], Any] = {}
         self._uploaded: dict[tuple[Any, ...], tuple[Way, DeviceTables]] = {}
 
@@ -59,6 +61,12 @@ class GpuGradients:
         import torch
 
         dlse = self._zeros(lse) if dlse is None else dlse.detach().to(lse.dtype).contiguous()
+        given = q, k, v, o, do, lse
+        if terms is None and self._latest is not None and self._latest[0](*given):
+            places = [x.data_ptr() for x in given]
+            if not any(place % ALIGNMENT for place in places):
+                made = self._latest[1](dict(zip(INPUTS, (*places, dlse.data_ptr()), strict=True)), scale)
+                return made["dq"], made["dk"], made["dv"]
         wanted = (terms or NO_TERMS).learning(learning)
         if not (shape.q_len and shape.kv_len):
             return *(torch.zeros_like(x) for x in (q, k, v)), *without_pairs(terms or NO_TERMS, wanted, lse, dlse)
@@ -72,6 +80,8 @@ class GpuGradients:
             remember(self._ready, key, self.prepared(shape, layouts, q.device.index, learns))
         run, addresses = self._ready[key], {name: x.data_ptr() for name, x in tensors.items()}
         if terms is None:
+            if [addresses[name] for name in INPUTS[:-1]] == [x.data_ptr() for x in given]:  # nothing was copied
+                self._latest = likeness(*given), run
             made = run(addresses, scale)
             return made["dq"], made["dk"], made["dv"]
         biases = BiasGradients(terms, wanted, shape, tensors["do"], tensors["v"], dlse)
@@ -304,6 +314,8 @@ class GradientCall:
         self._queues = [slot for slot in queues if slot is not None]
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._terms = Slots(steps, (*ABSENT, *ABSENT_SUMS))
+        self._addresses: dict[str, int] = {}  # of the last call
+        self._stream: int | None = None
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of
         self._starts = [start_of(config, step) for config, step in zip(self._configs, steps, strict=True)]
@@ -317,11 +329,12 @@ class GradientCall:
                  terms: Mapping[str, float] | None = None) -> dict[str, Any]:  # fmt: skip
         """Torch tensors of all of ``sizes``, dq, dk and dv among it, for tensors at these addresses that are as this
         call was prepared for. terms: the parameters of a score's."""
-        on = self._gpu
-        with on.framework.on(on.ordinal):
-            mine = {name: self._empty(shape, strides, dtype=dtype, device=on.device)
-                    for name, (shape, strides, dtype) in self._layouts.items()}  # fmt: skip
-            self.start({**addresses, **{name: x.data_ptr() for name, x in mine.items()}}, scale, terms)
+        ask, ordinal = self._gpu.framework, self._gpu.ordinal
+        if ask.device() != ordinal:
+            with ask.on(ordinal):
+                return self(addresses, scale, terms)
+        mine = {name: new() for name, new in self._allocations[self._filled()].items()}
+        self.start({**addresses, **{name: x.data_ptr() for name, x in mine.items()}}, scale, terms)
         return mine
 
     @property
@@ -330,35 +343,50 @@ class GradientCall:
         return {name: size for name, size in self.sizes.items() if name not in RESULTS}
 
     @cached_property
-    def _layouts(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]]:
-        """(shape, strides, torch's dtype) of all of ``sizes``."""
+    def _allocations(self) -> tuple[dict[str, Allocate], dict[str, Allocate]]:
+        """What allocates each of ``sizes``: fast, and so that PyTorch fills it where it was told to."""
         import torch
 
-        return {name: (*contiguous(*shape), getattr(torch, dtype)) for name, (dtype, shape) in self.sizes.items()}
+        device, sizes = self._gpu.device, {name: (getattr(torch, dtype), x) for name, (dtype, x) in self.sizes.items()}
+        return ({name: allocation(device, dtype, *x) for name, (dtype, x) in sizes.items()},
+                {name: partial(torch.empty, x, dtype=dtype, device=device)
+                 for name, (dtype, x) in sizes.items()})  # fmt: skip
 
     @cached_property
-    def _empty(self) -> Callable[..., Any]:
+    def _filled(self) -> Callable[[], bool]:
+        """Whether new memory has to be filled: in PyTorch's deterministic mode, which tests rely on."""
         import torch
 
-        return torch.empty_strided
+        return torch.are_deterministic_algorithms_enabled
 
     def start(self, addresses: dict[str, int], scale: float, terms: Mapping[str, float] | None = None) -> None:
         """Compute for tensors, results and scratch at these addresses, on the current stream of the GPU, which is the
         current one."""
-        on = self._gpu
+        on, launch = self._gpu, self._gpu.driver.launch
         stream, captured = on.framework.stream(on.ordinal), on.framework.capturing()
         with self._lock:
-            for name, address in addresses.items():
-                if self._bounds[name].address != address:
-                    self._bounds[name].move(address)
+            if addresses != self._addresses:
+                self._move(addresses)
             for slot in self._scales:
                 slot.value = scale
             for slot in self._queues:  # one each: two walks may run at the same time
                 slot.value = on.queue_slots.take(captured)
             if terms is not None:
                 self._terms.fill(terms)
-            for config in self._configs:
-                config.stream = stream
-            self._tables.used(stream, captured)
-            for start in self._starts:
-                on.driver.launch(*start, on.ordinal)
+            if stream != self._stream or captured:
+                self._follow(stream, captured)
+            for config, kernel, parameters in self._starts:
+                launch(config, kernel, parameters, on.ordinal)
+
+    def _move(self, addresses: dict[str, int]) -> None:
+        for name, address in addresses.items():
+            if self._bounds[name].address != address:
+                self._bounds[name].move(address)
+        self._addresses = addresses
+
+    def _follow(self, stream: int, captured: bool) -> None:
+        """Start the next kernels on this stream, or in the graph that is captured on it."""
+        for config in self._configs:
+            config.stream = stream
+        self._tables.used(stream, captured)
+        self._stream = stream

@@ -72,24 +72,24 @@ def _(
 
 
 def _forward(q: Any, k: Any, v: Any, mask: str, scale: Any, enable_gqa: bool, *terms: Any) -> tuple[Any, Any]:
-    o, lse = find(mask).run(q, k, v, scale, enable_gqa, _or_none(Terms(*terms)))
+    o, lse = find(mask).run(q, k, v, scale, enable_gqa, _terms(*terms))
     return o, lse
 
 
 def _gradients(q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dlse: Any, mask: str, scale: Any, enable_gqa: bool,
                *terms: Any, learning: Any = None) -> tuple[Any, Any, Any, list[Any]]:  # fmt: skip
-    dq, dk, dv, dterms = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _or_none(Terms(*terms)),
-                                             learning)  # fmt: skip
+    dq, dk, dv, dterms = find(mask).backward(q, k, v, o, lse, do, dlse, scale, enable_gqa, _terms(*terms), learning)
     return dq, dk, dv, dterms
 
 
-def _or_none(terms: Terms) -> Terms | None:
-    return terms if terms.seed is not None or any(x is not None for x in terms.learnable) else None
+def _terms(*fields: Any) -> Terms | None:
+    """Those of an operator's arguments, None where none is given."""
+    return Terms(*fields) if any(x is not None for x in fields[:TENSORS]) else None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
     q, k, v, mask, scale, enable_gqa = inputs[:FIRST]
-    terms = inputs[FIRST:] or NO_TERMS.arguments
+    terms = inputs[FIRST:]
     ctx.save_for_backward(q, k, v, *output, *terms[:TENSORS])
     ctx.options, ctx.numbers, ctx.kept_alive = (mask, scale, enable_gqa), terms[TENSORS:], find(mask)
     ctx.set_materialize_grads(False)  # mostly nobody asks for gradients of lse
@@ -102,7 +102,7 @@ def _backward(ctx: Any, do: Any, dlse: Any, run: Callable[..., Any] = attention_
     dq, dk, dv, dterms = run(q, k, v, o, lse, do, dlse, *ctx.options, *tensors, *ctx.numbers, learning=flags)
     left = iter(dterms)
     of_terms = (next(left) if flag else None for flag in flags)
-    return dq, dk, dv, None, None, None, *of_terms, None, None, None, None
+    return dq, dk, dv, None, None, None, *of_terms, *[None] * (FIELDS - len(flags))
 
 
 attention.register_autograd(_backward, setup_context=_save)
