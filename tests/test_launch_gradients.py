@@ -23,6 +23,7 @@ from splatc.config import GRADIENT_WALKS
 from splatc.ir.score import score_of
 from splatc.ir.terms import Terms
 from splatc.patterns.heads import heads_of
+from splatc.runtime import gradients_gpu
 from splatc.runtime.bias_gradients import BiasGradients
 from splatc.runtime.gradient_walks import Sources, way_of
 from splatc.runtime.gradients_gpu import GpuGradients
@@ -70,7 +71,7 @@ class Machine:
 
         def find(spec: KernelSpec) -> Kernel:
             built = folder / spec.role
-            built.mkdir()
+            built.mkdir(exist_ok=True)
             twins, functions = Kernels(*dims).functions(spec.tile_n), []
             for name, parameters in signatures(spec).items():
                 unique = f"{spec.role} {name}"
@@ -91,9 +92,9 @@ class Machine:
 
 
 def check(machine: Machine, q_len: int, kv_len: int | None = None, heads: int = 2, kv_heads: int = 2,
-          batch: int = 1) -> None:  # fmt: skip
-    """Each of dq, dk and dv is right."""
-    generator = torch.Generator().manual_seed(q_len)
+          batch: int = 1, seed: int = 0, moved: bool = False) -> None:  # fmt: skip
+    """Each of dq, dk and dv is right. moved: the gradient of o lies where tensor maps cannot begin."""
+    generator = torch.Generator().manual_seed(q_len + seed)
     kv_len, (d, dv) = kv_len or q_len, machine.dims
 
     def draw(*rows: int, dim: int) -> Any:
@@ -107,6 +108,10 @@ def check(machine: Machine, q_len: int, kv_len: int | None = None, heads: int = 
     keys, values = (x.repeat_interleave(heads // kv_heads, 1).double() for x in (k, v))
     scale = 1.2 / d**0.5
     o, lse, *_ = dense_attention(q.double(), keys, values, mask, scale)
+    if moved:
+        memory = torch.cat([do.new_zeros(1), do.transpose(1, 2).flatten()])
+        do = memory[1:].view(batch, q_len, heads, dv).transpose(1, 2)
+        assert do.data_ptr() % 16
     got = machine(q, k, v, o.half(), do, lse.float(), dlse, scale)
     errors = dense_gradients(q, k, v, mask, do, dlse, scale).errors(got)
     assert all(error < 5e-3 for error in errors.values()), errors
@@ -128,6 +133,23 @@ def test_what_the_kernels_see(pattern: Any, q_len: int, kv_len: int, walks: str,
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_batch_and_grouped_heads(walks: str, layout: str, tmp_path: Path) -> None:
     check(Machine(tmp_path, MIXED, walks, layout), 200, heads=4, kv_heads=2, batch=2)
+
+
+def test_tensors_like_those_before_are_looked_at_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+    readable = gradients_gpu.readable
+
+    def counted(x: Any) -> Any:
+        looked.append(x)
+        return readable(x)
+
+    monkeypatch.setattr(gradients_gpu, "readable", counted)
+    machine = Machine(tmp_path, MIXED, None)
+    for sizes, looks in (({}, True), ({"seed": 1}, False), ({"seed": 2, "moved": True}, True), ({"seed": 3}, False),
+                         ({"kv_heads": 1}, True), ({"batch": 2}, True), ({"batch": 2, "seed": 4}, False)):  # fmt: skip
+        check(machine, 200, **sizes)
+        assert len(looked) == 5 * looks, sizes
+        looked.clear()
 
 
 @walks
