@@ -150,8 +150,17 @@ def test_transforms_are_refused_in_words():
 def test_second_derivatives_are_refused():
     q, k, v = learnable()
     (dq,) = torch.autograd.grad(compiled()(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"attention_backward.*no autograd formula"):
+    with pytest.raises(Unsupported, match="first derivatives only"):
         dq.sum().backward()
+
+
+def test_gradients_in_batches_are_refused():
+    q, k, v = learnable()
+    o = compiled()(q, k, v)
+    with pytest.raises(Unsupported, match="one by one, without is_grads_batched=True"):
+        torch.autograd.grad(o, q, torch.stack([o, o]).detach(), is_grads_batched=True)
+    with pytest.raises(Unsupported, match="vectorize=True"):
+        torch.autograd.functional.jacobian(lambda x: compiled()(x, k, v).sum((0, 1, 2)), q, vectorize=True)
 
 
 def test_a_part_of_the_inputs_may_learn():

@@ -108,6 +108,14 @@ def _backward(ctx: Any, do: Any, dlse: Any, run: Callable[..., Any] = attention_
 attention.register_autograd(_backward, setup_context=_save)
 
 
+def _no_second(ctx: Any, *gradients: Any) -> Any:
+    raise Unsupported("splatc has first derivatives only: detach() its gradients, or compute attention densely where "
+                      "second ones are needed")  # fmt: skip
+
+
+attention_backward.register_autograd(_no_second)
+
+
 class _Eager(torch.autograd.Function):
     """The same without operators, which take PyTorch longer each way than all else that is done on the host."""
 
@@ -119,6 +127,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Any, dlse: Any) -> tuple[Any, ...]:
+        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in (do, dlse)):
+            raise Unsupported("splatc computes gradients one by one, without is_grads_batched=True or vectorize=True")
         again = torch.is_grad_enabled()  # a graph of this is made: the operator refuses to be differentiated
         return _backward(ctx, do, dlse, attention_backward if again else _gradients)
 
