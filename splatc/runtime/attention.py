@@ -24,7 +24,6 @@ from splatc.runtime.gradients_gpu import GpuGradients
 from splatc.runtime.handles import new_handle
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, remember
-from splatc.runtime.likeness import Like, likeness
 from splatc.runtime.plan import Launch, launches
 from splatc.runtime.tensors import (
     DETACH,
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from splatc.runtime.gradients_portable import PortableGradients
+    from splatc.runtime.likeness import Like
     from splatc.runtime.scores import SparseScores
 
 ALL = slice(None)
@@ -253,6 +253,8 @@ class CompiledAttention:
         """As ``check_call``, which looks at torch tensors like those of the call before no more."""
         known = self._seen
         if known is None or known[1] is not enable_gqa or not known[0](q, k, v):
+            from splatc.runtime.likeness import likeness  # needed by backward passes only
+
             shape = check_call(q, k, v, self.layout, enable_gqa)
             known = self._seen = likeness(q, k, v), enable_gqa, shape
         return known[2]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
 from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
@@ -22,10 +22,12 @@ from splatc.runtime.gradient_walks import Sources, Walk, Way, way_of
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import contiguous_copy, layout_of, output_layout, remember
 from splatc.runtime.launch_hopper import Maps, boxes_of, hopper_tables
-from splatc.runtime.likeness import Like, likeness
 from splatc.runtime.tensor_map import ALIGNMENT, Layout, geometry, sub_box, unswizzled
 from splatc.runtime.tensors import Shape, to_bhsd
 from splatc.runtime.term_values import ABSENT, Slots, term_values
+
+if TYPE_CHECKING:
+    from splatc.runtime.likeness import Like
 
 INPUTS = ("q", "k", "v", "o", "do", "lse", "dlse")
 RESULTS = ("dq", "dk", "dv")
@@ -80,6 +82,8 @@ class GpuGradients:
             remember(self._ready, key, self.prepared(shape, layouts, q.device.index, learns))
         run, addresses = self._ready[key], {name: x.data_ptr() for name, x in tensors.items()}
         if terms is None:
+            from splatc.runtime.likeness import likeness  # needed by calls only
+
             if [addresses[name] for name in INPUTS[:-1]] == [x.data_ptr() for x in given]:  # nothing was copied
                 self._latest = likeness(*given), run
             made = run(addresses, scale)
