@@ -77,6 +77,38 @@ def test_rows_in_parts(monkeypatch):
     assert torch.equal(parts, whole) and torch.allclose(torch.autograd.grad(parts.square().sum(), z)[0], wanted)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("k", [1, 4.5, 9, 40])
+def test_scores_of_minus_infinity_are_never_chosen(causal, k):
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 20, dtype=torch.float64, generator=random) * torch.tensor([[0.3], [3.0], [1.0], [1.0]])
+    out = torch.rand(4, 20, generator=random) < 0.5
+    out[2, :3], out[2, 3:], out[3] = True, False, True  # from the beginning on; all
+    z = z.masked_fill(out, -torch.inf).requires_grad_()
+    p = sparsek(z, k, causal=causal)
+    for row, mine, kept in zip(p.detach(), z.detach(), ~out):
+        for i in range(20) if causal else [19]:
+            among = kept & (torch.arange(20) <= i)
+            wanted = torch.zeros(20, dtype=torch.float64)
+            if among.any():
+                wanted[among] = torch.from_numpy(bisected(mine[among].numpy(), k))
+            assert torch.allclose(row[i] if causal else row, wanted, atol=1e-12)
+    weight = torch.randn(p.shape, generator=random)
+    (gradient,) = torch.autograd.grad((p * weight).sum(), z)
+    assert torch.isfinite(gradient).all() and (gradient[out] == 0).all()
+    if not causal:
+        kept = z[0].detach()[~out[0]].requires_grad_()
+        (wanted,) = torch.autograd.grad((sparsek(kept, k) * weight[0, ~out[0]]).sum(), kept)
+        assert torch.allclose(gradient[0, ~out[0]], wanted)
+
+
+def test_nan_stays_visible():
+    z = torch.tensor([1.0, torch.nan, 0.5, -torch.inf, 0.1])
+    assert sparsek(z, 2).isnan().tolist() == [True, True, True, False, True]
+    assert sparsek(z, 9).isnan().tolist() == [False, True, False, False, False]
+    assert sparsek(z, 2, causal=True).isnan().any(-1).tolist() == [False, True, True, True, True]
+
+
 @pytest.mark.parametrize("z, k, words", [
     (torch.zeros(3, dtype=torch.bfloat16), 1, "must be float32"),
     (torch.zeros(3, 0), 1, "n > 0"),

@@ -26,9 +26,11 @@ def by_query(q, k, v, scores, keep, window):
         share[max(i - window + 1, 0) :] = 1
         older = scores[h, : max(i - window + 1, 0)]
         if len(older):
-            p = bisected(older, keep)
             best = np.argsort(-older, kind="stable")[:keep]
-            share[best] = p[best]
+            best = best[older[best] > -np.inf]
+            if len(best):
+                p = bisected(older[older > -np.inf], keep)
+                share[best] = np.sort(p)[::-1][: len(best)]
         s = k[h, : i + 1] @ q[h, i] / np.sqrt(q.shape[-1])
         weight = share * np.exp(s - s.max())
         out[h, i] = weight @ v[h, : i + 1] / weight.sum()
@@ -54,6 +56,27 @@ def test_against_the_definition(n, keep, window, spread):
     assert np.allclose(got, wanted, atol=1e-10)
     rounded = sparsek_attention(q.float(), k.float(), v.float(), scores.float(), keep, window)
     assert rounded.dtype == torch.float32 and np.allclose(rounded, wanted, atol=2e-4)
+
+
+def test_keys_whose_scores_are_minus_infinity():
+    """They are attended to in the window and never after it: whole blocks of them, all, some."""
+    n, keep, window = 200, 6, 9
+    q, k, v, scores = inputs(2, 2, n, batch=3)
+    out = torch.rand(3, 2, n, generator=torch.Generator().manual_seed(0)) < 0.5
+    out[0, :, :130], out[1] = True, True
+    scores = scores.masked_fill(out, -torch.inf).requires_grad_()
+    got = sparsek_attention(q, k, v, scores, keep, window)
+    each = (x.detach().numpy() for x in (q, k, v, scores))
+    wanted = np.stack([by_query(a, b, c, d, keep, window) for a, b, c, d in zip(*each)])
+    assert np.allclose(got.detach(), wanted, atol=1e-10)
+    (gradient,) = torch.autograd.grad(got.square().sum(), scores)
+    assert torch.isfinite(gradient).all() and (gradient[out] == 0).all() and (gradient[0] != 0).any()
+
+
+def test_a_score_that_is_nan_is_seen():
+    q, k, v, scores = inputs(1, 1, 40, batch=1)
+    scores[..., 20] = torch.nan
+    assert sparsek_attention(q, k, v, scores, 3, 4)[0, 0, 24:].isnan().all()
 
 
 def test_gradients():
@@ -102,6 +125,20 @@ def test_what_comes_later_changes_nothing_before(step):
         a, b, c, d = (x[:, :, :n] for x in (q, k, v, scores))
         part = sparsek_attention(a, b, c, d, keep=5, window=20)
         torch.testing.assert_close(whole[:, :, :n], part, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_traced_module():
+    torch.manual_seed(4)
+    layer = SparseKAttention(32, 4, keep=4, window=8, num_kv_heads=2)
+    traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for n in (150, 70, 8):  # the last is all window
+        x = torch.randn(2, n, 32)
+        y, wanted = traced(x), layer(x)
+        torch.testing.assert_close(y, wanted)
+        gradients = [torch.autograd.grad(one.square().sum(), list(layer.parameters()), allow_unused=True)
+                     for one in (y, wanted)]  # fmt: skip
+        torch.testing.assert_close(*gradients)
 
 
 # -- a task: copy what stood long ago ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 from splatc.sparsify import SpionAttention, SpionSchedule, find_pattern, mean_attention, prune_to_zero  # noqa: E402
 from splatc.sparsify.callbacks import lightning_callback, trainer_callback  # noqa: E402
 from splatc.sparsify.schedule import settled  # noqa: E402
+from tests.ranks import on_ranks  # noqa: E402
 
 
 def dense_weights(q: Any, k: Any, seen: Any = True, scale: float | None = None) -> Any:
@@ -49,6 +50,24 @@ def test_mean_attention(limit, q_len, kv_len, kv_heads):
         assert each.shape == (4, q_len, kv_len) and relative_error(each, wanted.mean(0)) < 1e-6
     with pytest.raises(InvalidInput, match="they must be"):
         mean_attention(q, k[:, :0])
+
+
+@pytest.mark.parametrize("limit", [1, 2**24])
+@pytest.mark.parametrize("pattern", [None, P.causal(), P.per_head([P.causal(), P.full()])])
+def test_mean_attention_without_padding(limit, pattern):
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 2, 20, 8), torch.randn(3, 2, 20, 8)
+    padding = torch.arange(20) >= torch.tensor([[17], [9], [0]])  # the last rows are nobody's
+    seen = ~padding[:, None, None] & torch.from_numpy((P.full() if pattern is None else pattern).dense(20))
+    each = dense_weights(q, k, seen) * ~padding[:, None, :, None]
+    rows = (~padding).sum(0).clamp_min(1)[:, None]
+    options: dict[str, Any] = {"key_padding_mask": padding, "limit": limit}
+    assert relative_error(mean_attention(q, k, pattern, **options), each.mean(1).sum(0) / rows) < 1e-6
+    assert relative_error(mean_attention(q, k, pattern, per_head=True, **options), each.sum(0) / rows) < 1e-6
+    few = mean_attention(q[:, :, :5], k, scale=0.4, key_padding_mask=padding)  # not of one sequence: all queries count
+    assert relative_error(few, dense_weights(q[:, :, :5], k, ~padding[:, None, None], 0.4).mean((0, 1))) < 1e-6
+    with pytest.raises(InvalidInput, match=r"it must be bool \(3, 20\)"):
+        mean_attention(q, k, key_padding_mask=padding[:2])
 
 
 def test_mean_attention_holds_little(monkeypatch):
@@ -116,6 +135,34 @@ def test_prune_to_zero_is_safe():
     assert torch.isfinite(o.grad).all() and torch.isfinite(lse.grad).all()
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("base", ["full()", "causal()"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_zero_counts_no_padding(layout, base, per_head):
+    rng = np.random.default_rng(7)
+    each = [P.block_mask(rng.random((3, 3)) < 0.5, 16) for _ in range(2)]
+    layer = SpionAttention(16, 2, base, projections=False, prune_to="zero", layout=layout)
+    layer.switch(P.per_head(each) if per_head else each[0])
+    q, k, v = (torch.from_numpy(rng.standard_normal((3, 2, 40, 8))) for _ in "qkv")
+    padding = torch.arange(40) >= torch.tensor([[40], [21], [0]])
+    whole = torch.from_numpy(P.parse(base).dense(40)) & ~padding[:, None, None]
+    wanted, wanted_lse = zero_reference(q, k, v, whole, whole & torch.from_numpy(layer.blocks.dense(40)))
+    turn = (lambda x: x.transpose(1, 2)) if layout == "bshd" else (lambda x: x)
+    for _ in range(2):
+        o, lse = layer(*map(turn, (q, k, v)), key_padding_mask=padding, return_lse=True)
+        assert relative_error(turn(o)[:2], wanted[:2]) < 1e-12 and torch.allclose(lse[:2], wanted_lse[:2])
+    assert (turn(o)[2] == 0).all() and (lse[2] == -torch.inf).all()
+
+
+def test_zero_counts_exactly_under_autocast():
+    layer = SpionAttention(16, 2, prune_to="zero", bias=False)
+    layer.switch(P.block_mask([[1, 0], [0, 1]], 512))
+    x, padding = torch.zeros(1, 1024, 16), torch.arange(1024)[None] >= 845
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = layer(x, key_padding_mask=padding, return_lse=True)
+    assert torch.allclose(lse[..., :845].exp(), torch.tensor(845.0), rtol=1e-4)
+
+
 def test_zero_with_blocks_of_each_head():
     rng = np.random.default_rng(5)
     blocks = P.per_head([P.block_mask(rng.random((3, 3)) < 0.5, 16) for _ in range(2)])
@@ -179,6 +226,39 @@ def test_blocks_are_saved_with_the_model(tmp_path, per_head):
     assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
     other.load_state_dict(dense_state)
     assert other.blocks is None and other.pattern == P.causal()
+
+
+def test_blocks_belong_to_what_their_layer_was_made_with():
+    matrix = np.random.default_rng(3).random((40, 40)) < 0.3
+    causal, masked = P.causal(), P.as_pattern(matrix)
+    blocks = P.block_mask(np.tri(5, dtype=bool), 8)
+    for base, prune_to, others in (
+        (causal, "-inf", [(P.full(), "-inf"), (causal, "zero"), (masked, "-inf")]),
+        (masked, "zero", [(P.as_pattern(~matrix), "zero"), (masked, "-inf")]),
+    ):
+        layer = SpionAttention(16, 2, base, prune_to=prune_to)
+        dense = copy.deepcopy(layer.state_dict())
+        layer.switch(blocks)
+        for pattern, other in others:
+            made = SpionAttention(16, 2, pattern, prune_to=other)
+            with pytest.raises(InvalidInput, match=f"with prune_to={prune_to}, pattern=.* make it with the same"):
+                made.load_state_dict(layer.state_dict())
+            assert made.blocks is None and made.pattern == pattern
+            made.load_state_dict(dense)  # parameters alone
+        same = SpionAttention(16, 2, base, prune_to=prune_to)
+        same.load_state_dict(layer.state_dict())
+        assert torch.equal(same(x := torch.randn(1, 40, 16)), layer(x))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_checkpoints_that_do_not_say_what_blocks_belong_to(per_head):
+    matrices = np.random.default_rng(4).random((2 if per_head else 1, 5, 5)) < 0.5
+    layer = SpionAttention(16, 2, P.causal(), prune_to="zero")
+    state = layer.state_dict()
+    state["_extra_state"] = torch.from_numpy(matrices * 8).int()
+    layer.load_state_dict(state)
+    each = [P.block_mask(one, 8) for one in matrices]
+    assert layer.blocks == (P.per_head(each) if per_head else each[0])
 
 
 def test_a_traced_layer_follows_the_switch():
@@ -326,30 +406,72 @@ def test_wrong_schedules():
         model(torch.randn(1, 9, 16))
 
 
-def _average(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def test_padding_is_not_in_the_maps():
+    torch.manual_seed(6)
+    layer, x = SpionAttention(16, 2), torch.randn(3, 24, 16)
+    lengths = torch.tensor([24, 24, 15])
+    layer.watch()
+    layer(x, key_padding_mask=torch.arange(24) >= lengths[:, None])
+    seen: Any = layer.watched()
+    maps = torch.zeros(3, 24, 24)
+    for out, one, n in zip(maps, x, lengths):
+        layer.watch()
+        layer(one[None, :n])
+        out[:n, :n] = layer.watched()
+    assert torch.allclose(seen[:15], maps.mean(0)[:15], atol=1e-6)
+    assert torch.allclose(seen[15:], maps[:2].mean(0)[15:], atol=1e-6)
+
+
+def _watch(x: Any, calls: Any, per_head: bool) -> Any:
+    """What a layer sees in calls with these entries of x."""
     torch.manual_seed(0)
     layer = SpionAttention(16, 2)
-    layer.watch()
-    layer(torch.load(f"{folder}/x.pt")[rank : rank + 1])
-    torch.save(layer.watched(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    layer.watch(per_head)
+    for first, last in calls:
+        layer(x[first:last])
+    return layer.watched()
+
+
+def _share(x: Any, folder: str) -> None:
+    """In each of two processes: equal calls, one call beside two, none beside one, none at all, other lengths."""
+    rank = torch.distributed.get_rank()
+    for i, calls in enumerate(CALLS):
+        torch.save(_watch(x, calls[rank], per_head=i % 2 == 1), f"{folder}/{i}.{rank}.pt")
+    with pytest.raises(InvalidInput, match=r"sizes \(23, 23\), \(24, 24\)"):
+        _watch(x[:, rank:], [(0, 2)], False)
+    schedule = SpionSchedule(Model(), block=8)
+    if rank == 0:  # an evaluation of one process, that fails
+        with pytest.raises(RuntimeError), schedule.watch():
+            schedule.layers["layers.0"](x)
+            raise RuntimeError
+    with schedule.watch():
+        for layer in schedule.layers.values():
+            layer(x)
+
+
+CALLS: Any = ([[(0, 1)], [(1, 2)]], [[(0, 2), (2, 3)], [(3, 5)]], [[], [(1, 4)]], [[], []])  # of each process
 
 
 @pytest.mark.slow
 def test_processes_share_their_maps(tmp_path):
-    torch.save(x := torch.randn(2, 24, 16), tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_average, (str(tmp_path),), nprocs=2)
-    torch.manual_seed(0)
-    layer = SpionAttention(16, 2)
-    layer.watch()
-    layer(x)
-    wanted = layer.watched()
-    for rank in range(2):
-        assert torch.allclose(torch.load(tmp_path / f"{rank}.pt"), wanted, atol=1e-6)
+    torch.manual_seed(1)
+    on_ranks(2, tmp_path, _share, x := torch.randn(5, 24, 16), str(tmp_path))
+    for i, calls in enumerate(CALLS):
+        wanted = _watch(x, [*calls[0], *calls[1]], per_head=i % 2 == 1)
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{i}.{rank}.pt")
+            assert got is wanted is None or torch.allclose(got, wanted, atol=1e-6)
 
 
 # -- callbacks ---------------------------------------------------------------------------------------------------------
+
+
+def _map_of(model: Any, x: Any) -> Any:
+    """What the first layer attends to."""
+    layer = model.layers[0]
+    layer.watch()
+    layer(x)
+    return layer.watched()
 
 
 def stand_in(monkeypatch: Any, module: str, name: str) -> None:
@@ -372,16 +494,23 @@ def test_lightning_hooks(monkeypatch, module):
     with pytest.raises(InvalidInput, match="every is 0"):
         lightning_callback(schedule, 0)
     callback = lightning_callback(schedule, 2)
-    x = torch.randn(1, 24, 16)
-    for step in range(8):
-        for micro in range(2):
-            callback.on_train_batch_start(type("Trainer", (), {"global_step": step}), model, x, 2 * step + micro)
-            model(x)
-            callback.on_train_batch_end(None, model, None, x, micro)
-        assert schedule.switched == (step >= 6)  # evaluations at 2, 4 and 6
-        if step == 4:
-            state = callback.state_dict()
-            callback.load_state_dict(state)
+    x = torch.randn(2, 24, 16)
+    for batch in range(16):  # two to a step of the optimizer, and a validation between them
+        step, second = divmod(batch, 2)
+        trainer = SimpleNamespace(global_step=step)
+        callback.on_train_batch_start(trainer, model, x, batch)
+        assert schedule.watching == (step in (2, 4, 6))
+        model(x[second:][:1])
+        trainer.global_step += second
+        callback.on_train_batch_end(trainer, model, None, x, batch)
+        if not second:
+            callback.on_validation_start(trainer, model)
+            model(torch.randn(1, 24, 16))
+            callback.on_validation_end(trainer, model)
+        elif step == 4:
+            assert torch.allclose(schedule.state_dict()["maps"]["layers.0"], _map_of(model, x), atol=1e-6)
+            callback.load_state_dict(callback.state_dict())
+        assert schedule.switched == (batch >= 13)
     assert len(schedule.distances) == 2
 
 

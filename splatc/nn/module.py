@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from splatc.errors import InvalidInput
+from splatc.errors import InvalidInput, Unsupported
 from splatc.nn.any_length import any_length
+from splatc.nn.padding import hide, reveal
 from splatc.patterns import Pattern, as_pattern
 from splatc.runtime.tensors import check_scale, check_softcap
 from splatc.runtime.terms import TermOptions, check_align, check_probability
@@ -97,27 +98,40 @@ class SparseAttention(torch.nn.Module):
                                   one.allow_tf32, one.seq_len)  # fmt: skip
 
     def forward(self, query: torch.Tensor, key: torch.Tensor | None = None, value: torch.Tensor | None = None, *,
-                return_lse: bool = False) -> Any:  # fmt: skip
+                key_padding_mask: torch.Tensor | None = None, return_lse: bool = False) -> Any:  # fmt: skip
         """See the class. key: default query; value: default key. With return_lse also lse (batch, num_heads, q_len):
-        the natural log of the sum of exponentials of the scores, float32 (for float64: float64)."""
+        the natural log of the sum of exponentials of the scores, float32 (for float64: float64).
+
+        key_padding_mask: bool (batch, kv_len), True where a key is padding, which no query attends to; a query that is
+        left with nothing gives 0 and -inf. Scores take 8 more coordinates for it: head_dim is at most 248, and without
+        padding None is faster. Raises Unsupported with a softcap."""
         if not self.projections:
             if key is None or value is None:
                 raise InvalidInput("this module has no projections: call it with q, k and v")
             self._check_heads(query, key, value)
-            return self._run(query, key, value, return_lse)
+            return self._run(query, key, value, return_lse, key_padding_mask)
         if query.ndim != 3:
             raise InvalidInput(f"the input has shape {tuple(query.shape)}: it must be (batch, seq, {self.embed_dim})")
         key = query if key is None else key
         value = key if value is None else value
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        o, lse = self._run(q, k, v, True)
+        o, lse = self._run(q, k, v, True, key_padding_mask)
         y = self.out_proj(o.flatten(-2))
         return (y, lse) if return_lse else y
 
-    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool) -> Any:
-        gqa = self.num_heads != self.num_kv_heads
-        return self._attend(q, k, v, scale=self.scale, return_lse=return_lse, enable_gqa=gqa, **self._options(q))
+    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool,
+             padding: torch.Tensor | None) -> Any:  # fmt: skip
+        gqa, options = self.num_heads != self.num_kv_heads, self._options(q)
+        if padding is None:
+            return self._attend(q, k, v, scale=self.scale, return_lse=return_lse, enable_gqa=gqa, **options)
+        if self._attend.softcap:
+            raise Unsupported("key_padding_mask hides keys by their scores, which a softcap bounds: use one of the two")
+        scale = check_scale(self.scale, self.head_dim)
+        q, k = hide(q, k, padding, scale, self._attend.layout)
+        o, lse = self._attend(q, k, v, scale=scale, return_lse=True, enable_gqa=gqa, **options)
+        o, lse = reveal(o, lse, self._attend.layout)
+        return (o, lse) if return_lse else o
 
     def _options(self, q: torch.Tensor) -> TermOptions:
         options: TermOptions = {}

@@ -9,9 +9,7 @@ from torch.nn.functional import pad
 
 from splatc.errors import InvalidInput
 from splatc.nn.functional import sparse_attention
-from splatc.patterns import causal
-from splatc.patterns import window as window_of
-from splatc.sparsify.projection import thresholds
+from splatc.sparsify.projection import shares, thresholds
 
 QUERIES = 64  # that share gathered keys
 
@@ -25,7 +23,7 @@ def sparsek_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores:
     (batch, heads, seq, dim of v), differentiable in all four where `sparse_attention` is. Raises InvalidInput.
 
     Keys older than the window compete: p = sparsek(their scores, keep), and those of the ``keep`` largest p that are
-    above 0 stay. A key counts by p, so that it leaves smoothly and the scores learn:
+    above 0 stay; none with a score of -inf does. A key counts by p, so that it leaves smoothly and the scores learn:
 
         o_i = sum_j p_ij exp(s_ij) v_j / sum_j p_ij exp(s_ij),  p_ij = 1 in the window
 
@@ -36,7 +34,7 @@ def sparsek_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores:
     _check(q, k, v, scores, keep, window)
     heads, length, kv_heads = q.shape[1], q.shape[2], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    pattern = causal() & window_of(window - 1, 0)
+    pattern = f"causal() & window({window - 1}, 0)"  # text, which traces under torch.compile
     near, lse = sparse_attention(q, k, v, pattern, scale=scale, return_lse=True, enable_gqa=heads != kv_heads)
     if length <= window:
         return near  # type: ignore[no-any-return]
@@ -87,7 +85,7 @@ def _kept(scores: torch.Tensor, keep: int, window: int) -> tuple[torch.Tensor, t
     tau = pad(tau, (0, -length % QUERIES)).reshape(*tau.shape[:-1], -1, QUERIES, 1)
     best = _largest(each.detach().masked_fill(~seen, -torch.inf), keep)
     seen = seen & torch.zeros_like(seen).scatter_(-1, best, True)
-    return index[..., 0, :], (each - tau).clamp(0, 1).masked_fill(~seen, 0)
+    return index[..., 0, :], shares(each, tau).masked_fill(~seen, 0)
 
 
 def _largest(x: torch.Tensor, count: int) -> torch.Tensor:

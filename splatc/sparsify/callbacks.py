@@ -25,15 +25,16 @@ class Turns:
             self.last = step
             self.schedule.start()
 
-    def end(self) -> None:
-        """After it."""
-        if self.schedule.watching:
+    def end(self, step: int) -> None:
+        """After a step, or a micro-batch, with the number of steps done by then: an evaluation is all of its step."""
+        if self.schedule.watching and step != self.last:
             self.schedule.finish()
 
 
 def lightning_callback(schedule: SpionSchedule, every: int) -> Any:
-    """A callback for Lightning's Trainer: every ``every``-th step is an evaluation. Checkpoints hold the schedule's
-    state. Raises Unsupported without lightning or pytorch_lightning."""
+    """A callback for Lightning's Trainer: every ``every``-th step of the optimizer is an evaluation, over all its
+    micro-batches (accumulate_grad_batches) but not over a validation amid them. Checkpoints hold the schedule's state.
+    Raises Unsupported without lightning or pytorch_lightning."""
     turns = Turns(schedule, every)
     base: Any = _found(("lightning.pytorch", "Callback"), ("pytorch_lightning", "Callback"))
 
@@ -44,7 +45,13 @@ def lightning_callback(schedule: SpionSchedule, every: int) -> Any:
             turns.begin(trainer.global_step)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            turns.end()
+            turns.end(trainer.global_step)
+
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            schedule.pause()
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            schedule.pause(False)
 
         def state_dict(self) -> dict[str, Any]:
             return schedule.state_dict()
@@ -67,7 +74,7 @@ def trainer_callback(schedule: SpionSchedule, every: int) -> Any:
             turns.begin(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            turns.end()
+            turns.end(state.global_step)
 
     return SpionCallback()
 

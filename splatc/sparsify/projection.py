@@ -15,19 +15,25 @@ def sparsek(z: torch.Tensor, k: float, *, causal: bool = False) -> torch.Tensor:
     """The Euclidean projection of scores onto {p: 0 <= p <= 1, sum p = k}: p = clip(z - tau, 0, 1), where tau is such
     that p sums to k. k = 1 is sparsemax. Where there are no more than k scores, all of p is 1.
 
-    z (..., n): float32 or float64. Returns p (..., n); with ``causal`` (..., n, n): row i projects z[..., :i+1] and is
-    0 after that (thresholds alone, without the matrix: `thresholds`). Differentiable: with F the places where 0 < p <
-    1, the gradient of p is 1_F - 1_F 1_F^T / |F|; scores that are taken or left whole get none. Raises InvalidInput.
+    z (..., n): float32 or float64; -inf is never chosen, its p and gradient are 0. Returns p (..., n); with ``causal``
+    (..., n, n): row i projects z[..., :i+1] and is 0 after that (thresholds alone, without the matrix: `thresholds`).
+    Differentiable: with F the places where 0 < p < 1, the gradient of p is 1_F - 1_F 1_F^T / |F|; scores that are taken
+    or left whole get none. Raises InvalidInput.
     """
     tau = thresholds(z, k, causal=causal)
     if not causal:
-        return (z - tau[..., None]).clamp(0, 1)
-    return (z[..., None, :] - tau[..., None]).clamp(0, 1).tril()
+        return shares(z, tau[..., None])
+    return shares(z[..., None, :], tau[..., None]).tril()
+
+
+def shares(z: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """p of scores and thresholds, broadcast: clip(z - tau, 0, 1), and 0 where z is -inf, whatever tau is."""
+    return (z - tau).clamp(0, 1).masked_fill(z == -torch.inf, 0)
 
 
 def thresholds(z: torch.Tensor, k: float, *, causal: bool = False) -> torch.Tensor:
     """tau of `sparsek`: (...), or with ``causal`` (..., n), one for each prefix, which never falls; -inf where all of p
-    is 1. Differentiable: the gradient is 1_F / |F|. Holds no n x n matrix."""
+    is 1 (or 0, of -inf), NaN where a score is. Differentiable: the gradient is 1_F / |F|. Holds no n x n matrix."""
     if z.dtype not in (torch.float32, torch.float64) or z.ndim == 0 or z.shape[-1] == 0:
         raise InvalidInput(f"z is {z.dtype} {tuple(z.shape)}: it must be float32 or float64, (..., n) with n > 0")
     if not k > 0:
@@ -77,8 +83,8 @@ def _solve(z: torch.Tensor, k: float, rows: range) -> torch.Tensor:
     """Thresholds (..., rows). Between neighbours of all z and z - 1 the sum of p is linear in tau, with the number of
     scores between 0 and 1 for its slope: a sort and two running sums give the sum at each, and so the place of tau.
     The scores that are then taken whole, and those between, give it exactly."""
-    inside = _prefixes(z, rows)
-    each = z.double()[..., None, :]
+    inside = _prefixes(z, rows) & (z != -torch.inf)[..., None, :]
+    each = z.double().masked_fill(z == -torch.inf, 0)[..., None, :]
     ends, order = torch.cat([each, each - 1], -1).sort(-1, descending=True)
     ends, order = (x.expand(*each.shape[:-2], len(rows), -1) for x in (ends, order))
     sign = torch.cat([inside, inside], -1).double()

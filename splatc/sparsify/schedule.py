@@ -38,7 +38,7 @@ class SpionSchedule:
     goes on as it was; a learning rate that should start again can do so in ``on_switch``.
 
     The patterns are part of the model's ``state_dict``; this one's has what it takes to go on watching. With
-    ``torch.distributed``, every process watches, and maps are averaged over all.
+    ``torch.distributed``, every process watches, and maps are averaged over the calls of all, however many each has.
     """
 
     def __init__(self, model: torch.nn.Module, *, block: int = 64, quantile: float = 0.98, filter: int = 31,
@@ -91,7 +91,12 @@ class SpionSchedule:
         """Forget the evaluation that was begun."""
         self.watching = False
         for layer in self.layers.values():
-            layer.watched()
+            layer.unwatch()
+
+    def pause(self, paused: bool = True) -> None:
+        """Leave out the model's calls from now on (of a validation amid a step, say), until ``pause(False)``."""
+        for layer in self.layers.values():
+            layer.paused = paused
 
     def finish(self) -> bool:
         """End an evaluation: measure distances, and switch if they have settled. Whether it did."""

@@ -15,8 +15,9 @@ def prune_to_zero(o: torch.Tensor, lse: torch.Tensor, pruned: torch.Tensor) -> t
     the softmax has another pruned * exp(0).
 
     o (batch, heads, q_len, dim) and lse (batch, heads, q_len) are those of the kept entries; pruned: how many entries a
-    row has lost, (q_len,) or (heads, q_len). Differentiable in o and lse. o shrinks by exp(lse) / (exp(lse) + pruned),
-    in the form of a sigmoid, which no score overflows. Rows without anything to attend to stay 0.
+    row has lost, (q_len,), (heads, q_len) or (batch, 1 or heads, q_len). Differentiable in o and lse. o shrinks by
+    exp(lse) / (exp(lse) + pruned), in the form of a sigmoid, which no score overflows. Rows without anything to attend
+    to stay 0.
     """
     some = pruned > 0
     others = torch.log(torch.where(some, pruned, 1).to(lse.dtype))  # the LSE of the pruned entries
