@@ -196,6 +196,19 @@ def test_groups_and_compiled_masks(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, of_groups_and_compiled_masks)
 
 
+def of_a_part_of_the_ranks() -> None:
+    group = dist.new_group([1])
+    if dist.get_rank() == 1:
+        check(context_parallel(P.causal(), group, seq_len=20), P.causal().dense(20))
+    else:
+        with pytest.raises(InvalidInput, match="this process is not in the group"):
+            context_parallel(P.causal(), group, seq_len=20)
+
+
+def test_a_part_of_the_ranks(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, of_a_part_of_the_ranks)
+
+
 def test_no_group() -> None:
     with pytest.raises(InvalidInput, match="init_process_group"):
         context_parallel(P.causal(), seq_len=10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -151,6 +153,11 @@ def test_what_a_patched_module_refuses():
         ours(x, x, x, key_padding_mask=torch.ones(2, LENGTH), need_weights=False)
     with pytest.raises(InvalidInput, match="key_padding_mask has shape"):
         ours(x, x, x, key_padding_mask=padding(), need_weights=False)
+    with pytest.raises(InvalidInput, match="key_padding_mask has dtype torch.int64: give bool, False for keys that"):
+        ours(x, x, x, key_padding_mask=torch.zeros(2, LENGTH, dtype=torch.long), need_weights=False)
+    ragged = torch.nested.nested_tensor(list(x))
+    with pytest.raises(Unsupported, match="a nested tensor: pad it"):
+        ours(ragged, ragged, ragged, need_weights=False)
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
         with pytest.raises(Unsupported, match=next(iter(options))):
             splatc.patch(multihead(**options), PATTERN)
@@ -260,10 +267,37 @@ def test_modules_that_call_sdpa():
     assert torch.equal(plain(x), theirs(x))
 
 
+def test_modules_that_run_in_two_threads():
+    """The second enters while the first is within, and the first leaves before the second attends."""
+    inside, left, y = threading.Event(), threading.Event(), torch.randn(2, LENGTH, WIDTH)
+
+    class Waiting(Block):
+        def forward(self, x):
+            if x is y:
+                inside.set()
+                left.wait(60)
+                return super().forward(x)
+            out = super().forward(x)
+            inside.wait(60)
+            return out
+
+    block = splatc.patch(torch.nn.Sequential(Waiting()), {0: PATTERN})
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(block, x) for x in (torch.randn(2, LENGTH, WIDTH), y)]
+        runs[0].add_done_callback(lambda _: left.set())
+        outs = [run.result() for run in runs]
+    close(outs[1], Block.forward(block[0], y, attn_mask=dense(PATTERN)))
+
+
 def test_what_the_context_refuses():
     q = torch.randn(1, HEADS, LENGTH, 16)
     with pytest.raises(Unsupported, match="attn_mask has shape"), splatc.patch_sdpa(PATTERN):
         F.scaled_dot_product_attention(q, q, q, dense(PATTERN))
+    with pytest.raises(InvalidInput, match="attn_mask has dtype torch.int64"), splatc.patch_sdpa(PATTERN):
+        F.scaled_dot_product_attention(q, q, q, torch.zeros(LENGTH, dtype=torch.long))
+    ragged = torch.nested.nested_tensor([q[0], q[0]], layout=torch.jagged)
+    with pytest.raises(Unsupported, match="a nested tensor: pad it"), splatc.patch_sdpa(PATTERN):
+        F.scaled_dot_product_attention(ragged, ragged, ragged)
     with pytest.raises(InvalidInput, match="scores have"), splatc.patch_sdpa(PATTERN):
         F.scaled_dot_product_attention(q, q, q, ~padding()[:, None, None])
     with pytest.raises(InvalidInput, match=r"0 calls .* none replaced"), splatc.patch_sdpa(PATTERN):

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import splatc  # noqa: E402
 from splatc import patterns as P  # noqa: E402
 from splatc.errors import InvalidInput, Unsupported  # noqa: E402
 from splatc.integrations.transformers import few, register, set_patterns  # noqa: E402
@@ -194,6 +195,43 @@ def test_few_queries(pattern, q_len, kv_len, softcap, sinks):
         assert torch.linalg.norm(ours[:, h] - expected) <= 1e-6 * (1 + torch.linalg.norm(expected))
 
 
+def test_few_queries_in_float16():
+    """Products that float16 cannot hold before they are scaled."""
+    q, k, v = (100 * torch.randn(1, heads, n, 64).half() for heads, n in ((4, 3), (2, 40), (2, 40)))
+    pattern = tail(P.causal() & (P.window(3, 0) | P.strided(5)))
+    ours = few.attend(pattern, q, k, v, None, None, None)
+    expected = few.attend(pattern, q.float(), k.float(), v.float(), None, None, None)
+    assert torch.linalg.norm(ours - expected) <= 2e-2 * torch.linalg.norm(expected)
+
+
+def test_few_queries_without_gradients_and_then_with():
+    q, k, v = (torch.randn(1, heads, n, 16) for heads, n in ((4, 1), (2, 31), (2, 31)))
+    pattern = tail(P.causal() & (P.window(3, 0) | P.strided(5)))
+    with torch.inference_mode():
+        expected = few.attend(pattern, q, k, v, None, None, None)
+    ours = few.attend(pattern, q, k.requires_grad_(), v, None, None, None)
+    ours.sum().backward()
+    assert torch.equal(ours, expected) and k.grad.any()
+
+
+def test_few_queries_within_the_context_of_others():
+    q, k, v = (torch.randn(1, 4, n, 16) for n in (1, 31, 31))
+    expected = few.attend(P.full(), q, k, v, None, None, None)
+    with splatc.patch_sdpa("global_cols(3)"):
+        assert torch.equal(few.attend(P.full(), q, k, v, None, None, None), expected)
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)  # a context without a call is an error
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("length", [4, LENGTH])
+def test_another_number_of_heads_is_told(heads, length):
+    model = decoder("Llama")
+    model.set_attn_implementation("splatc")
+    set_patterns(model, {0: P.per_head([P.causal()] * heads)})
+    with pytest.raises(InvalidInput, match=f"the pattern is for {heads} heads"):
+        model(tokens(length))
+
+
 def test_decode_steps_plan_nothing(monkeypatch):
     model, ids = decoder("Mistral"), tokens()
     model.set_attn_implementation("splatc")
@@ -276,6 +314,20 @@ def test_a_pattern_of_a_layer_with_cache_and_padding():
     set_patterns(model, {0: None, 1: None})
     plain = decoder("Llama")
     close(model(ids).logits.detach(), plain(ids).logits.detach())
+
+
+@pytest.mark.parametrize("shape, cached, told", [
+    ((1, LENGTH), True, r"must be \(2, 23\)"),
+    ((3, LENGTH), True, r"must be \(2, 23\)"),
+    ((2, LENGTH - 1), True, r"must be \(2, 23\)"),
+    ((2, LENGTH - 1), False, "for 23 queries and 22 keys, but the layer has 23 and 23"),
+    ((2, LENGTH + 1), False, "for 23 queries and 24 keys, but the layer has 23 and 23"),
+])  # fmt: skip
+def test_masks_of_another_size_are_told(shape, cached, told):
+    model = decoder("Llama")
+    model.set_attn_implementation("splatc")
+    with pytest.raises(InvalidInput, match=told):
+        model(tokens(), attention_mask=torch.ones(shape, dtype=torch.long), use_cache=cached)
 
 
 def test_what_is_refused():

@@ -15,7 +15,7 @@ from splatc import patterns as P  # noqa: E402
 from splatc.errors import InvalidInput, Unsupported  # noqa: E402
 from splatc.integrations.transformers import register, set_patterns  # noqa: E402
 from splatc.integrations.transformers.masks import Mask, splatc_mask  # noqa: E402
-from tests.test_transformers import LENGTH, SIZES, all_close, close, decoder, gradients_of, tokens  # noqa: E402
+from tests.test_transformers import LENGTH, SIZES, all_close, close, decoder, gradients_of, padding, tokens  # noqa: E402
 
 register()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,6 +221,35 @@ def test_cross_attention_by_its_name(queries, keys):
     eager, gradients = run()
     close(ours, eager)
     all_close(our_gradients, gradients, floor=1e-6)  # those of biases of keys are rounding: softmax has none
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=str)
+@pytest.mark.parametrize("name", ["Mistral", "Gemma2"])
+def test_patterns_wider_than_the_window(name, options):
+    """A cache of the window drops keys that they want; one that keeps all gives what there is without a cache."""
+    model, ids = decoder(name), tokens()
+    model.set_attn_implementation("splatc")
+    set_patterns(model, {0: "causal & (window(14, 0) | strided(4))"})
+    given = {"attention_mask": padding("left"), "max_new_tokens": 9, "do_sample": False}
+    with pytest.raises(Unsupported, match=r"dropped keys.* cache=DynamicCache\(\)"):
+        model.generate(ids, **given, **options)
+    ours = model.generate(ids, cache=transformers.DynamicCache(), **given, **options)
+    beams = options.get("num_beams", 1)
+    assert torch.equal(ours, model.generate(ids, use_cache=False, num_beams=beams, **given))
+
+
+def test_queries_of_another_sequence_are_told():
+    """Attention that is cross-attention, but has no name of such."""
+    from transformers.models.idefics2 import configuration_idefics2, modeling_idefics2
+
+    config = configuration_idefics2.Idefics2PerceiverConfig(
+        hidden_size=64, resampler_n_latents=5, resampler_depth=1, resampler_n_heads=4, resampler_head_dim=16,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = modeling_idefics2.Idefics2PerceiverResampler._from_config(config, attn_implementation="splatc")
+    set_patterns(model, {0: "window(3, 3)"})
+    with pytest.raises(Unsupported, match="the 5 queries of this layer do not stand among its 16 keys"):
+        model(torch.randn(2, 11, 64), attention_mask=torch.ones(2, 11))
 
 
 def test_a_decode_step_of_patterned_cross_attention_is_refused():

@@ -125,6 +125,8 @@ def context_parallel(mask: Any, group: dist.ProcessGroup | DeviceMesh | None = N
     if group is None:
         group = dist.group.WORLD
     assert group is not None
+    if dist.get_rank(group) < 0:
+        raise InvalidInput("this process is not in the group: call context_parallel on the ranks of the group only")
     if isinstance(mask, CompiledAttention):
         score = mask.kernel.spec.score
         if mask.layout != "bhsd" or score.positional or score.sinks:

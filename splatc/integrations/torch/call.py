@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from splatc.errors import Unsupported
+from splatc.errors import InvalidInput, Unsupported
 from splatc.nn.functional import sparse_attention
 from splatc.patterns import Pattern, causal
 from splatc.patterns.taken import take
@@ -63,8 +63,11 @@ def real_keys(name: str, mask: torch.Tensor, kept: bool) -> Real:
     added to scores, so that it is 0 there and elsewhere -inf, or the least number of its type."""
     if mask.dtype == torch.bool:
         return (mask if kept else ~mask).cpu().numpy()
+    if not mask.is_floating_point():
+        raise InvalidInput(f"{name} has dtype {mask.dtype}: give bool, {kept} for keys that count, or numbers that are "
+                           "added to the scores")  # fmt: skip
     real = (mask == 0).cpu().numpy()
-    if not mask.is_floating_point() or not bool((mask[mask != 0] <= torch.finfo(mask.dtype).min).all()):
+    if not bool((mask[mask != 0] <= torch.finfo(mask.dtype).min).all()):
         raise Unsupported(f"{name} is added to the scores, and has numbers other than 0 and -inf (or the least of its "
                           "type): a pattern only says which keys count")  # fmt: skip
     return real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,8 +15,17 @@ from splatc.integrations.torch.sdpa import patch_sdpa
 from splatc.patterns import Pattern, as_pattern
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-# attributes of modules whose calls are replaced
-_PATTERN, _HOOKS, _ENTERED = "_splatc_calls_by", "_splatc_hooks", "_splatc_entered"
+_PATTERN, _HOOKS = "_splatc_calls_by", "_splatc_hooks"  # attributes of modules whose calls are replaced
+
+
+class _Entered(threading.local):
+    """The contexts of modules that run in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.contexts: list[patch_sdpa] = []
+
+
+_entered = _Entered()
 
 
 def patch(model: Model, patterns: Any, *, drop_weights: bool = False) -> Model:
@@ -76,8 +86,8 @@ def _replace_calls(module: torch.nn.Module, pattern: Pattern | None) -> None:
 def _enter(module: torch.nn.Module, args: Any) -> None:
     context = patch_sdpa(getattr(module, _PATTERN))
     context.__enter__()  # type: ignore[no-untyped-call]
-    module.__dict__.setdefault(_ENTERED, []).append(context)
+    _entered.contexts.append(context)
 
 
 def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-    module.__dict__[_ENTERED].pop().__exit__(None, None, None)
+    _entered.contexts.pop().__exit__(None, None, None)

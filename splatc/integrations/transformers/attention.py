@@ -79,6 +79,9 @@ def splatc_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         raise Unsupported(f"the attention mask is a tensor of shape {tuple(attention_mask.shape)}: give padding as "
                           "(batch, positions), and other masks as patterns by set_patterns")  # fmt: skip
     mask = attention_mask or _without_mask(module, query, key, is_causal)
+    if (mask.q_len, mask.kv_len) != (query.shape[2], key.shape[2]):
+        raise InvalidInput(f"the attention mask is for {mask.q_len} queries and {mask.kv_len} keys, but the layer has "
+                           f"{query.shape[2]} and {key.shape[2]}: give it (batch, positions of all keys)")  # fmt: skip
     own: Own | None = getattr(module, _OWN, None)
     parts = mask.parts if own is None else mask.with_pattern(own.pattern, own.cross)
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}

@@ -13,11 +13,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from splatc.patterns import Pattern
+from splatc.patterns import Pattern, heads_of
 
 MOST = 8  # queries; more are worth a plan
-# Bound here: what replaces it for others' calls (splatc.patch_sdpa) must not replace it for ours.
-_sdpa = torch.nn.functional.scaled_dot_product_attention
+# The operator: the function of the same name would be replaced by splatc.patch_sdpa, under whatever name it is called.
+_sdpa = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
            softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
     """Attention of q (batch, heads, q_len, head_dim) to k and v (batch, kv_heads, kv_len, dim) where ``pattern`` says
     so, with options as of ``sparse_attention``; differentiable. A row of nothing gives 0."""
+    heads_of(pattern, q.shape[1])  # refuses another number of heads
     rows = _rows(pattern, q.shape[2], k.shape[2], q.device)
     k, v = k[:, :, rows.keys], v[:, :, rows.keys]
     if not k.shape[2]:
@@ -44,9 +45,10 @@ def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
 def _by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
              softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
     batch, heads, q_len, head_dim = q.shape
+    q = q * (head_dim**-0.5 if scale is None else scale)  # before the product: float16 ends at 65504
     q = q.reshape(batch, k.shape[1], -1, head_dim)  # the query heads of a key head are rows like its queries
     s = (q @ k.transpose(2, 3)).view(batch, heads, q_len, -1)
-    s = s.to(torch.promote_types(s.dtype, torch.float32)) * (head_dim**-0.5 if scale is None else scale)
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if mask is not None:
@@ -63,6 +65,7 @@ def _by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is remembered serves passes with gradients too
 def _rows(pattern: Pattern, q_len: int, kv_len: int, device: torch.device) -> Rows:
     mask = pattern.dense(q_len, kv_len).reshape(-1, q_len, kv_len)
     seen = np.flatnonzero(mask.any((0, 1)))
