@@ -27,7 +27,7 @@ class PatternedMultiheadAttention(torch.nn.MultiheadAttention):
         """As of nn.MultiheadAttention, but for what ``splatc.patch`` refuses. With is_causal, attn_mask is what torch
         says it is then, the causal mask."""
         refuse("a patched nn.MultiheadAttention", [
-            ("a nested tensor", query.is_nested, "pad it, and tell so by key_padding_mask"),
+            ("a nested tensor", query.is_nested, "pad it, and say so by key_padding_mask"),
             ("need_weights=True", need_weights and not getattr(self, DROP_WEIGHTS),
              "splatc makes no matrix of weights: pass need_weights=False, or patch(..., drop_weights=True) to give "
              "None to callers that do not look at it"),

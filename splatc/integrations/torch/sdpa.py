@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from splatc.errors import InvalidInput, Unsupported
-from splatc.integrations.torch.call import Ways, attend, real_keys, refuse
+from splatc.integrations.torch.call import Ways, attend, real_keys
 from splatc.patterns import as_pattern
 
 Where = Callable[[torch.Tensor, torch.Tensor], bool]
@@ -67,9 +67,8 @@ def sparse_sdpa(ways: Ways, query: torch.Tensor, key: torch.Tensor, value: torch
                 scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
     """``F.scaled_dot_product_attention`` by a pattern; see ``patch_sdpa``. Tensors (..., heads, seq, dim) or (batch,
     seq, dim), one head."""
-    refuse("F.scaled_dot_product_attention by a pattern", [
-        ("a nested tensor", query.is_nested, "pad it, and tell so by attn_mask"),
-    ])  # fmt: skip
+    if query.is_nested:
+        raise Unsupported("query is a nested tensor: pad it, and say so by attn_mask")
     if not query.ndim == key.ndim == value.ndim >= 3:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise Unsupported(f"query, key and value have shapes {shapes}: splatc takes (batch, heads, seq, dim)")

@@ -38,7 +38,7 @@ def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     if not k.shape[2]:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     if rows.mask is None and softcap is None and sinks is None:
-        return _sdpa(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return _sdpa(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
     return _by_hand(q, k, v, rows.mask, scale, softcap, sinks)
 
 

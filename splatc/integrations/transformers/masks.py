@@ -75,8 +75,8 @@ class Mask:
             raise Unsupported("set_patterns: the cache of this layer has dropped keys, so that patterns cannot count "
                               "from the first: give the model a cache that keeps them, cache=DynamicCache() (without "
                               "the config)")  # fmt: skip
-        last = self.before + self.q_len
-        if not last <= self.kv_len or any(isinstance(part.pattern, Full) and part.k_to > last for part in self.parts):
+        last = self.before + self.q_len  # keys from here on are a static cache's, if the model does not attend to them
+        if last > self.kv_len or any(isinstance(part.pattern, Full) and part.k_to > last for part in self.parts):
             raise Unsupported(f"set_patterns: the {self.q_len} queries of this layer do not stand among its "
                               f"{self.kv_len} keys, so that patterns cannot count positions: take its pattern away "
                               "(None)")  # fmt: skip
@@ -140,10 +140,8 @@ def splatc_mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any, k
     mask function that we do not know is evaluated element by element, with a warning.
     """
     before = int(q_offset) - kv_offset
-    real = None
-    if attention_mask is not None:
-        needed = min(int(q_offset) + q_length, kv_offset + kv_length)
-        real = _real_keys(attention_mask, batch_size, needed, kv_offset, kv_length)
+    real = None if attention_mask is None else _real_keys(
+        attention_mask, batch_size, int(q_offset) + q_length, kv_offset, kv_length)  # fmt: skip
     spans = ((0, kv_length),) * batch_size if real is None else _spans(real)
     patterns = None if spans is None else [
         _read(mask_function, i, kv_offset + start, min(end, before + q_length) - start)
@@ -178,14 +176,15 @@ def _in_place(patterns: list[Pattern | None] | None, q_len: int, kv_len: int, be
     return 0 <= before <= kv_len - q_len or all(isinstance(p, Full) for p in patterns or ())
 
 
-def _real_keys(attention_mask: torch.Tensor, batch: int, needed: int, kv_offset: int,
+def _real_keys(attention_mask: torch.Tensor, batch: int, last: int, kv_offset: int,
                kv_len: int) -> np.ndarray[Any, np.dtype[np.bool_]]:  # fmt: skip
-    """bool (batch, kv_len). needed: positions that the mask has at least."""
+    """bool (batch, kv_len). last: where the queries end; a static cache has keys beyond, which are none yet."""
     if attention_mask.ndim != 2:
         raise Unsupported(f"the padding mask has shape {tuple(attention_mask.shape)}: splatc takes (batch, positions)")
+    needed = min(last, kv_offset + kv_len)
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < needed:
         raise InvalidInput(f"the padding mask has shape {tuple(attention_mask.shape)}: here it must be ({batch}, "
-                           f"{needed}), a row for each of the batch and all positions, those in the cache first")  # fmt: skip
+                           f"{needed}), all positions of each row of the batch, those in the cache too")  # fmt: skip
     given = attention_mask[:, kv_offset : kv_offset + kv_len].to(torch.bool).cpu().numpy()
     return np.pad(given, ((0, 0), (0, kv_len - given.shape[1])))
 
