@@ -68,7 +68,8 @@ class Launcher:
         """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call,
         and bring them there."""
         if self._last is not None and q_len and kv_len:
-            shape, on = replace(self._last[0], q_len=q_len, kv_len=kv_len), self._last[1]
+            shape, on = self._last
+            shape = replace(shape, q_len=q_len, kv_len=kv_len)
             self._lay_out(on, shape)
             if not on.framework.capturing():
                 self._uploaded(on, shape)
