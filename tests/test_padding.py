@@ -92,6 +92,6 @@ def test_wrong_masks():
             layer(x, key_padding_mask=wrong)
     padding = torch.zeros(2, 12, dtype=torch.bool)
     for options, words in (({"softcap": 20.0}, "a softcap bounds"), ({"head_dim": 256}, "it must be at most 248"),
-                           ({"scale": 0.0}, "it must be at least")):  # fmt: skip
+                           ({"scale": 0.0}, "it must be from"), ({"scale": 1e4}, "it must be from")):  # fmt: skip
         with pytest.raises(Unsupported, match=words):
             SparseAttention(32, 2, "full()", **options)(x, key_padding_mask=padding)

@@ -13,9 +13,10 @@ from torch.nn.functional import pad
 from splatc.errors import InvalidInput, Unsupported
 
 COORDINATES = 8  # head dims stay multiples of 8, for tensor cores
-FAR = 2.0**20  # how much lower scores of padding are; float32 rounds them to 1/8, so that exp(score - lse) stays small
+OF_QUERIES = 2.0**15  # in float16 too. It is large, as |K| must not be: gradients of Q are summed in steps of it
+FAR = COORDINATES * OF_QUERIES  # how much lower scores of padding are
 MAX_HEAD_DIM = 256 - COORDINATES
-MIN_SCALE = 2.0**-13  # below, coordinates would not fit float16
+SCALES = 2.0**-13, 2.0**13  # of which 1/scale is a number of float16
 
 
 def check_padding(padding: Any, batch: int, kv_len: int) -> None:
@@ -37,12 +38,12 @@ def hide(q: torch.Tensor, k: torch.Tensor, padding: torch.Tensor, scale: float,
     check_padding(padding, k.shape[0], k.shape[2 if layout == "bhsd" else 1])
     if q.shape[-1] > MAX_HEAD_DIM:
         raise Unsupported(f"head_dim is {q.shape[-1]}: with key_padding_mask it must be at most {MAX_HEAD_DIM}")
-    if abs(scale) < MIN_SCALE:
-        raise Unsupported(f"scale is {scale}: with key_padding_mask it must be at least 2**-13; multiply q instead")
-    root = (FAR / COORDINATES / abs(scale)) ** 0.5
+    if not SCALES[0] <= abs(scale) <= SCALES[1]:
+        raise Unsupported(f"scale is {scale}: with key_padding_mask it must be from 2**-13 to 2**13, so multiply q "
+                          "instead")  # fmt: skip
     where = padding[:, None, :, None] if layout == "bhsd" else padding[:, :, None, None]
-    low = torch.where(where, -root if scale > 0 else root, 0.0).to(k.dtype)
-    return pad(q, (0, COORDINATES), value=root), torch.cat([k, low.expand(*k.shape[:3], COORDINATES)], -1)
+    low = torch.where(where, -1 / scale, 0.0).to(k.dtype)
+    return pad(q, (0, COORDINATES), value=OF_QUERIES), torch.cat([k, low.expand(*k.shape[:3], COORDINATES)], -1)
 
 
 def reveal(o: torch.Tensor, lse: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
