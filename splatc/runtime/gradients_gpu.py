@@ -319,8 +319,6 @@ class GradientCall:
         self._queues = [slot for slot in queues if slot is not None]
         self._scales = [slot for step in steps if (slot := step.arguments.slot("scale")) is not None]
         self._terms = Slots(steps, (*ABSENT, *ABSENT_SUMS))
-        self._addresses: dict[str, int] = {}  # of the last call
-        self._stream: int | None = None
         self._configs = [config_of(step) for step in steps]
         self._steps = steps  # what the addresses below are of
         self._starts = [start_of(config, step) for config, step in zip(self._configs, steps, strict=True)]
@@ -338,7 +336,10 @@ class GradientCall:
         if ask.device() != ordinal:
             with ask.on(ordinal):
                 return self(addresses, scale, terms)
-        mine = {name: new() for name, new in self._allocations[self._filled()].items()}
+        import torch
+
+        allocations = self._filled if torch.are_deterministic_algorithms_enabled() else self._direct
+        mine = {name: new() for name, new in allocations.items()}
         self.start({**addresses, **{name: x.data_ptr() for name, x in mine.items()}}, scale, terms)
         return mine
 
@@ -348,50 +349,38 @@ class GradientCall:
         return {name: size for name, size in self.sizes.items() if name not in RESULTS}
 
     @cached_property
-    def _allocations(self) -> tuple[dict[str, Allocate], dict[str, Allocate]]:
-        """What allocates each of ``sizes``: fast, and so that PyTorch fills it where it was told to."""
+    def _direct(self) -> dict[str, Allocate]:
+        """What allocates each of ``sizes``, fast."""
         import torch
 
-        device, sizes = self._gpu.device, {name: (getattr(torch, dtype), x) for name, (dtype, x) in self.sizes.items()}
-        return ({name: allocation(device, dtype, *x) for name, (dtype, x) in sizes.items()},
-                {name: partial(torch.empty, x, dtype=dtype, device=device)
-                 for name, (dtype, x) in sizes.items()})  # fmt: skip
+        return {name: allocation(self._gpu.device, getattr(torch, dtype), *size)
+                for name, (dtype, size) in self.sizes.items()}  # fmt: skip
 
     @cached_property
-    def _filled(self) -> Callable[[], bool]:
-        """Whether new memory has to be filled: in PyTorch's deterministic mode, which tests rely on."""
+    def _filled(self) -> dict[str, Allocate]:
+        """The same so that PyTorch fills it, as it does in deterministic mode."""
         import torch
 
-        return torch.are_deterministic_algorithms_enabled
+        return {name: partial(torch.empty, size, dtype=getattr(torch, dtype), device=self._gpu.device)
+                for name, (dtype, size) in self.sizes.items()}  # fmt: skip
 
     def start(self, addresses: dict[str, int], scale: float, terms: Mapping[str, float] | None = None) -> None:
         """Compute for tensors, results and scratch at these addresses, on the current stream of the GPU, which is the
         current one."""
-        on, launch = self._gpu, self._gpu.driver.launch
+        on = self._gpu
         stream, captured = on.framework.stream(on.ordinal), on.framework.capturing()
         with self._lock:
-            if addresses != self._addresses:
-                self._move(addresses)
+            for name, address in addresses.items():
+                if self._bounds[name].address != address:
+                    self._bounds[name].move(address)
             for slot in self._scales:
                 slot.value = scale
             for slot in self._queues:  # one each: two walks may run at the same time
                 slot.value = on.queue_slots.take(captured)
             if terms is not None:
                 self._terms.fill(terms)
-            if stream != self._stream or captured:
-                self._follow(stream, captured)
-            for config, kernel, parameters in self._starts:
-                launch(config, kernel, parameters, on.ordinal)
-
-    def _move(self, addresses: dict[str, int]) -> None:
-        for name, address in addresses.items():
-            if self._bounds[name].address != address:
-                self._bounds[name].move(address)
-        self._addresses = addresses
-
-    def _follow(self, stream: int, captured: bool) -> None:
-        """Start the next kernels on this stream, or in the graph that is captured on it."""
-        for config in self._configs:
-            config.stream = stream
-        self._tables.used(stream, captured)
-        self._stream = stream
+            for config in self._configs:
+                config.stream = stream
+            self._tables.used(stream, captured)
+            for start in self._starts:
+                on.driver.launch(*start, on.ordinal)

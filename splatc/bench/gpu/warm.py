@@ -17,7 +17,7 @@ from typing import Any
 from splatc.bench.gpu.suites import Choice, jobs
 
 TIMED = ("dense", "patterns", "shapes", "short", "pruned", "backward")  # suites of jobs that have masks of their own
-COMPILING = ("splatc", "flex")  # contestants that compile
+COMPILING = ("splatc", "unpruned", "flex")  # contestants that compile
 
 
 def count(suites: Sequence[str], choice: Choice) -> int:
@@ -55,9 +55,7 @@ def _compile(suite: str, number: int, choice: Choice, device: str) -> None:
     from splatc.bench.gpu.peers import BUILDERS
 
     job = jobs(suite, choice)[number]
-    for name in COMPILING:
-        if name != "splatc" and name not in job.peers:
-            continue
+    for name in (name for name in ("splatc", *job.peers) if name in COMPILING):
         with contextlib.suppress(Exception):
             contestant = BUILDERS[name](job.case, job.shape, device)
             if suite == "backward":

@@ -29,7 +29,6 @@ from splatc.codegen.hopper.emit import (
     kernel_function,
     registers,
     store,
-    wait_for_kernels_before,
     when,
 )
 from splatc.codegen.hopper.products import Scores, at_stage, descriptor, wait_products
@@ -88,16 +87,13 @@ class _Block:
         self.scores = Scores(s.dtype, s.dim, LANES, LANES)
         self.q_desc = descriptor("q_desc", self.q_tile, 0, 1)
         self.k_desc = descriptor("k_desc", self.k_tiles, 0, 1)
-        with I.If(w.count > 0):
-            with I.Then():
-                self.q.ask(w.positions, w.item, w.thread)
-                self.q_base, self.k_base = self.q.base(w.batch, w.head), self.k.base(w.batch, w.shared_head)
-                self.own = OwnLine(w)
-                self.open_at = Cell("open_at", -1)  # where values of the own line begin that wait for more, -1 for none
-                self.unit = kept("unit", w.lane % s.units)  # that the lane stores of a line; its neighbours have others
-                w.pipeline(stages, self.k, None, self.begin, self.copy, self.arrived, self.tile)
-            with I.Else():
-                wait_for_kernels_before()  # what follows this kernel follows them too
+        with w.if_entries():
+            self.q.ask(w.positions, w.item, w.thread)
+            self.q_base, self.k_base = self.q.base(w.batch, w.head), self.k.base(w.batch, w.shared_head)
+            self.own = OwnLine(w)
+            self.open_at = Cell("open_at", -1)  # where values of the own line begin that wait for more, -1 for none
+            self.unit = kept("unit", w.lane % s.units)  # that the lane stores of a line; its neighbours have others
+            w.pipeline(stages, self.k, None, self.begin, self.copy, self.arrived, self.tile)
         return pool.size
 
     def begin(self) -> None:

@@ -27,7 +27,6 @@ from splatc.codegen.hopper.emit import (
     let,
     registers,
     store,
-    wait_for_kernels_before,
     when,
 )
 from splatc.codegen.hopper.products import Output, TurnedOutput, at_stage, descriptor, score_of, wait_products
@@ -112,18 +111,15 @@ class _Block:
         self.out = TurnedOutput(s.dim, LANES) if s.rounds else Output(s.dtype, s.dim, LANES)
         self.y_desc = descriptor("y_desc", self.y_tiles, 0, self.out.leading)
         self.out.clear()
-        with I.If(w.count > 0):
-            with I.Then():
-                self.y_base = self.y.base(w.batch, w.shared_head)
-                self.own = OwnLine(w)
-                # Neighbouring lanes copy a unit of a line each: this lane's, in memory and in shared memory.
-                self.unit = kept("unit", w.lane % s.units)
-                self.unit_base = kept("unit_base", w.base + wide(self.unit * s.unit), "int64")
-                line = w.warp * WARP_LINES + w.lane // s.units
-                self.unit_place = kept("unit_place", line * self.pitch + self.unit * s.unit)
-                w.pipeline(self.stages, self.y, self.own, lambda: None, self.copy, self.arrived, self.tile)
-            with I.Else():
-                wait_for_kernels_before()  # they may still read what is out now
+        with w.if_entries():
+            self.y_base = self.y.base(w.batch, w.shared_head)
+            self.own = OwnLine(w)
+            # Neighbouring lanes copy a unit of a line each: this lane's, in memory and in shared memory.
+            self.unit = kept("unit", w.lane % s.units)
+            self.unit_base = kept("unit_base", w.base + wide(self.unit * s.unit), "int64")
+            line = w.warp * WARP_LINES + w.lane // s.units
+            self.unit_place = kept("unit_place", line * self.pitch + self.unit * s.unit)
+            w.pipeline(self.stages, self.y, self.own, lambda: None, self.copy, self.arrived, self.tile)
         return pool.size
 
     def copy(self, entry: Expr, stage: Expr) -> None:

@@ -8,6 +8,7 @@ are under way while a warpgroup works at one: cp.async, whose places in shared m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
@@ -284,6 +285,16 @@ class Walk:
         number = kept("number", first + self._shift)
         return Spot(kept("skip", T.bitwise_and(number, self._align - 1)),
                     kept("spot_at", T.bitwise_and(number, -self._align)))  # fmt: skip
+
+    @contextmanager
+    def if_entries(self) -> Iterator[None]:
+        """What blocks with entries do, a ``pipeline`` among it. Others wait for the kernels before in the stream as
+        well: what comes next follows those too, and they may still read what is out now."""
+        with I.If(self.count > 0):
+            with I.Then():
+                yield
+            with I.Else():
+                wait_for_kernels_before()
 
     def pipeline(self, stages: int, rows: Rows, line: OwnLine | None, begin: Callable[[], None],
                  copy: Callable[[Expr, Expr], None], arrived: Callable[[Expr, Expr], None],
