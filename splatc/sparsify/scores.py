@@ -42,24 +42,31 @@ def _sums(q: torch.Tensor, k: torch.Tensor, pattern: Pattern | None, scale: floa
     scale = head_dim**-0.5 if scale is None else scale
     rows = min(max(limit // (heads * kv_len), 1), q_len)
     entries = min(max(limit // (heads * rows * kv_len), 1), batch)
-    if padding is None:
-        padding = torch.zeros(batch, kv_len, dtype=torch.bool, device=q.device)
-    check_padding(padding, batch, kv_len)
-    left_out = padding if q_len == kv_len else torch.zeros_like(padding[:, :1]).expand(-1, q_len)  # queries
+    left_out = torch.zeros(batch, q_len, dtype=torch.bool, device=q.device)  # queries
+    if padding is not None:
+        check_padding(padding, batch, kv_len)
+        left_out = padding if q_len == kv_len else left_out
     out = torch.zeros((heads, q_len, kv_len + 1) if per_head else (q_len, kv_len + 1), device=q.device)
     out[..., -1] = (~left_out).sum(0) * (1 if per_head else heads)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for lo in range(0, q_len, rows):
             hi = min(lo + rows, q_len)
-            seen = None if pattern is None else torch.from_numpy(_rows(pattern, heads, lo, hi, q_len, kv_len))
+            unseen = None
+            if pattern is not None:
+                unseen = torch.from_numpy(~_rows(pattern, heads, lo, hi, q_len, kv_len)).to(q.device)
             for b in range(0, batch, entries):
                 some = slice(b, b + entries)
                 keys = k[some].float().repeat_interleave(heads // k.shape[1], 1)
                 scores = (q[some, :, lo:hi].float() * scale) @ keys.mT
-                hidden = padding[some, None, None, :] | left_out[some, None, lo:hi, None]
-                if seen is not None:
-                    hidden = hidden | ~seen.to(q.device)
-                shares = scores.masked_fill_(hidden, -1e30).softmax(-1).masked_fill_(hidden, 0.0)
+                hidden = unseen
+                if padding is not None:
+                    nobody = padding[some, None, None, :] | left_out[some, None, lo:hi, None]
+                    hidden = nobody if unseen is None else nobody | unseen
+                if hidden is not None:
+                    scores.masked_fill_(hidden, -1e30)
+                shares = scores.softmax(-1)
+                if hidden is not None:
+                    shares.masked_fill_(hidden, 0.0)
                 out[..., lo:hi, :-1] += shares.sum(0) if per_head else shares.sum((0, 1))
     return out
 
