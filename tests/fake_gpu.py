@@ -154,6 +154,7 @@ class FakeTorch:
     capturing: bool = False
     device: int = 0
     entered: list[int] = field(default_factory=list)
+    uploads: int = 0
 
     @contextmanager
     def on(self, ordinal: int) -> Iterator[None]:
@@ -162,9 +163,13 @@ class FakeTorch:
         yield
         self.device = before
 
+    def upload(self, words: Any, ordinal: int) -> TorchMemory:
+        self.uploads += 1
+        return TorchMemory(words, "cpu")
+
     def hooks(self) -> Framework:
         return Framework(lambda ordinal: self.stream, lambda: self.capturing, lambda: self.device, self.on,
-                         lambda words, ordinal: TorchMemory(words, "cpu"))  # fmt: skip
+                         self.upload)  # fmt: skip
 
 
 def fake_gpu(driver: FakeDriver, torch_: FakeTorch, ordinal: int = 0) -> Gpu:

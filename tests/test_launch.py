@@ -245,17 +245,22 @@ def test_a_kernel_may_ask_for_what_nobody_gives(emulated: Any) -> None:
         attend(*draw())
 
 
-def test_expected_lengths_are_laid_out_before_they_come(emulated: Any) -> None:
+def test_expected_lengths_are_laid_out_and_uploaded_before_they_come(emulated: Any) -> None:
     attend = Machine(emulated)
     attend.launcher.expect(100, 100)  # nothing is known of its batch, heads and GPU yet
-    assert attend.planned == 0
+    assert attend.planned == attend.torch.uploads == 0
     attend(*draw(64, 64, heads=4, kv_heads=2, batch=2), enable_gqa=True)
+    before = attend.torch.uploads
+    attend.torch.capturing = True
+    attend.launcher.expect(100, 120)  # no upload now
+    assert (attend.planned, attend.torch.uploads) == (2, before)
+    attend.torch.capturing = False
     attend.launcher.expect(100, 120)
     attend.launcher.expect(100, 120)
-    assert attend.planned == 2
+    assert (attend.planned, attend.torch.uploads) == (2, before + 1)
     qkv = draw(100, 120, heads=4, kv_heads=2, batch=2)
     check(attend(*qkv, enable_gqa=True), qkv, PATTERN.dense(100, 120))
-    assert attend.planned == 2
+    assert (attend.planned, attend.torch.uploads) == (2, before + 1)
     attend.launcher.expect(0, 120)  # nothing to plan
     qkv = draw(100, 120, heads=3, batch=2)  # others than expected
     check(attend(*qkv), qkv, PATTERN.dense(100, 120))

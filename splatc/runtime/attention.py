@@ -156,8 +156,8 @@ class CompiledAttention:
     def plan(self, seq_len: int | None = None, kv_len: int | None = None) -> Plan:
         """The plan for other lengths (default: the compiled ones), remembered: calls of that length find it.
 
-        After a call on a GPU, it is also laid out for that batch, those heads and that GPU, so that a first call of
-        these lengths has little left to do.
+        After a call on a GPU, it is also laid out for that batch and those heads and brought to that GPU, so that a
+        first call of these lengths has little left to do.
         """
         if seq_len is None:
             return self._plan

@@ -65,10 +65,14 @@ class Launcher:
         return known.ready(q, k, v, scale, terms)
 
     def expect(self, q_len: int, kv_len: int) -> None:
-        """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call."""
+        """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call,
+        and bring them there."""
         if self._last is not None and q_len and kv_len:
             shape, on = self._last
-            self._lay_out(on, replace(shape, q_len=q_len, kv_len=kv_len))
+            shape = replace(shape, q_len=q_len, kv_len=kv_len)
+            self._lay_out(on, shape)
+            if not on.framework.capturing():
+                self._uploaded(on, shape)
 
     def _find(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> _Known:
         try:
