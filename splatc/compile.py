@@ -105,14 +105,19 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     def transposed_plan(kv_len: int, q_len: int) -> Plan:
         return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(first.spec), after)
 
-    @cache
-    def first_rows() -> Plan:
-        return best_plan(pattern, q_len, kv_len, two_walks(first.spec)[0], after=after)
+    def walk_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec) -> Planner:
+        """Plans for one of two walks of gradients, whose tiles are chosen for these lengths, once they are needed."""
 
-    def row_plan(q_len: int, kv_len: int) -> Plan:
-        known = first_rows()
-        lengths = q_len, kv_len
-        return known if lengths == (known.q_len, known.kv_len) else make_plan(pattern, *lengths, known.spec, after)
+        @cache
+        def chosen() -> Plan:
+            return best_plan(pattern, q_len, kv_len, spec, after=after)
+
+        def plan(q_len: int, kv_len: int) -> Plan:
+            known = chosen()
+            lengths = q_len, kv_len
+            return known if lengths == (known.q_len, known.kv_len) else make_plan(pattern, *lengths, known.spec, after)
+
+        return plan
 
     def portable_plan(q_len: int, kv_len: int) -> Plan:
         return make_plan(pattern, q_len, kv_len, gradient_spec(first.spec), after)
@@ -121,7 +126,10 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         if first.spec.kernel == "cpu":
             return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
         if by_tensor_cores(first.spec):
-            sources = Sources(row_plan, transposed_plan, gradient_spec(first.spec), two_walks(first.spec)[1:])
+            of_rows, *of_columns = two_walks(first.spec)
+            sources = Sources(walk_plan(pattern, q_len, kv_len, of_rows), transposed_plan,
+                              walk_plan(pattern.transposed(), kv_len, q_len, of_columns[0]), gradient_spec(first.spec),
+                              tuple(of_columns))  # fmt: skip
             walks = "two" if only_two_walks(first.spec) else Config.from_env().gradient_walks
             return GpuGradients(sources, found, layout, cap, walks, find_gpu)
         from splatc.runtime.gradients_portable import PortableGradients  # seldom needed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ import numpy as np
 from splatc.codegen.hopper.backward.shape import bound_rows, rows_of
 from tests.hopper_on_cpu import ROWS, array, load, store, unpack_bits
 
-M = 128  # rows of a tile
 LOG2E = 1.4426950408889634
 F16 = np.float16
 
@@ -36,17 +36,11 @@ class Kernels:
     def __init__(self, d: int, dv: int) -> None:
         self.d, self.dv = d, dv
 
-    def functions(self, n: int) -> dict[str, Callable[..., None]]:
-        """n: columns of the tiles of the kernel's walk."""
-
-        def rows(grid: Any, **a: Any) -> None:
-            self.rows(grid, n, **a)
-
-        def columns(grid: Any, **a: Any) -> None:
-            self.columns(grid, n, **a)
-
-        walks = {"rows": rows, "columns": columns}
-        others = {name: getattr(self, name) for name in ("bounds", "prepare", "combine", "finish")}
+    def functions(self, m: int, n: int) -> dict[str, Callable[..., None]]:
+        """m, n: rows and columns of the tiles of the kernel's walk."""
+        walks = {"rows": partial(self.rows, m, n), "columns": partial(self.columns, m, n),
+                 "combine": partial(self.combine, m)}  # fmt: skip
+        others = {name: getattr(self, name) for name in ("bounds", "prepare", "finish")}
         return {f"splatc_gradient_{name}_kernel": one for name, one in (walks | others).items()}
 
     # -- passes over rows ----------------------------------------------------------------------------------------------
@@ -85,21 +79,21 @@ class Kernels:
             sums = array(a["sums_ptr"], np.int32, pair + 1, a["q_len"], self.d)[pair]
             dq[...] = sums * array(a["statistics_ptr"], np.float32, pair + 1, a["q_len"], 4)[pair, :, 3:]
 
-    def combine(self, grid: Any, **a: Any) -> None:
-        for batch, head, item, first, count, *_ in array(a["combine_ptr"], np.int32, grid[0] * 8 // M, 8).tolist():
-            positions = array(a["positions_ptr"], np.int32, item + 1, M)[item]
+    def combine(self, m: int, grid: Any, **a: Any) -> None:
+        for batch, head, item, first, count, *_ in array(a["combine_ptr"], np.int32, grid[0] * 8 // m, 8).tolist():
+            positions = array(a["positions_ptr"], np.int32, item + 1, m)[item]
             there = positions >= 0
             for name, dim in (("dq", self.d), ("dk", self.d), ("dv", self.dv)):
                 if f"{name}_ptr" not in a:
                     continue
-                parts = array(a[f"part_{name[1:]}_ptr"], F16, first + count, M, dim)[first:].astype(np.float64)
+                parts = array(a[f"part_{name[1:]}_ptr"], F16, first + count, m, dim)[first:].astype(np.float64)
                 out = head_rows(a, name, (batch, head), int(positions.max()) + 1, dim)
                 old = out[positions[there]].astype(np.float64) if a["merge"] else 0
                 out[positions[there]] = parts.sum(0)[there] + old
 
     # -- walks over tiles ----------------------------------------------------------------------------------------------
 
-    def rows(self, grid: Any, n: int, **a: Any) -> None:
+    def rows(self, m: int, n: int, grid: Any, **a: Any) -> None:
         assert grid == (a["blocks"], 1, 1) and not array(a["queue_ptr"], np.int32, 2).any()
         for row in array(a["work_ptr"], np.int32, a["total"], 12).tolist():
             batch, head, _, part, *at, _, _, view, _, _ = row
@@ -108,9 +102,9 @@ class Kernels:
                 return load(a[f"{name}_map{view}"], (*at, batch * a[f"{name}_step"] + head), dim)  # noqa: B023
 
             q, do, statistics = of_rows("q", self.d), of_rows("do", self.dv), of_rows("statistics", 4)
-            assert len(q) == len(do) == len(statistics) == M
-            dq = np.zeros((M, self.d))
-            for tile in tiles(a, row, n, [head // a["group"]]):
+            assert len(q) == len(do) == len(statistics) == m
+            dq = np.zeros((m, self.d))
+            for tile in tiles(a, row, (m, n), [head // a["group"]]):
                 k, v = (self.keys(a, name, tile, batch, n) for name in ("k", "v"))
                 p = np.exp2(q @ k.T * a["scale"] * LOG2E - statistics[:, :1])
                 ds = p * (do @ v.T - statistics[:, 1:2])
@@ -128,7 +122,7 @@ class Kernels:
                 rows[i] = array(at, F16, dim)
         return rows
 
-    def columns(self, grid: Any, n: int, **a: Any) -> None:
+    def columns(self, m: int, n: int, grid: Any, **a: Any) -> None:
         assert grid == (a["blocks"], 1, 1) and not array(a["queue_ptr"], np.int32, 2).any()
         for row in array(a["work_ptr"], np.int32, a["total"], 12).tolist():
             batch, head, _, part, *at, _, _, view, _, _ = row
@@ -136,9 +130,9 @@ class Kernels:
             assert ("v_map0" in a) == ("dk_map0" in a)  # dV alone is made without V
             keys = {name: load(a[f"{name}_map{view}"], (*at, batch * a[f"{name}_step"] + head), dims[name])
                     for name in ("k", "v") if f"{name}_map0" in a}  # fmt: skip
-            made = {name: np.zeros((M, dims[name])) for name in ("dk", "dv") if f"{name}_map0" in a}
+            made = {name: np.zeros((m, dims[name])) for name in ("dk", "dv") if f"{name}_map0" in a}
             first = head * a["group"] + a["member"]
-            for tile in tiles(a, row, n, range(first, first + a["members"])):
+            for tile in tiles(a, row, (m, n), range(first, first + a["members"])):
                 q, do, statistics = (
                     load(a[f"{name}_map{tile.view}"], (*tile.at, batch * a[f"{name}_step"] + tile.head), dim)
                     for name, dim in (("q", self.d), ("do", self.dv), ("statistics", 4)))  # fmt: skip
@@ -155,26 +149,26 @@ class Kernels:
                 write(a, name, row, values * a["scale"] if name == "dk" else values, part)
 
 
-def tiles(a: dict[str, Any], row: list[int], n: int, heads: Any) -> Iterator[Tile]:
+def tiles(a: dict[str, Any], row: list[int], size: tuple[int, int], heads: Any) -> Iterator[Tile]:
     """What a row of the work table meets, for each of the heads."""
     first, count, _, tiles, masked = row[7:]
     entries = array(a["entries_ptr"], np.int32, first + count, 8)[first:]
     assert tiles == entries[:, 3].sum() > 0 and masked == (entries[:, 4] > 0).sum()
     for head in heads:
         for x1, x2, x3, repeat, bits, view, d1, d2 in entries.tolist():
-            shape = bits, M // ROWS, 128, -(-n // 64)
-            mask = unpack_bits(array(a["bits_ptr"], np.uint32, *shape)[bits - 1], M, n) if bits else None
+            shape = bits, size[0] // ROWS, 128, -(-size[1] // 64)
+            mask = unpack_bits(array(a["bits_ptr"], np.uint32, *shape)[bits - 1], *size) if bits else None
             for r in range(repeat):
                 yield Tile(view, (x1 + r * d1, x2 + r * d2, x3), head, mask)
 
 
 def write(a: dict[str, Any], name: str, row: list[int], values: np.ndarray, part: int) -> None:
-    """A result of a row tile to where it belongs, half by half."""
+    """A result of a row tile to where it belongs, a warpgroup's rows at a time."""
     batch, head, _, _, *at, _, _, view, _, _ = row
-    for w in range(M // ROWS):
+    for w in range(len(values) // ROWS):
         half = values[w * ROWS : (w + 1) * ROWS]
         if part:
-            store(a[f"part_{name[1:]}_map0"], ((part - 1) * M + w * ROWS, 0, 0, 0), half)
+            store(a[f"part_{name[1:]}_map0"], ((part - 1) * len(values) + w * ROWS, 0, 0, 0), half)
             continue
         here = *(x + w * a[f"row_step{view}_{axis}"] for axis, x in enumerate(at, 1)), batch * a[f"{name}_step"] + head
         maps = a[f"{name}_map{view}"]

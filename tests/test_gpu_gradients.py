@@ -5,12 +5,14 @@ What a kernel does not write is NaN here (``poisoned``), and PyTorch's determini
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
 from splatc import patterns as P
+from splatc.codegen.kernel import FORWARD, KernelSpec, tile_shapes
 from splatc.config import GRADIENT_WALKS
 from tests import library
 
@@ -37,11 +39,19 @@ from tests.gpu_gradients import (  # noqa: E402  (it imports torch)
 pytestmark = MARKS
 
 
-@pytest.fixture(autouse=True, params=GRADIENT_WALKS)
+@pytest.fixture(autouse=True, params=(*GRADIENT_WALKS, "low"))
 def walks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs in one walk over tiles and in two."""
-    monkeypatch.setenv("SPLATC_GRADIENT_WALKS", request.param)
+    """Every test runs in one walk over tiles and in two; and in two with the lowest tiles that there are."""
+    monkeypatch.setenv("SPLATC_GRADIENT_WALKS", "two" if request.param == "low" else request.param)
+    if request.param == "low":
+        monkeypatch.setattr(sys.modules["splatc.compile"], "tile_shapes", low_tiles)
     return str(request.param)
+
+
+def low_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
+    """``tile_shapes``, of 64 rows or keys where gradients have these."""
+    known = tile_shapes(spec)
+    return ((64, 64),) if (64, 64) in known and spec.role != FORWARD else known
 
 
 TILE = 192  # rows or keys of a tile at most

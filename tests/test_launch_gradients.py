@@ -53,26 +53,32 @@ def signatures(spec: KernelSpec) -> dict[str, list[tuple[str, str]]]:
 
 
 class Machine:
-    """Gradients of a pattern by the NumPy twins. tile_n: of the row kernel, None for the one of the plan."""
+    """Gradients of a pattern by the NumPy twins. tile: of the row kernel and, if it has 64 rows, of the columns' too;
+    None for those of the plan."""
 
     def __init__(self, folder: Path, pattern: Any, walks: str | None, layout: str = "bhsd", sms: int = 3,
-                 tile_n: int | None = None, dims: tuple[int, int] = (D, DV)) -> None:  # fmt: skip
+                 tile: tuple[int, int] | None = None, dims: tuple[int, int] = (D, DV)) -> None:  # fmt: skip
         self.pattern, self.layout, self.dims = pattern, layout, dims
         self.forward = kernel_spec(*dims, "float16", HOPPER)
         self.driver = FakeDriver({}, {}, sms=sms)
         gpu = fake_gpu(self.driver, FakeTorch())
 
         def rows(q_len: int, kv_len: int) -> Any:
-            spec = two_walks(self.forward)[0]
-            return best_plan(pattern, q_len, kv_len, spec, None if tile_n is None else ((spec.tile_m, tile_n),))
+            return best_plan(pattern, q_len, kv_len, two_walks(self.forward)[0], None if tile is None else (tile,))
 
         def columns(kv_len: int, q_len: int) -> Any:
             return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(self.forward))
 
+        def columns_alone(kv_len: int, q_len: int) -> Any:
+            spec = two_walks(self.forward)[1]
+            usual = spec.tile_m, spec.tile_n
+            chosen = tile if tile is not None and tile[0] == 64 else usual
+            return best_plan(pattern.transposed(), kv_len, q_len, spec, (chosen,))
+
         def find(spec: KernelSpec) -> Kernel:
             built = folder / spec.role
             built.mkdir(exist_ok=True)
-            twins, functions = Kernels(*dims).functions(spec.tile_n), []
+            twins, functions = Kernels(*dims).functions(spec.tile_m, spec.tile_n), []
             for name, parameters in signatures(spec).items():
                 unique = f"{spec.role} {name}"
                 self.driver.parameters[unique], self.driver.kernels[unique] = parameters, twins[name]
@@ -80,7 +86,7 @@ class Machine:
             write_built(built, functions)
             return Kernel(spec, built)
 
-        self.sources = Sources(rows, columns, gradient_spec(self.forward), two_walks(self.forward)[1:])
+        self.sources = Sources(rows, columns, columns_alone, gradient_spec(self.forward), two_walks(self.forward)[1:])
         self.gradients = GpuGradients(self.sources, find, layout, 0.0, walks, lambda _: gpu)
 
     def __call__(self, q: Any, k: Any, v: Any, o: Any, do: Any, lse: Any, dlse: Any, scale: float) -> list[Any]:
@@ -127,6 +133,17 @@ def check(machine: Machine, q_len: int, kv_len: int | None = None, heads: int = 
 )  # fmt: skip
 def test_what_the_kernels_see(pattern: Any, q_len: int, kv_len: int, walks: str, tmp_path: Path) -> None:
     check(Machine(tmp_path, pattern, walks), q_len, kv_len)
+
+
+def test_low_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 rows or keys; also where they are cut into parts."""
+    free = lambda spec, workers: Costs(1.0, 0.0, 0.0, 0.0, 0.0, 1.0, workers, "")  # noqa: E731
+    for i, pattern in enumerate((MIXED, P.neighborhood((20, 12), 5), P.global_rows(3) | P.window(9, 0))):
+        (tmp_path / str(i)).mkdir()
+        machine = Machine(tmp_path / str(i), pattern, "two", sms=16, tile=(64, 64))
+        check(machine, 240, batch=2 - i // 2)
+        monkeypatch.setattr("splatc.runtime.gradient_walks.costs_of", free)
+    assert any(name.endswith("combine_kernel") for name, _, _ in machine.driver.launched)
 
 
 @walks
@@ -194,7 +211,7 @@ def test_wide_heads(dims: tuple[int, int], tmp_path: Path, monkeypatch: pytest.M
 def test_lists_of_keys(tmp_path: Path) -> None:
     """In the walk over rows."""
     graph = P.mask(np.random.default_rng(0).random((600, 1000)) < 0.001)
-    machine = Machine(tmp_path, graph, "two", tile_n=64)
+    machine = Machine(tmp_path, graph, "two", tile=(128, 64))
     assert machine.sources.rows(600, 1000).spec.gather
     check(machine, 600, 1000)
 
@@ -208,6 +225,7 @@ def test_the_faster_way() -> None:
         rows, *columns = two_walks(forward)
         sources = Sources(lambda q_len, kv_len: best_plan(pattern, q_len, kv_len, rows),
                           lambda kv_len, q_len: make_plan(pattern.transposed(), kv_len, q_len, columns[0]),
+                          lambda kv_len, q_len: best_plan(pattern.transposed(), kv_len, q_len, columns[0]),
                           gradient_spec(forward), tuple(columns))  # fmt: skip
         return "one" if way_of(sources, shape, 132, wanted).rows is None else "two"
 
@@ -222,9 +240,12 @@ class Recorder:
     def __init__(self, folder: Path, forward: KernelSpec) -> None:
         self.driver, self.folder = FakeDriver({}, {}, sms=3), folder
         gpu = fake_gpu(self.driver, FakeTorch())
-        sources = Sources(lambda q_len, kv_len: best_plan(MIXED, q_len, kv_len, two_walks(forward)[0]),
-                          lambda kv_len, q_len: make_plan(MIXED.transposed(), kv_len, q_len, gradient_spec(forward)),
-                          gradient_spec(forward), two_walks(forward)[1:])  # fmt: skip
+
+        def columns(kv_len: int, q_len: int) -> Any:
+            return make_plan(MIXED.transposed(), kv_len, q_len, gradient_spec(forward))
+
+        sources = Sources(lambda q_len, kv_len: best_plan(MIXED, q_len, kv_len, two_walks(forward)[0]), columns,
+                          columns, gradient_spec(forward), two_walks(forward)[1:])  # fmt: skip
         self.gradients = GpuGradients(sources, self.find, "bhsd", 0.0, "two", lambda _: gpu)
 
     def find(self, spec: KernelSpec) -> Kernel:

@@ -31,6 +31,7 @@ TILE = (64, 64)  # of the CPU and the portable CUDA kernel: see docs/decisions/3
 PATCH_TILES = (128, 112), (64, 80)
 WIDEST_IN_ONE_WALK = 128  # head dim: dK, dV and dQ stay in registers
 WIDEST_TOGETHER = 256  # d + dv: dK and dV of 64 keys stay in a warpgroup's registers
+WIDEST_LOW = 192  # the same, of the fewer that blocks of 64 keys have, which share a multiprocessor
 MOST_PADDED = 384  # d + dv, in columns of 128 bytes: two stages of 64 rows of each fit beside 128 rows of each
 HOPPER_STEP = 8  # head dims that TMA can address are multiples of 16 bytes
 
@@ -198,7 +199,7 @@ def gradient_spec(spec: KernelSpec) -> KernelSpec:
 def two_walks(spec: KernelSpec) -> tuple[KernelSpec, ...]:
     """The specs of the kernels for the gradients of a Hopper kernel in two walks: over rows; one or two over columns.
 
-    Of the tiles that the first may have (``tile_shapes``), the most usual one.
+    Of the tiles that they may have (``tile_shapes``), the most usual ones.
     """
     gradient = gradient_spec(spec)
     rows = replace(gradient, role=ROWS)
@@ -223,16 +224,19 @@ def only_two_walks(spec: KernelSpec) -> bool:
 
 def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """The (tile_m, tile_n) worth considering, the most usual first (measured: docs/performance.md)."""
+    widest = max(spec.head_dim, spec.v_head_dim)
+    low = ((64, 64),) if _padded(spec, 16) <= WIDEST_LOW and not spec.score else ()  # of gradients
     if spec.role in (BACKWARD, COLUMNS, DV_ALONE, DK_ALONE):
-        return ((spec.tile_m, spec.tile_n),)
+        return ((spec.tile_m, spec.tile_n), *(low if spec.role == COLUMNS else ()))
     if spec.kernel != "hopper":
         return (TILE,)
-    widest = max(spec.head_dim, spec.v_head_dim)
     if spec.role == ROWS:  # with a softcap, wide tiles of wide heads take too many registers
         narrow = spec.score.positional or (spec.softcap and widest > 64)
         if _smallest_tiles(spec):
             return ((128, 32),)
-        return ((128, 64),) if narrow or widest > WIDEST_IN_ONE_WALK else ((128, 128), (128, 64))
+        if narrow or widest > WIDEST_IN_ONE_WALK:
+            return ((128, 64),)
+        return ((128, 128), (128, 64), *low)
     if _crowded(spec):
         return ((128, 32 if widest > 128 or (spec.dtype == "float32" and widest > 64) else 64),)
     if spec.dtype == "float32":
@@ -246,10 +250,10 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods, where they fit: keys by 28 x 4 around 16 x 8 queries, or by
-    20 x 4 around 8 x 8, which gradients have not."""
+    20 x 4 around 8 x 8, which gradients have not; those over columns have neither."""
     wide = max(spec.head_dim, spec.v_head_dim) > 128
     known = all_tiles(spec.kernel, spec.dtype)
-    rows = {m for m, _ in tile_shapes(spec)}
+    rows = {FORWARD: {m for m, _ in tile_shapes(spec)}, ROWS: {128}}.get(spec.role, set())
     return () if wide or _crowded(spec) else tuple(tile for tile in PATCH_TILES if tile in known and tile[0] in rows)
 
 

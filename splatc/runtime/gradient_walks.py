@@ -35,12 +35,13 @@ Planner = Callable[[int, int], "Plan"]
 class Sources:
     """What gradients of one mask are made from: plans by lengths.
 
-    rows(q_len, kv_len): of the mask, for the kernel of dQ. columns(kv_len, q_len): of the transposed mask, for both
-    column kernels: of the spec ``one``, with dQ, and those of ``two``, without.
+    rows(q_len, kv_len): of the mask, for the kernel of dQ. columns(kv_len, q_len): of the transposed mask, for the
+    column kernel ``one``, with dQ. columns_alone: the same for those of ``two``, without, whose tiles it chooses.
     """
 
     rows: Planner
     columns: Planner
+    columns_alone: Planner
     one: KernelSpec
     two: tuple[KernelSpec, ...]
 
@@ -48,10 +49,11 @@ class Sources:
 @dataclass(frozen=True)
 class Walk:
     """A launch of a kernel that walks over tiles: of column tiles, every key head's query heads ``member`` ... of those
-    that share it."""
+    that share it. height: rows of a row tile, keys of a column tile."""
 
     launch: Launch
     work: Work
+    height: int
     member: int = 0
     members: int = 1
 
@@ -90,7 +92,7 @@ def in_one_walk(sources: Sources, shape: Shape, workers: int) -> Way:
     item = ITEM_BYTES[s.dtype]
     moved = s.batch * s.kv_heads * s.kv_len * (s.head_dim + s.v_head_dim) * item
     moved += s.batch * s.heads * s.q_len * s.head_dim * (4 + 4 + item)
-    columns = column_walks(sources.columns(s.kv_len, s.q_len), s, costs)
+    columns = column_walks(sources.columns(s.kv_len, s.q_len), sources.one, s, workers)
     time = predicted(columns) + passes(moved + prepared(s), 3, costs)
     return Way(None, (sources.one,), (), columns, time)
 
@@ -99,11 +101,15 @@ def in_two_walks(sources: Sources, shape: Shape, workers: int) -> Way:
     """Each gradient has one writer."""
     s, plan = shape, sources.rows(shape.q_len, shape.kv_len)
     costs = costs_of(plan.spec, workers)
-    rows = tuple(Walk(one, work_of(one, s.batch, costs, TOGETHER)) for one in plan.launches(s.heads, *MAX_VIEWS))
-    each = [column_walks(sources.columns(s.kv_len, s.q_len), s, costs_of(one, workers)) for one in sources.two]
+    rows = tuple(Walk(one, work_of(one, s.batch, costs, TOGETHER), plan.spec.tile_m)
+                 for one in plan.launches(s.heads, *MAX_VIEWS))  # fmt: skip
+    transposed = sources.columns_alone(s.kv_len, s.q_len)
+    tile_m, tile_n = transposed.spec.tile_m, transposed.spec.tile_n
+    kernels = tuple(replace(one, tile_m=tile_m, tile_n=tile_n) for one in sources.two)
+    each = [column_walks(transposed, one, s, workers) for one in kernels]
     columns = each[-1]  # tables serve all kernels: long columns are cut for the last, which costs most
     time = predicted(rows) + sum(map(predicted, each)) + passes(prepared(s), 1, costs)
-    return Way(plan.spec, sources.two, rows, columns, time)
+    return Way(plan.spec, kernels, rows, columns, time)
 
 
 def predicted(walks: Sequence[Walk]) -> float:
@@ -121,12 +127,12 @@ def prepared(s: Shape) -> int:
     return s.batch * s.heads * s.q_len * (2 * s.v_head_dim * ITEM_BYTES[s.dtype] + STATISTICS_BYTES)
 
 
-def column_walks(plan: Plan, shape: Shape, costs: Costs) -> tuple[Walk, ...]:
+def column_walks(plan: Plan, spec: KernelSpec, shape: Shape, workers: int) -> tuple[Walk, ...]:
     """The launches of a column kernel: a tile is one for each query head that shares the key head."""
-    walks = []
+    costs, walks = costs_of(spec, workers), []
     for launch, member, members in column_launches(plan, shape):
         dearer = replace(costs, tile=costs.tile * members, bits=costs.bits * members)
-        walks.append(Walk(launch, work_of(launch, shape.batch, dearer, TOGETHER), member, members))
+        walks.append(Walk(launch, work_of(launch, shape.batch, dearer, TOGETHER), spec.tile_m, member, members))
     return tuple(walks)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, WARPGROUPS, WARPS, bound_rows, rows_of
+from splatc.codegen.hopper.backward.shape import STATISTICS, WARPS, bound_rows, rows_of
 from splatc.codegen.hopper.shape import MAX_VIEWS, WARPGROUP_ROWS
 from splatc.codegen.kernel import GRADIENTS, KernelSpec
 from splatc.ir.score import NO_SCORE, Score, score_of
@@ -142,8 +142,8 @@ def readable(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Seen:
-    """The tensors that a kernel sees through row views and column views, and its results, through halves of row views;
-    sums: whether it adds up dQ, through column views."""
+    """The tensors that a kernel sees through row views and column views, and its results, through a warpgroup's share
+    of row views; sums: whether it adds up dQ, through column views."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -182,7 +182,7 @@ class Preparation:
             return dtype, (*(rows[i] for i in order), dim)
 
         row_parts, column_parts = (
-            max((one.work.part_tiles for one in walks), default=0) * KEYS
+            max((one.work.part_tiles * one.height for one in walks), default=0)
             for walks in (self.way.row_walks, self.way.column_walks))  # fmt: skip
         sums: dict[str, tuple[str, tuple[int, ...]]] = {
             "sums": ("int32", (s.batch * s.heads * s.q_len, s.head_dim)),
@@ -240,7 +240,7 @@ class Preparation:
             values: dict[str, float] = {"merge": int(one.launch.merge), "follow": int(not beside), **addresses}
             steps.append(self._walk(function, one, values, seen))
             if one.work.part_tiles:
-                steps.append(self._step(combine, len(one.work.combine) * KEYS // WARPS, values, {}))
+                steps.append(self._step(combine, len(one.work.combine) * one.height // WARPS, values, {}))
         return steps
 
     def _step(self, function: Function, blocks: int, values: dict[str, float], maps: Mapping[str, Any]) -> Step:
@@ -279,15 +279,15 @@ class Preparation:
         blocks = min(total, per_sm * driver.multiprocessors(self.gpu.ordinal))
         values = {**values, "total": total, "member": one.member, "members": one.members}
         rows, cols = boxes_of(one.launch.row_views), boxes_of(one.launch.col_views)
-        halves = [sub_box(box, WARPGROUPS) for box in rows]
+        shares_of_rows = [sub_box(box, one.height // WARPGROUP_ROWS) for box in rows]
         shares = [sub_box(box, self.way.columns[0].tile_n // WARPGROUP_ROWS) for box in cols] if seen.sums else []
-        for name, parts, limit in (("row", halves, MAX_VIEWS[0]), ("sum", shares, MAX_VIEWS[1])):
+        for name, parts, limit in (("row", shares_of_rows, MAX_VIEWS[0]), ("sum", shares, MAX_VIEWS[1])):
             for view in range(limit if parts else 0):
                 step = parts[min(view, len(parts) - 1)][1]
                 values |= {f"{name}_step{view}_{axis}": step[axis - 1] for axis in (1, 2, 3)}
-        return self._step(function, blocks, values, self._maps(function, one, seen, halves, shares))
+        return self._step(function, blocks, values, self._maps(function, one, seen, shares_of_rows, shares))
 
-    def _maps(self, function: Function, one: Walk, seen: Seen, halves: list[Any],
+    def _maps(self, function: Function, one: Walk, seen: Seen, results: list[Any],
               shares: list[Any]) -> Mapping[str, Any]:  # fmt: skip
         maps, layouts, dtype = Maps(self.gpu.driver, function, self.tables.first), self._all_layouts(), self.shape.dtype
         rows, cols = one.launch.row_views, one.launch.col_views
@@ -296,9 +296,9 @@ class Preparation:
                 how = ("float32", unswizzled) if name == "statistics" else (dtype, geometry)
                 maps.add(name, how[0], views, boxes_of(views), layouts[name], limit, how[1])
         for name in seen.results:
-            maps.add(name, dtype, rows, [box for box, _ in halves], layouts[name], MAX_VIEWS[0])
+            maps.add(name, dtype, rows, [box for box, _ in results], layouts[name], MAX_VIEWS[0])
             part, dim, size = f"part_{name[1:]}", layouts[name].dim, layouts[name].itemsize
-            maps.add_rows(part, part, dtype, max(one.work.part_tiles, 1) * KEYS, dim, size)
+            maps.add_rows(part, part, dtype, max(one.work.part_tiles, 1) * one.height, dim, size)
         if shares:
             maps.add("sums", "int32", cols, [box for box, _ in shares], layouts["sums"], MAX_VIEWS[1])
         return maps.found

@@ -11,7 +11,7 @@ from itertools import accumulate
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.backward.products import Places
-from splatc.codegen.hopper.backward.shape import KEYS, STAGES, WARPGROUPS, Shape
+from splatc.codegen.hopper.backward.shape import STAGES, Shape
 from splatc.codegen.hopper.block import BATCH, ENTRIES, FIRST, HEAD, MESSAGE, int_arg, start_block, table
 from splatc.codegen.hopper.copies import Maps, Point
 from splatc.codegen.hopper.emit import Expr, let, loop
@@ -49,7 +49,7 @@ class Arguments:
         self.counter = table("queue", "int32", 1)
         self.terms = TermArguments(s.score, table)
         if s.positional:
-            self.positions = table("positions", "int32", KEYS)
+            self.positions = table("positions", "int32", s.keys)
         for maps in (*self.walked, *self.ends.values(), *self.parts.values()):
             maps.declare()
 
@@ -60,7 +60,7 @@ class Block:
     def __init__(self, s: Shape, a: Arguments) -> None:
         self.s, self.a = s, a
         self.index = I.cta_id([a.blocks])
-        self.warpgroup = I.warpgroup_id([WARPGROUPS + 1])
+        self.warpgroup = I.warpgroup_id([s.warpgroups + 1])
         self.warp = I.warp_id_in_wg([4])
         self.lane = I.lane_id([32])
         self.thread = I.thread_id([s.threads])
@@ -78,15 +78,15 @@ class Block:
         self.tile_places = partial(Places, tiles["k"], offsets, stages)
         if s.makes("dq"):
             self.ds = tiles["ds"]
-            self.sums = pool.alloc((WARPGROUPS * s.sum_bytes // 4,), "int32", align=1024)
+            self.sums = pool.alloc((s.warpgroups * s.sum_bytes // 4,), "int32", align=1024)
         self.statistics = pool.alloc((STAGES * s.statistics_bytes // 4,), "float32", align=128)
         self.bits = pool.alloc((STAGES * s.bits_bytes // 4,), "uint32", align=128)
         self.messages = pool.alloc((s.key_stages * MESSAGE,), "int32", align=16)  # rows of the work table
         self.masked = pool.alloc((STAGES,), "int32", align=8)  # whether the tile in a stage has mask bits
         if s.positional:
             self.heads = pool.alloc((STAGES,), "int32", align=8)  # the query head of the tile in a stage
-        warps = of_warps(4 * WARPGROUPS)
-        groups = of_warpgroups(WARPGROUPS)
+        warps = of_warps(4 * s.warpgroups)
+        groups = of_warpgroups(s.warpgroups)
         self.k_ring = Ring(pool, s.key_stages, readers=groups + s.makes("dq"))  # one more: who sends dQ
         self.key_rings = {"k": self.k_ring}
         if s.makes("dk"):
@@ -96,9 +96,9 @@ class Block:
         self.rings = [*self.key_rings.values(), self.q_ring, self.do_ring]
         if s.makes("dq"):
             self.ds_ring = Ring(pool, STAGES, readers=warps, writers=warps)
-            self.sums_ring = Ring(pool, WARPGROUPS, readers=1, writers=of_warps(4))  # a stage a warpgroup
+            self.sums_ring = Ring(pool, s.warpgroups, readers=1, writers=of_warps(4))  # a stage a warpgroup
             self.rings += [self.ds_ring, self.sums_ring]
-        self.old_ring = Ring(pool, WARPGROUPS, readers=1)  # the earlier pass's results, a stage a warpgroup
+        self.old_ring = Ring(pool, s.warpgroups, readers=1)  # the earlier pass's results, a stage a warpgroup
         self.rings.append(self.old_ring)
         pool.commit()
         self.smem_bytes = pool.size

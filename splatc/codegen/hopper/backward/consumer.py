@@ -13,7 +13,6 @@ from splatc.codegen.constants import ceil_div
 from splatc.codegen.hopper.backward.block import Block
 from splatc.codegen.hopper.backward.products import Products
 from splatc.codegen.hopper.backward.scores import QuerySums, Scores, ValueScores
-from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MESSAGE, PART, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import (
     Maps,
@@ -218,7 +217,7 @@ class Consumer(Warpgroup):
         with when(merging):
             self.load_earlier(ends)
         for end in ends:
-            stage = (end.o, end.dim, [end.factor] * 2, end.place, end.base, KEYS, b.warp, hidden(b.lane, "int32"))
+            stage = (end.o, end.dim, [end.factor] * 2, end.place, end.base, s.keys, b.warp, hidden(b.lane, "int32"))
             with I.If(merging):
                 with I.Then():
                     stage_output(*stage, [one] * 2)
@@ -262,22 +261,23 @@ class Consumer(Warpgroup):
 
     def load_earlier(self, ends: Sequence[End]) -> None:
         """Fetch what an earlier pass left of these keys to where the sums go."""
-        b = self.block
+        b, s = self.block, self.s
         full = b.old_ring.full(self.me)
         with when(self.leader):
             b.old_ring.expect(self.me, T.uint32(WARPGROUP_ROWS * ROW_BYTES * sum(end.chunks for end in ends)))
             for end in ends:
-                load_tile(end.maps, self.view, self.box, end.place, end.base, end.chunks, KEYS, full)
+                load_tile(end.maps, self.view, self.box, end.place, end.base, end.chunks, s.keys, full)
         do(T.cuda.mbarrier_wait(full, self.old_phase()))
         self.old_phase.set(T.bitwise_xor(self.old_phase(), 1))
 
     def store(self, end: End) -> None:
+        keys = self.s.keys
         with I.If(T.EQ(self.part, 0)):
             with I.Then():
-                store_tile(end.maps, self.view, self.box, end.place, end.base, end.chunks, KEYS)
+                store_tile(end.maps, self.view, self.box, end.place, end.base, end.chunks, keys)
             with I.Else():
-                at = Point((self.part - 1) * KEYS + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
-                store_tile(end.part_maps, T.int32(0), at, end.place, end.base, end.chunks, KEYS)
+                at = Point((self.part - 1) * keys + self.me * WARPGROUP_ROWS, 0, 0, 0, 0)
+                store_tile(end.part_maps, T.int32(0), at, end.place, end.base, end.chunks, keys)
         commit_stores()
 
 
@@ -397,7 +397,7 @@ class SummingConsumer(Consumer):
 
     def finish_products(self) -> None:
         """dQ of both warpgroups reads all of K."""
-        do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * WARPGROUPS)))
+        do(T.ptx.bar.sync(T.uint32(BOTH), T.uint32(128 * self.s.warpgroups)))
 
 
 def consumer_of(block: Block) -> Consumer:

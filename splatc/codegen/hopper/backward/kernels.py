@@ -4,8 +4,8 @@
     dQ = scale * dS K   dK = scale * dS^T Q   dV = P^T dO
 
 The column kernel walks over the tables of the *transposed* mask: rows are keys, columns are queries. A block holds the
-warpgroup of the producer and the sender, and two consumer warpgroups of 64 keys each, which keep their dK and dV in
-registers. With the role "backward" dQ of each tile is added to integers in global memory: that is as fast as adding
+warpgroup of the producer and the sender, and one or two consumer warpgroups of 64 keys each, which keep their dK and dV
+in registers. With the role "backward" dQ of each tile is added to integers in global memory: that is as fast as adding
 floats and gives the same bits each time (rows.py). Else the row kernel (queries.py) computes dQ before. What goes
 before and after: rows.py, combine.py. Tables and parameters: docs/architecture.md.
 """
@@ -41,11 +41,11 @@ def gradients_hopper(spec: KernelSpec) -> Emitted:
         r = row_shape_of(spec)
         kernel, smem_bytes = queries.row_kernel(r)
         modules = {rows.PREPARE: rows.prepare_statistics(r), queries.NAME: kernel,
-                   combine.NAME: combine.combine_parts(r.dtype, {"dq": r.d})}  # fmt: skip
+                   combine.NAME: combine.combine_parts(r.dtype, {"dq": r.d}, r.m)}  # fmt: skip
         return emitted(modules, queries.NAME, r.threads, smem_bytes)
     s = shape_of(spec)
     kernel, smem_bytes = column_kernel(s)
-    modules = {NAME: kernel, combine.NAME: combine.combine_parts(s.dtype, s.ends)}
+    modules = {NAME: kernel, combine.NAME: combine.combine_parts(s.dtype, s.ends, s.keys)}
     if s.makes("dq"):
         before = {rows.BOUNDS: rows.find_bounds(s), rows.PREPARE: rows.prepare_rows(s)}
         modules = {**before, **modules, rows.FINISH: rows.finish_rows(s)}

@@ -7,7 +7,6 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.hopper.backward.block import Block, Tile
-from splatc.codegen.hopper.backward.shape import KEYS, WARPGROUPS
 from splatc.codegen.hopper.block import BATCH, HEAD, MESSAGE, TILES, VIEW, X1, X2, X3
 from splatc.codegen.hopper.copies import (
     Point,
@@ -76,7 +75,7 @@ class Producer:
         slot, ring, place = b.slot(self.keys_at), b.key_rings[name], b.keys[name]
         base = slot * (b.stage_bytes[name] // s.item_bytes)
         ring.expect(slot, T.uint32(size))
-        load_tile(self.a.keys[name], view, at, place, base, chunks, KEYS, ring.full(slot))
+        load_tile(self.a.keys[name], view, at, place, base, chunks, s.keys, ring.full(slot))
 
     def queries(self, tile: Tile) -> None:
         """Q with what each query needs to know, and the mask bits of the tile."""
@@ -127,7 +126,7 @@ class Sender:
 
     def send(self, tile: Tile) -> None:
         b, s, a = self.block, self.s, self.a
-        for w in range(WARPGROUPS):
+        for w in range(s.warpgroups):
             do(T.cuda.mbarrier_wait(b.sums_ring.full(w), self.phase()))
             at, first = tile.at, 0
             if s.halves_queries:
@@ -136,8 +135,8 @@ class Sender:
                 first = w * s.sum_width
             add_tile(a.sums, tile.view, at, b.sums, w * (s.sum_bytes // 4), s.sum_chunks, WARPGROUP_ROWS, first)
             commit_stores()
-        for w in range(WARPGROUPS):
-            wait_stores_read(WARPGROUPS - 1 - w)
+        for w in range(s.warpgroups):
+            wait_stores_read(s.warpgroups - 1 - w)
             b.sums_ring.release(w)
         self.phase.set(T.bitwise_xor(self.phase(), 1))
 

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.backward.shape import KEYS, RowShape, Shape
+from splatc.codegen.hopper.backward.shape import RowShape, Shape
 from splatc.codegen.hopper.emit import Expr, do, let, named
 from splatc.codegen.hopper.products import K_UNITS, PTX_TYPE, ROW_GROUP, SWIZZLE_128B, UNIT, along_row
 from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS
@@ -114,9 +114,9 @@ class Products:
         self._s, self._places = s, places
         kind = PTX_TYPE[s.dtype]
         d, dv = ceil_div(s.d, 16), ceil_div(s.dv, 16)
-        queries, keys = s.n // 16, KEYS // 16
-        self._scores = Product(s.n, kind, along(d, KEYS), along(d, s.n), (False, False), True)
-        self._dp = Product(s.n, kind, along(dv, KEYS), along(dv, s.n), (False, False), True)
+        queries, keys = s.n // 16, s.keys // 16
+        self._scores = Product(s.n, kind, along(d, s.keys), along(d, s.n), (False, False), True)
+        self._dp = Product(s.n, kind, along(dv, s.keys), along(dv, s.n), (False, False), True)
         self._dv = Product(16 * dv, kind, None, downward(queries), (False, True), False)
         self._dk = Product(16 * d, kind, None, downward(queries), (False, True), False)
         number = T.cast(me, "uint32")
@@ -125,7 +125,7 @@ class Products:
             return
         self._dq = Product(s.sum_width, kind, downward(keys), downward(keys), (True, True), True)
         # dQ: of my half of the queries (the next block of 64 in dS), or in my columns of K.
-        half = KEYS * ROW_BYTES // UNIT if s.halves_queries or s.d_chunks > 1 else HALF_CHUNK
+        half = s.keys * ROW_BYTES // UNIT if s.halves_queries or s.d_chunks > 1 else HALF_CHUNK
         share = let("my_share", number * T.uint32(half))
         zero = T.uint32(0)
         self._dq_a, self._dq_b = (share, zero) if s.halves_queries else (zero, share)
@@ -145,7 +145,8 @@ class Products:
         self._dk.issue(out, ds, self._at("q", stage, self._s.n))
 
     def query_gradients(self, out: Expr, stage: Expr) -> None:
-        self._dq.issue(out, self._at("ds", stage, KEYS) + self._dq_a, self._at("k", None, KEYS) + self._dq_b)
+        keys = self._s.keys
+        self._dq.issue(out, self._at("ds", stage, keys) + self._dq_a, self._at("k", None, keys) + self._dq_b)
 
     def _at(self, name: str, stage: Expr | None = None, rows: int = 0) -> Expr:
         return self._places.low(name, stage, rows)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tvm.script import tirx as T
 
 from splatc.codegen.constants import LOG2E
-from splatc.codegen.hopper.backward.shape import KEYS, STATISTICS, SUM_CHUNK, RowShape, Shape
+from splatc.codegen.hopper.backward.shape import STATISTICS, SUM_CHUNK, RowShape, Shape
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
 from splatc.codegen.hopper.products import PTX_TYPE, hidden
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, chunk
@@ -120,7 +120,7 @@ class Scores:
         row = let("ds_row", first_row + lane % 16)
         for i in range(self._s.n // 16):
             column16 = T.bitwise_xor(i % 4 * 2 + lane // 16, row % 8)
-            at = stage * (KEYS * self._s.n) + i // 4 * (KEYS * width) + row * width + column16 * 8
+            at = stage * (self._s.keys * self._s.n) + i // 4 * (self._s.keys * width) + row * width + column16 * 8
             words = (self.ds[4 * i + j] for j in range(4))
             do(T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](target.ptr_to([at]), *words))
 

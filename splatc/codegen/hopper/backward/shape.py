@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.shape import ROW_BYTES, SMEM_BYTES, WARPGROUP_ROWS, chunk, ring_stages
+from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS, chunk, ring_stages, smem_limit
 from splatc.codegen.hopper.shape import Shape as TileShape
 from splatc.codegen.kernel import GRADIENTS, WIDEST_IN_ONE_WALK, KernelSpec
 from splatc.errors import Unsupported
 from splatc.ir.score import NO_SCORE, BlockBias, RelativeBias, Score
 
-KEYS = 128  # of a column tile: 64 a warpgroup
-WARPGROUPS = KEYS // WARPGROUP_ROWS
+ONE_WALK_TILES = (128, 64), (128, 128)  # keys by queries
+COLUMN_TILES = *ONE_WALK_TILES, (128, 32), (64, 64)
 STAGES = 2  # of Q, dO and dS
 SUM_CHUNK = ROW_BYTES // 4  # columns of a 128-byte row of int32 sums
 STATISTICS = 4  # 32-bit words of a query; what they are: rows.py
@@ -46,11 +46,12 @@ def bound_rows(kv_len: int, dim: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """A column tile of 128 keys by n queries; d, dv: head dims of q/k and v/o; float16 or bfloat16.
+    """A column tile of keys (64 a warpgroup) by n queries; d, dv: head dims of q/k and v/o; float16 or bfloat16.
 
-    results: what the column kernel computes, of ("dq", "dk", "dv"): dQ besides the other two only.
+    results: what the column kernel computes, of ("dq", "dk", "dv"): dQ besides the other two only, by 128 keys.
     """
 
+    keys: int
     d: int
     dv: int
     n: int
@@ -59,7 +60,16 @@ class Shape:
     results: tuple[str, ...]
 
     item_bytes = 2
-    blocks = 1  # on a multiprocessor
+
+    @property
+    def warpgroups(self) -> int:
+        """That compute."""
+        return self.keys // WARPGROUP_ROWS
+
+    @property
+    def blocks(self) -> int:
+        """That share a multiprocessor: those of 64 keys do, each with its own column tile."""
+        return 2 if self.warpgroups == 1 else 1
 
     def makes(self, *names: str) -> bool:
         """Whether all of these are among the results."""
@@ -87,7 +97,7 @@ class Shape:
 
     @property
     def threads(self) -> int:
-        return 128 * (WARPGROUPS + 1)
+        return 128 * (self.warpgroups + 1)
 
     @property
     def d_chunks(self) -> int:
@@ -100,11 +110,11 @@ class Shape:
 
     @property
     def k_bytes(self) -> int:
-        return KEYS * ROW_BYTES * self.d_chunks
+        return self.keys * ROW_BYTES * self.d_chunks
 
     @property
     def v_bytes(self) -> int:
-        return KEYS * ROW_BYTES * self.dv_chunks
+        return self.keys * ROW_BYTES * self.dv_chunks
 
     @property
     def k_slot(self) -> int:
@@ -119,7 +129,7 @@ class Shape:
     @property
     def key_stages(self) -> int:
         """Stages of K and V: where there is room, those of the next column tile are copied in early."""
-        return 2 if not self.makes("dq") and self.tile_bytes + 2 * self.key_bytes <= SMEM_BYTES else 1
+        return 2 if not self.makes("dq") and self.tile_bytes + 2 * self.key_bytes <= smem_limit(self.blocks) else 1
 
     @property
     def q_bytes(self) -> int:
@@ -132,7 +142,7 @@ class Shape:
     @property
     def ds_bytes(self) -> int:
         """The gradients of a tile's scores, 64 queries side by side in a row of a key."""
-        return KEYS * self.n * self.item_bytes
+        return self.keys * self.n * self.item_bytes
 
     @property
     def statistics_bytes(self) -> int:
@@ -146,7 +156,7 @@ class Shape:
     @property
     def bits_bytes(self) -> int:
         """Mask bits of one tile."""
-        return WARPGROUPS * 128 * self.bit_words * 4
+        return self.warpgroups * 128 * self.bit_words * 4
 
     @property
     def halves_queries(self) -> bool:
@@ -157,7 +167,7 @@ class Shape:
     def sum_width(self) -> int:
         """Columns of dQ that a warpgroup computes, for 64 queries."""
         columns = self.d_chunks * chunk(self.dtype)
-        return columns if self.halves_queries else columns // WARPGROUPS
+        return columns if self.halves_queries else columns // self.warpgroups
 
     @property
     def sum_chunks(self) -> int:
@@ -173,7 +183,7 @@ class Shape:
     def tile_bytes(self) -> int:
         """Dynamic shared memory besides that of keys: tiles of queries, and a page for barriers and messages."""
         stage = self.q_bytes + self.do_bytes + self.statistics_bytes + self.bits_bytes
-        of_dq = STAGES * self.ds_bytes + WARPGROUPS * self.sum_bytes if self.makes("dq") else 0
+        of_dq = STAGES * self.ds_bytes + self.warpgroups * self.sum_bytes if self.makes("dq") else 0
         return STAGES * stage + of_dq + 1024
 
     @property
@@ -182,13 +192,14 @@ class Shape:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """(producer, consumer) registers a thread, as setmaxnreg takes them: three times 168 in all."""
-        return 40, 232
+        """(producer, consumer) registers a thread, as setmaxnreg takes them: 168 for each of a block's three
+        warpgroups, or 128 for each of two blocks' two."""
+        return (40, 232) if self.blocks == 1 else (40, 216)
 
     @property
     def most_registers(self) -> int:
         """Live registers up to which ptxas was seen to spill nothing: expressions on scores take some."""
-        return 192 if len(self.score.names) <= 1 else 160
+        return 192 if len(self.score.names) <= 1 and self.blocks == 1 else 160
 
     @property
     def live_registers(self) -> int:
@@ -199,12 +210,12 @@ class Shape:
 
 def shape_of(spec: KernelSpec) -> Shape:
     """The sizes that a spec asks for; raises Unsupported for what there is no kernel for."""
-    s = Shape(spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.score, GRADIENTS[spec.role])
+    s = Shape(spec.tile_m, spec.head_dim, spec.v_head_dim, spec.tile_n, spec.dtype, spec.score, GRADIENTS[spec.role])
     if s.makes("dq") and (s.positional or max(s.d, s.dv) > WIDEST_IN_ONE_WALK):
         raise Unsupported(f"{spec.name}: gradients of wide heads, with biases or dropout take two walks")
-    if (spec.tile_m, spec.tile_n) not in ((KEYS, 64), (KEYS, 128)) and (s.makes("dq") or spec.tile_n != 32):
-        raise Unsupported(f"{spec.name}: gradients are computed by tiles of {KEYS} keys by 64 or 128 queries")
-    if s.smem_bytes > SMEM_BYTES or s.live_registers > s.most_registers:
+    if (spec.tile_m, spec.tile_n) not in (ONE_WALK_TILES if s.makes("dq") else COLUMN_TILES):
+        raise Unsupported(f"{spec.name}: there is no such tile in gradients")
+    if s.smem_bytes > smem_limit(s.blocks) or s.live_registers > s.most_registers:
         raise Unsupported(f"{spec.name}: a tile fits neither the shared memory nor the registers of sm_90a")
     return s
 
@@ -241,6 +252,8 @@ class RowShape(TileShape):
 
     @property
     def registers(self) -> tuple[int, int]:
+        if self.warpgroups == 1:
+            return super().registers
         return (56, 224) if self.gather else (40, 232)
 
     @property
@@ -252,17 +265,20 @@ class RowShape(TileShape):
     def most_registers(self) -> int:
         """With two tables of biases what is summed up for gradients of any takes more than other expressions do."""
         both = self.score.has(RelativeBias) and self.score.has(BlockBias)
-        return min(super().most_registers - 24, 128) if both and self.learning else super().most_registers
+        if both and self.learning:
+            return min(super().most_registers - 24, 128)
+        return min(super().most_registers, 96) if self.blocks == 3 else super().most_registers
 
 
 def row_shape_of(spec: KernelSpec) -> RowShape:
     """The sizes of the kernel for dQ that a spec asks for; raises Unsupported for what there is no kernel for."""
-    if spec.tile_m != KEYS or spec.tile_n % 16 or not 16 <= spec.tile_n <= 128:
-        raise Unsupported(f"{spec.name}: gradients of queries are computed by tiles of {KEYS} queries")
-    for stages, q_stages, _ in ring_stages(spec.tile_n, turned=False):
-        shape = RowShape(spec.head_dim, spec.v_head_dim, KEYS, spec.tile_n, spec.dtype, spec.score, spec.gather,
-                         stages, q_stages, staged=0, learning=spec.learning)  # fmt: skip
-        fits = shape.smem_bytes <= SMEM_BYTES and shape.live_registers <= shape.most_registers
-        if fits and stages > 1:  # K of a tile is still in use when the next one is
-            return shape
+    if spec.tile_m not in (64, 128) or spec.tile_n % 16 or not 16 <= spec.tile_n <= 128:
+        raise Unsupported(f"{spec.name}: gradients of queries are computed by tiles of 64 or 128 queries")
+    for blocks in (3, 2) if spec.tile_m == WARPGROUP_ROWS else (1,):
+        for stages, q_stages, _ in ring_stages(spec.tile_n, turned=False):
+            shape = RowShape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score,
+                             spec.gather, stages, q_stages, 0, blocks, spec.learning)  # fmt: skip
+            fits = shape.smem_bytes <= smem_limit(blocks) and shape.live_registers <= shape.most_registers
+            if fits and stages > 1:  # K of a tile is still in use when the next one is
+                return shape
     raise Unsupported(f"{spec.name}: a tile fits neither the shared memory nor the registers of sm_90a")
