@@ -58,6 +58,7 @@ PORTABLE_FLOPS = 18e12
 GRADIENT_TILES = {
     BACKWARD: (2.3, 2.3), COLUMNS: (1.5, 1.8), ROWS: (1.1, 1.5), DV_ALONE: (0.8, 0.9), DK_ALONE: (1.1, 1.4),
 }  # fmt: skip
+LOW_COLUMNS = 1.2  # times as dear, for its area, is a tile of 64 keys in COLUMNS (one H200, head dim 64, 17 masks)
 STARTING_TILES = 0.4  # what starting a row tile costs these two kernels, in tiles
 
 
@@ -84,7 +85,8 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     scale = _operations(spec.tile_m, spec.tile_n, head_dim, head_dim) / _operations(
         near["tile_m"], near["tile_n"], near["head_dim"], near["head_dim"])  # fmt: skip
     if spec.role in GRADIENT_TILES:
-        scale *= GRADIENT_TILES[spec.role][head_dim > 64]
+        low = spec.role == COLUMNS and spec.tile_m == WARPGROUP_ROWS
+        scale *= GRADIENT_TILES[spec.role][head_dim > 64] * (LOW_COLUMNS if low else 1)
     costs = Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                   table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
                   _source(table), near["gather_us"] * scale, table["part_us"])  # fmt: skip
