@@ -43,18 +43,23 @@ def check_part(pattern: P.Pattern, mask: np.ndarray) -> None:
 @pytest.mark.parametrize("n", [1, 127])
 @pytest.mark.parametrize("name", library.NAMES)
 def test_shares_of_every_pattern(name: str, n: int) -> None:
-    """Each share is the part of the mask in its rows and keys; its keys are those that its rows attend to."""
+    """Both parts of a share are parts of the mask; what is fetched is what its rows attend to and it does not hold, and
+    who asks for it attends to any of that."""
     pattern = library.ALL[name](n, n)
     mask = pattern.dense(n)
     for ranks, layout in [(1, None)] if n == 1 else [(2, None), (2, ZIGZAG), (3, CONTIGUOUS), (3, residues(8))]:
         plan = plan_of(pattern, n, ranks, layout)
         assert sorted(np.concatenate([s.rows for s in plan.shares]).tolist()) == list(range(n))
         for share in plan.shares:
-            check_part(share.pattern, mask[np.ix_(share.rows, share.keys)])
-            needed = mask[share.rows].any(0)
-            assert (
-                np.flatnonzero(needed).tolist() == sorted(share.keys) if needed.any() else len(share.keys) == 1
-            )
+            check_part(share.own, mask[np.ix_(share.rows, share.rows)])
+            needed = np.array(mask[share.rows].any(0))
+            needed[share.rows] = False
+            assert np.flatnonzero(needed).tolist() == sorted(share.fetched) and len(share.fetched) == share.received
+            asking = mask[np.ix_(share.rows, share.fetched)].any(1)
+            assert np.flatnonzero(asking).tolist() == share.asking.tolist()
+            assert (share.beyond is None) == (share.received == 0)
+            if share.beyond is not None:
+                check_part(share.beyond, mask[np.ix_(share.rows[share.asking], share.fetched)])
             assert share.elements == mask[share.rows].sum()
 
 
@@ -103,8 +108,10 @@ def test_64k_positions() -> None:
     assert causal.layout == ZIGZAG and len({s.elements for s in causal.shares}) == 1
     for plan in (window, strided, causal):
         for share in plan.shares:
-            part = ACSR.from_pattern(share.pattern, len(share.rows), len(share.keys))
-            assert part.nnz == share.elements and len(part.pieces) < 10
+            parts = [ACSR.from_pattern(share.own, len(share.rows))]
+            if share.beyond is not None:
+                parts.append(ACSR.from_pattern(share.beyond, len(share.asking), share.received))
+            assert sum(part.nnz for part in parts) == share.elements and sum(len(part.pieces) for part in parts) < 10
 
 
 def test_global_tokens_are_broadcast() -> None:
