@@ -44,7 +44,7 @@ class Exchange:
         total = own[:, :, on.touched].to(torch.promote_types(own.dtype, torch.float32), copy=True)
         for at, part in zip(on.places, torch.split(returned, self._send_counts, 2), strict=True):
             add_rows(total, at, part)
-        own[:, :, on.touched] = total.to(own.dtype)
+        put_rows(own, on.touched, total)
 
     def _swap(self, k: torch.Tensor, v: torch.Tensor, go: list[int], come: list[int]) -> Coming:
         """Starts it. In what travels, all heads of K and of V at one position are neighbours."""
@@ -93,6 +93,14 @@ def rows_of(places: Ints, device: torch.device) -> Rows:
     if np.array_equal(places, np.arange(first, first + len(places))):
         return slice(first, first + len(places))
     return torch.from_numpy(places).to(device)
+
+
+def put_rows(x: torch.Tensor, at: Rows, rows: torch.Tensor) -> None:
+    """x[:, :, at] = rows, in the dtype of x; no place is there twice."""
+    if isinstance(at, slice):
+        x[:, :, at].copy_(rows)
+    else:
+        x.index_copy_(2, at, rows.to(x.dtype))
 
 
 def add_rows(x: torch.Tensor, at: Rows, more: torch.Tensor) -> None:

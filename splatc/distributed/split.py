@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from splatc.distributed.exchange import Exchange, Rows, add_rows
+from splatc.distributed.exchange import Exchange, Rows, add_rows, put_rows
 from splatc.errors import Unsupported
 from splatc.runtime.attention import CompiledAttention
 
@@ -94,5 +94,5 @@ def merge(o: torch.Tensor, lse: torch.Tensor, at: Rows, more_o: torch.Tensor, mo
     total = torch.logaddexp(lse[:, :, at], more_lse)
     top = total.clamp_min(torch.finfo(total.dtype).min)  # finite, so that exp(-inf - top) is 0
     here, there = ((x - top).exp_()[..., None] for x in (lse[:, :, at], more_lse))
-    o[:, :, at] = (o[:, :, at] * here).addcmul_(more_o, there).to(o.dtype)
-    lse[:, :, at] = total
+    put_rows(o, at, (o[:, :, at] * here).addcmul_(more_o, there))
+    put_rows(lse, at, total)
