@@ -52,21 +52,23 @@ def counting() -> Counted:
 
 def check(attend: ContextParallel, mask: np.ndarray[Any, Any], heads: int = 4, kv_heads: int = 2, batch: int = 2,
           dim: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu", bound: float = 2e-5,
-          softcap: float | None = None) -> None:  # fmt: skip
+          softcap: float | None = None, v_dim: int | None = None, scale: float | None = None) -> None:  # fmt: skip
     """Forward, LSE and gradients against the oracle; two backward passes are equal; bytes are those the mask needs."""
     n = mask.shape[-1]
     rng = np.random.default_rng(n)
-    sizes = (heads, dim), (kv_heads, dim), (kv_heads, dim), (heads, dim)
+    v_dim = v_dim or dim
+    sizes = (heads, dim), (kv_heads, dim), (kv_heads, v_dim), (heads, v_dim)
     q, k, v, do = (
         torch.from_numpy(rng.standard_normal((batch, h, n, d))).to(device, dtype) for h, d in sizes
     )
-    dlse = torch.from_numpy(rng.standard_normal((batch, heads, n))).to(device, torch.float32)
+    dlse = torch.from_numpy(rng.standard_normal((batch, heads, n))).to(device)
+    dlse = dlse.to(torch.promote_types(dtype, torch.float32))
     xq, xk, xv, xdo, xdlse = (x.double().cpu().numpy() for x in (q, k, v, do, dlse))
-    wanted = oracle.attention(xq, xk, xv, mask, softcap=softcap)
-    wanted_gradients = oracle.gradients(xq, xk, xv, mask, xdo, xdlse, softcap=softcap)
+    wanted = oracle.attention(xq, xk, xv, mask, scale, softcap)
+    wanted_gradients = oracle.gradients(xq, xk, xv, mask, xdo, xdlse, scale, softcap)
     local = [attend.shard(x).requires_grad_() for x in (q, k, v)]
     seen = counting()
-    o, lse = attend(*local, return_lse=True, enable_gqa=True)
+    o, lse = attend(*local, return_lse=True, enable_gqa=True, scale=scale)
     finite = np.isfinite(wanted[1])
     got_lse = attend.unshard(lse).double().cpu().numpy()
     assert oracle.relative_error(attend.unshard(o).double().cpu().numpy(), wanted[0]) < bound
@@ -82,7 +84,7 @@ def check(attend: ContextParallel, mask: np.ndarray[Any, Any], heads: int = 4, k
     rows = attend.positions.numpy()
     needed = np.array(mask.reshape(-1, n, n)[:, rows].any((0, 1)))
     needed[rows] = False
-    size = batch * kv_heads * 2 * dim * k.element_size()
+    size = batch * kv_heads * (dim + v_dim) * k.element_size()
     assert traffic.forward_received == traffic.backward_sent == int(needed.sum()) * size
     forward, *backward = seen or [(0, 0)] * 3
     assert forward == (traffic.forward_sent, traffic.forward_received)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from splatc.compile import attention, resolve_mask
-from splatc.distributed.exchange import Exchange
+from splatc.compile import attention, compiled_for, resolve_mask
+from splatc.distributed.exchange import Exchange, rows_of
 from splatc.distributed.layout import Layout
 from splatc.distributed.plan import Traffic, plan_of
+from splatc.distributed.split import Split
 from splatc.errors import InvalidInput, Unsupported
+from splatc.patterns.base import Pattern
 from splatc.runtime.attention import CompiledAttention
+from splatc.runtime.tensors import Shape, check_call, check_scale, for_autocast, refuse_compilation
+from splatc.runtime.terms import NOTHING
 
 
 class ContextParallel:
@@ -34,6 +40,7 @@ class ContextParallel:
         self._share = self.plan.shares[self.rank]
         self._exchange = Exchange(self.plan, group)
         self._softcap, self._allow_tf32 = softcap, allow_tf32
+        self._splits = lru_cache(maxsize=8)(self._split)
 
     @property
     def layout(self) -> Layout:
@@ -61,9 +68,27 @@ class ContextParallel:
                     f"{name} has shape {tuple(x.shape)}, but rank {self.rank} holds {rows} of {self.plan.seq_len} "
                     f"positions: give (batch, heads, {rows}, dim), as shard() returns"
                 )
-        k, v = self._exchange.keys(k, v)
-        return attention(q, k, v, self._share.pattern, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa,
-                         softcap=self._softcap, allow_tf32=self._allow_tf32)  # fmt: skip
+        if not self.plan.exchanges:  # a collective is called by all ranks or by none
+            return attention(q, k, v, self._share.own, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa,
+                             softcap=self._softcap, allow_tf32=self._allow_tf32)  # fmt: skip
+        refuse_compilation(q, "context parallel attention", "call it under torch.compiler.disable")
+        q, k, v = for_autocast(q, k, v)
+        shape = check_call(q, k, v, "bhsd", enable_gqa)
+        o, lse = self._splits(shape)(q, k, v, check_scale(scale, shape.head_dim), enable_gqa)
+        return (o, lse) if return_lse else o
+
+    def _split(self, shape: Shape) -> Split:
+        """For calls of these sizes."""
+        share = self._share
+
+        def compiled(mask: Pattern, sizes: Shape) -> CompiledAttention:
+            return compiled_for(sizes, mask, self._softcap, "bhsd", self._allow_tf32, NOTHING)
+
+        beyond = None
+        if share.beyond is not None:
+            beyond = compiled(share.beyond, replace(shape, q_len=len(share.asking), kv_len=share.received))
+        asking = rows_of(share.asking, torch.device(shape.device))
+        return Split(self._exchange, compiled(share.own, shape), beyond, asking)
 
     def shard(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
         """The local rows of a whole tensor, whose axis `dim` is the sequence. Differentiable, no communication."""

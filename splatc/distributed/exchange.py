@@ -1,96 +1,138 @@
-"""Rows of K and V from rank to rank, and their gradients back."""
+"""Rows of K and V from rank to rank while this one computes, and their gradients back."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from splatc.distributed.plan import Plan
+from splatc.formats.strips import Ints
+
+Rows = slice | torch.Tensor  # places on an axis: a slice where they are consecutive, which copies nothing, else int64
+DETOURS = 2  # over another stream, see _let_in: each takes a GPU some microseconds
 
 
 class Exchange:
-    """What one rank of a group sends and receives; index tensors are kept for each device."""
+    """What one rank of a group sends and receives. All ranks call ``fetch``, and ``give_back``, in the same order, also
+    those that have nothing to send or receive."""
 
     def __init__(self, plan: Plan, group: dist.ProcessGroup) -> None:
-        self.share = plan.shares[dist.get_rank(group)]
-        self.group = group
-        self.needed = plan.exchanges  # by anyone: a collective is called by all ranks or by none
-        self.in_place = not plan.exchanges and np.array_equal(self.share.index, np.arange(len(self.share.rows)))
-        self.send_counts = [len(one) for one in self.share.send]
-        self.receive_counts = list(self.share.receive)
-        self.on = lru_cache(maxsize=8)(self._on)
+        share = plan.shares[dist.get_rank(group)]
+        self._send, self._group = share.send, group
+        self._send_counts, self._receive_counts = [len(one) for one in share.send], list(share.receive)
+        self._on = lru_cache(maxsize=8)(self._returns)
 
-    def keys(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that this rank's queries attend to, from the local k (batch, kv_heads, rows, head_dim)
-        and v. Differentiable: gradients of fetched rows go back to their owners."""
-        return (k, v) if self.in_place else _Keys.apply(k, v, self)  # type: ignore[no-untyped-call,no-any-return]
+    def fetch(self, k: torch.Tensor, v: torch.Tensor) -> Coming:
+        """Sends rows of the local k and v (batch, kv_heads, rows, dim) to the ranks that need them; what comes is of
+        the positions that this rank fetches."""
+        at = self._on(k.device).sent
+        return self._swap(k[:, :, at], v[:, :, at], self._send_counts, self._receive_counts)
 
-    def _on(self, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """(rows to send to each rank, where keys are in own and received rows)."""
-        send = [torch.from_numpy(one).to(device) for one in self.share.send]
-        return send, torch.from_numpy(self.share.index).to(device)
+    def give_back(self, dk: torch.Tensor, dv: torch.Tensor) -> Coming:
+        """Sends gradients of fetched keys and values to their owners; what comes is for ``add``."""
+        return self._swap(dk, dv, self._receive_counts, self._send_counts)
 
-    def swap(self, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
-        """Rows (n, width), those for rank 0 first, for what the ranks send here, that of rank 0 first."""
-        counts = self.receive_counts, self.send_counts
-        come, go = counts[::-1] if back else counts
-        out = rows.new_empty(sum(come), rows.shape[1])
-        dist.all_to_all_single(out, rows, come, go, group=self.group)
-        return out
+    def add(self, own: torch.Tensor, returned: torch.Tensor) -> None:
+        """Adds what came back to the gradients of own keys or values, in place, in the order of ranks, in float32 at
+        least; rows that nobody fetched are not touched."""
+        on = self._on(own.device)
+        total = own[:, :, on.touched].to(torch.promote_types(own.dtype, torch.float32), copy=True)
+        for at, part in zip(on.places, torch.split(returned, self._send_counts, 2), strict=True):
+            add_rows(total, at, part)
+        put_rows(own, on.touched, total)
 
+    def _swap(self, k: torch.Tensor, v: torch.Tensor, go: list[int], come: list[int]) -> Coming:
+        """Starts it. In what travels, all heads of K and of V at one position are neighbours."""
+        sent, received = (k.new_empty(sum(n), _width(k) + _width(v)) for n in (go, come))
+        for part, x in zip(_unpacked(sent, k, v), (k, v), strict=True):
+            part.copy_(x)
+        work = dist.all_to_all_single(received, sent, come, go, group=self._group, async_op=True)
+        assert work is not None  # this process is in the group
+        _let_in(k.device)
+        return Coming(work, sent, _unpacked(received, k, v))
 
-class _Keys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, k: torch.Tensor, v: torch.Tensor, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.exchange = exchange
-        send, index = exchange.on(k.device)
-        parts = [k], [v]
-        if exchange.needed:
-            go = torch.cat(send)
-            received = exchange.swap(_pack(k.index_select(2, go), v.index_select(2, go)))
-            for own, one in zip(parts, _unpack(received, k, v), strict=True):
-                own.append(one)
-        k, v = (torch.cat(part, 2).index_select(2, index) for part in parts)
-        return k, v
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        exchange: Exchange = ctx.exchange
-        send, index = exchange.on(gradients[0].device)
-        own, received = len(exchange.share.rows), exchange.share.received
-        placed = [_place(one, index, own + received) for one in gradients]
-        dk, dv = (one[:, :, :own] for one in placed)
-        if exchange.needed:
-            rows = exchange.swap(_pack(*(one[:, :, own:] for one in placed)), back=True)
-            dk, dv = (_add(*pair, send) for pair in zip((dk, dv), _unpack(rows, dk, dv), strict=True))
-        return dk, dv, None
+    def _returns(self, device: torch.device) -> _Returns:
+        sent = np.concatenate(self._send)
+        touched = np.unique(sent)
+        places = [rows_of(np.searchsorted(touched, one), device) for one in self._send]
+        return _Returns(rows_of(sent, device), rows_of(touched, device), places)
 
 
-def _pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """K and V (batch, heads, n, dim) as one row for each position: (n, batch * heads * (dim + v_dim))."""
-    return torch.cat([x.permute(2, 0, 1, 3).flatten(1) for x in (k, v)], 1)
+@dataclass(frozen=True)
+class _Returns:
+    """Local rows on one device. sent: those for rank 0 first. touched: the same, each once, ascending. places: of those
+    for each rank, the places in touched."""
+
+    sent: Rows
+    touched: Rows
+    places: list[Rows]
 
 
-def _unpack(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """The inverse of _pack, with the batch, heads and dims of k and v."""
-    sizes = [x.shape[0] * x.shape[1] * x.shape[3] for x in (k, v)]
-    parts = zip(torch.split(rows, sizes, 1), (k, v), strict=True)
-    return [part.reshape(-1, x.shape[0], x.shape[1], x.shape[3]).permute(1, 2, 0, 3) for part, x in parts]
+@dataclass(frozen=True)
+class Coming:
+    """K and V (batch, kv_heads, n, dim), or their gradients, on their way. sent: kept until they are there."""
+
+    work: dist.Work
+    sent: torch.Tensor
+    parts: Sequence[torch.Tensor]
+
+    def wait(self) -> Sequence[torch.Tensor]:
+        """Both, for what is launched from now on on the current stream. With NCCL the host does not wait."""
+        self.work.wait()
+        return self.parts
 
 
-def _place(gradient: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
-    """Gradients of keys at their places in own and received rows; zeros for rows that no query attends to."""
-    out = gradient.new_zeros(*gradient.shape[:2], rows, gradient.shape[3])
-    return out.index_copy_(2, index, gradient)
+def rows_of(places: Ints, device: torch.device) -> Rows:
+    """Places on an axis, in their order."""
+    first = int(places[0]) if len(places) else 0
+    if np.array_equal(places, np.arange(first, first + len(places))):
+        return slice(first, first + len(places))
+    return torch.from_numpy(places).to(device)
 
 
-def _add(own: torch.Tensor, others: torch.Tensor, send: list[torch.Tensor]) -> torch.Tensor:
-    """Own gradients and those of the ranks that the rows went to, added in the order of ranks, in float32 at least."""
-    total = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-    for rows, part in zip(send, torch.split(others, [len(one) for one in send], 2), strict=True):
-        total.index_add_(2, rows, part.to(total.dtype))  # no row twice: one writer for each
-    return total.to(own.dtype)
+def put_rows(x: torch.Tensor, at: Rows, rows: torch.Tensor) -> None:
+    """x[:, :, at] = rows, in the dtype of x; no place is there twice."""
+    if isinstance(at, slice):
+        x[:, :, at].copy_(rows)
+    else:
+        x.index_copy_(2, at, rows.to(x.dtype))
+
+
+def add_rows(x: torch.Tensor, at: Rows, more: torch.Tensor) -> None:
+    """x[:, :, at] += more, in place; no place is there twice, so each has one writer."""
+    if isinstance(at, slice):
+        x[:, :, at].add_(more)
+    else:
+        x.index_add_(2, at, more.to(x.dtype))
+
+
+def _width(x: torch.Tensor) -> int:
+    """Numbers at one position."""
+    return x.shape[0] * x.shape[1] * x.shape[3]
+
+
+def _unpacked(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """Rows (n, width of k and of v) as views (batch, heads, n, dim), with the sizes of k and v."""
+    parts = zip(torch.split(rows, [_width(k), _width(v)], 1), (k, v), strict=True)
+    return [part.view(len(rows), *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3) for part, x in parts]
+
+
+def _let_in(device: torch.device) -> None:
+    """Lets a collective that was just started begin before what is launched next on this GPU: splatc's kernels hold all
+    multiprocessors until they end, and what comes later waits for that. So this stream goes on by way of another one,
+    more steps than NCCL's is away."""
+    if device.type == "cuda":
+        here, aside = torch.cuda.current_stream(device), _aside(device)
+        for _ in range(DETOURS):
+            aside.wait_stream(here)
+            here.wait_stream(aside)
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,19 +23,21 @@ MAX_STRIDES = 4  # residue layouts that are tried: those of the strides with mos
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one rank does.
+    """What one rank does: attention to the keys that it holds, and to those that it fetches.
 
-    rows: the positions of its queries, keys and values. keys: those that its queries attend to, in the order of its
-    local pattern. send[r]: the places in `rows` of what rank r gets. receive[r]: how many rows come from rank r.
-    index: of each key, its place in [rows, what rank 0 sent, what rank 1 sent, ...].
+    rows: the positions of its queries, keys and values. send[r]: the places in `rows` of what rank r gets. receive[r]:
+    how many rows come from rank r. fetched: the positions of these, those of rank 0 first. asking: the places in `rows`
+    of the queries that attend to any of them. own: the mask of rows x rows. beyond: of asking x fetched, None where
+    nothing is fetched. elements: of both.
     """
 
     rows: Ints
-    keys: Ints
     send: tuple[Ints, ...]
     receive: tuple[int, ...]
-    index: Ints
-    pattern: Pattern
+    fetched: Ints
+    asking: Ints
+    own: Pattern
+    beyond: Pattern | None
     elements: int
 
     @property
@@ -71,11 +73,6 @@ class Plan:
         """Whether any rank needs rows of another one."""
         return any(share.received for share in self.shares)
 
-    @property
-    def cost(self) -> int:
-        """Of the slowest rank, in elements of the mask."""
-        return max(share.elements + ROW_COST * share.received for share in self.shares)
-
     def traffic(self, rank: int, row_bytes: int) -> Traffic:
         """row_bytes: of one position of K and V together, all batches and heads. What comes forward goes back."""
         sent, received = (n * row_bytes for n in (self.shares[rank].sent, self.shares[rank].received))
@@ -86,9 +83,8 @@ class Plan:
 def plan_of(pattern: Pattern, seq_len: int, ranks: int, layout: Layout | None = None) -> Plan:
     """The plan for a layout, by default that of the least cost among contiguous, zig-zag and residues of the pattern's
     own strides. Remembered."""
-    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
-    acsrs = {one: ACSR.from_pattern(one, seq_len) for one in dict.fromkeys(heads)}
-    each = [acsrs[one] for one in heads]
+    acsrs = _analyses(pattern, seq_len)
+    each = [acsrs[one] for one in (pattern.heads if isinstance(pattern, PerHead) else (pattern,))]
     layouts = [CONTIGUOUS, ZIGZAG, *map(Layout, _strides(each, ranks))] if layout is None else [layout]
     held = {one: one.positions(seq_len, ranks) for one in layouts}
     fitting = [one for one in layouts if all(map(len, held[one]))]
@@ -97,36 +93,70 @@ def plan_of(pattern: Pattern, seq_len: int, ranks: int, layout: Layout | None = 
             f"{seq_len} positions leave one of {ranks} ranks without any ({layouts[-1]}): "
             "use fewer ranks, a longer sequence or another layout"
         )
-    distinct, row_elements = list(acsrs.values()), _row_elements(each, seq_len)
-    plans = [_make(pattern, distinct, row_elements, seq_len, one, held[one]) for one in fitting]
-    return min(plans, key=lambda plan: plan.cost)
+    row_elements = _row_elements(each, seq_len)
+    needs = [_Needs.of(list(acsrs.values()), one, held[one], row_elements) for one in fitting]
+    best = min(needs, key=lambda one: one.cost)
+    return Plan(pattern, seq_len, best.layout, _shares(pattern, best, seq_len))
 
 
-def _make(pattern: Pattern, acsrs: list[ACSR], row_elements: Ints, seq_len: int, layout: Layout,
-          held: list[Ints]) -> Plan:  # fmt: skip
-    owner, place = np.empty(seq_len, np.int64), np.empty(seq_len, np.int64)
-    for rank, rows in enumerate(held):
-        owner[rows], place[rows] = rank, np.arange(len(rows))
-    needs = [_keys(acsrs, rows, layout) for rows in held]
-    wanted = [[keys[owner[keys] == rank] for rank in range(len(held))] for keys in needs]
+@dataclass(frozen=True, eq=False)
+class _Needs:
+    """What a layout comes to. held: the positions of each rank. wanted[r][owner]: the keys of a rank that rank r needs.
+    elements: of each rank."""
+
+    layout: Layout
+    held: list[Ints]
+    wanted: list[list[Ints]]
+    elements: list[int]
+
+    @staticmethod
+    def of(acsrs: list[ACSR], layout: Layout, held: list[Ints], row_elements: Ints) -> _Needs:
+        owner = np.empty(len(row_elements), np.int64)
+        for rank, rows in enumerate(held):
+            owner[rows] = rank
+        wanted = []
+        for rank, rows in enumerate(held):
+            keys = layout.ordered(np.flatnonzero(_needed(acsrs, rows) & (owner != rank)))
+            wanted.append([keys[owner[keys] == r] for r in range(len(held))])
+        return _Needs(layout, held, wanted, [int(row_elements[rows].sum()) for rows in held])
+
+    @property
+    def cost(self) -> int:
+        """Of the slowest rank, in elements of the mask."""
+        received = [sum(map(len, one)) for one in self.wanted]
+        return max(n + ROW_COST * rows for n, rows in zip(self.elements, received, strict=True))
+
+
+def _shares(pattern: Pattern, needs: _Needs, seq_len: int) -> tuple[Share, ...]:
+    lengths, step, nothing = (seq_len, seq_len), needs.layout.modulus, np.zeros(0, np.int64)
+    place = np.empty(seq_len, np.int64)
+    for rows in needs.held:
+        place[rows] = np.arange(len(rows))
+    every_fetched = [np.concatenate(wanted) for wanted in needs.wanted]
+    transposed = list(_analyses(pattern.transposed(), seq_len).values()) if any(map(len, every_fetched)) else []
     shares = []
-    for rank, (rows, keys) in enumerate(zip(held, needs, strict=True)):
-        fetched = [one for r, one in enumerate(wanted[rank]) if r != rank]
-        where = np.empty(seq_len, np.int64)
-        where[np.concatenate([rows, *fetched])] = np.arange(len(rows) + sum(map(len, fetched)))
-        nothing = np.zeros(0, np.int64)
-        send = tuple(nothing if r == rank else place[wanted[r][rank]] for r in range(len(held)))
-        receive = tuple(0 if r == rank else len(one) for r, one in enumerate(wanted[rank]))
-        local = take(pattern, rows, keys, (seq_len, seq_len), layout.modulus)
-        shares.append(Share(rows, keys, send, receive, where[keys], local, int(row_elements[rows].sum())))
-    return Plan(pattern, seq_len, layout, tuple(shares))
+    for rank, (rows, fetched) in enumerate(zip(needs.held, every_fetched, strict=True)):
+        asking, beyond = nothing, None
+        if len(fetched):
+            asking = np.flatnonzero(_needed(transposed, fetched)[rows])
+            beyond = take(pattern, rows[asking], fetched, lengths, step)
+        send = tuple(place[wanted[rank]] for wanted in needs.wanted)
+        receive = tuple(map(len, needs.wanted[rank]))
+        own = take(pattern, rows, rows, lengths, step)
+        shares.append(Share(rows, send, receive, fetched, asking, own, beyond, needs.elements[rank]))
+    return tuple(shares)
 
 
-def _keys(acsrs: list[ACSR], rows: Ints, layout: Layout) -> Ints:
-    """The keys that rows attend to; the first row's own if there are none: a pattern has at least one column."""
-    needed = np.any([needed_keys(acsr, np.sort(rows)) for acsr in acsrs], axis=0)
-    keys = np.flatnonzero(needed)
-    return layout.ordered(keys) if len(keys) else rows[:1]
+def _analyses(pattern: Pattern, seq_len: int) -> dict[Pattern, ACSR]:
+    """The ACSR of each distinct pattern of the heads."""
+    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
+    return {one: ACSR.from_pattern(one, seq_len) for one in dict.fromkeys(heads)}
+
+
+def _needed(acsrs: Iterable[ACSR], rows: Ints) -> NDArray[np.bool_]:
+    """bool (kv_len): which keys any of the rows attends to in any head."""
+    out: NDArray[np.bool_] = np.any([needed_keys(acsr, np.sort(rows)) for acsr in acsrs], axis=0)
+    return out
 
 
 def needed_keys(acsr: ACSR, rows: Ints) -> NDArray[np.bool_]:
