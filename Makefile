@@ -35,7 +35,7 @@ test: install  ## all tests that need no GPU (stops after 80 minutes)
 	timeout 4800 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: install  ## the tests that need a GPU
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal -m gpu $(ARGS)
 
 # Of each kind of kernel a few small cases.
 SANITIZED := tests/test_gpu_attention.py::test_head_dims tests/test_gpu_attention.py::test_per_head_patterns \

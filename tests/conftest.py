@@ -26,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # many test processes share a GPU's memory
+    if workers := config.getoption("tx", None):  # pytest-xdist's processes share the cores, instead of each taking all
+        os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // len(workers), 1)))
     if config.getoption("--every-lane"):
         from splatc.codegen.hopper import ring
 
