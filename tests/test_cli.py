@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from splatc.codegen.hopper.shape import shape_of
 from splatc.codegen.kernel import kernel_spec
 from splatc.codegen.target import Target
 from splatc.compile import best_plan
+from splatc.config import Config
 from splatc.errors import CacheError, CompileError, InvalidInput
 from splatc.ir.passes import PASSES
 from splatc.runtime.cache import KernelCache
+from splatc.runtime.kernel import kernel_cache
 
 
 @pytest.fixture
@@ -299,6 +302,27 @@ def test_dump_one_of_the_kernels_for_gradients(cli):
     assert code == 0 and "cols0[0, 0, 0]" in first and "cols0[128, 0, 0]" not in first  # the mask's own rows
     code, _, err = cli("dump", *options, "--role", "backward_keys")
     assert code == 2 and "are backward, backward_rows, backward_columns" in err
+
+
+def test_compiled_ahead_are_the_gradients_that_a_mask_takes(cli, monkeypatch):
+    """Tiles are chosen for each walk by itself, as calls will choose them; without a mask there are all of them."""
+    asked = []
+
+    def find(spec):
+        asked.append(spec)
+        return SimpleNamespace(folder=kernel_cache(Config.from_env()).root / spec.name)
+
+    monkeypatch.setattr(sys.modules["splatc.cli.build"], "find_kernel", find)
+    options = "-d", 64, "--dtype", "bfloat16", "--target", "sm_90a", "--backward"
+    assert cli("compile", "bigbird(64)", "-s", 4096, *options)[0] == 0
+    attend = splatc.compile("bigbird(64)", seq_len=4096, head_dim=64, dtype="bfloat16", target="sm_90a")
+    sources = attend.gradients.sources
+    walks = sources.rows(4096, 4096), sources.columns_alone(4096, 4096)
+    chosen = {one.role: one for one in (sources.one, *(plan.spec for plan in walks))}
+    assert {one.role: one for one in asked} == chosen and chosen["backward_columns"].tile_m == 64
+    asked.clear()
+    assert cli("compile", "none", *options)[0] == 0
+    assert len(asked) == len(set(asked)) > len(chosen) and set(chosen.values()) <= set(asked)
 
 
 def test_dump_tir(cli):

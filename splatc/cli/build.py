@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,7 @@ from splatc.codegen.kernel import (
     compressed_spec,
     gradient_specs,
     product_spec,
+    tile_shapes,
     with_pruning,
 )
 from splatc.codegen.tables import Tables
@@ -119,9 +121,10 @@ def compile_kernel(
 ) -> None:
     """Compile a kernel into the cache, ahead of time, and print its folder (of gradients: of all that may be used)."""
     spec = named_spec(head_dim, v_head_dim, dtype, resolve_target(target))
-    if mask != "none":
-        spec = plan_mask(sized_mask(mask, seq_len, kv_len), spec).spec
-    specs = gradient_specs(spec) if backward else (spec,)
+    sized = None if mask == "none" else sized_mask(mask, seq_len, kv_len)
+    if sized is not None:
+        spec = plan_mask(sized, spec).spec
+    specs = _gradient_kernels(spec, sized) if backward else [spec]
     root = kernel_cache(Config.from_env()).root
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
@@ -135,6 +138,21 @@ def compile_kernel(
                 f"the kernel cannot be kept in {root} (read-only or full): set SPLATC_CACHE_DIR to another folder"
             )
         print(folder)
+
+
+def _gradient_kernels(spec: KernelSpec, sized: Sized | None) -> list[KernelSpec]:
+    """All kernels that may compute the gradients of one: of the tiles that a mask gets; without one of all tiles."""
+    kernels = gradient_specs(spec)
+    if sized is None:
+        return [replace(one, tile_m=m, tile_n=n) for one in kernels for m, n in tile_shapes(one)]
+    return [plan_mask(_seen_by(one, sized), one).spec for one in kernels]
+
+
+def _seen_by(spec: KernelSpec, sized: Sized) -> Sized:
+    """The mask whose tiles a kernel for gradients walks over: but for that of dQ, transposed."""
+    pattern, q_len, kv_len = sized
+    static, _ = split(pattern)
+    return (static, q_len, kv_len) if spec.role == ROWS else (static.transposed(), kv_len, q_len)
 
 
 def dump(
@@ -186,11 +204,9 @@ def dump(
         write_or_print(_unfused(sized, spec, what, after, backward or role is not None), output)
         return
     if backward or role is not None:
-        pattern, q_len, kv_len = sized
-        static, pruning = split(pattern)
+        _, pruning = split(sized[0])
         spec = _gradient_kernel(with_pruning(spec, pruning), role)
-        if spec.role != ROWS:  # all others go over columns
-            sized = static.transposed(), kv_len, q_len
+        sized = _seen_by(spec, sized)
     if what is What.ir:
         write_or_print(_ir(sized, spec, after), output)
     elif what is What.tables:

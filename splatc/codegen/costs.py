@@ -4,7 +4,6 @@ the file that SPLATC_COSTS names."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -90,15 +89,18 @@ def costs_of(spec: KernelSpec, workers: int | None = None) -> Costs:
     costs = Costs(near["tile_us"] * scale, near["bits_us"] * scale, near["item_us"], table["launch_us"],
                   table["combine_us"], table["bandwidth_gb_s"] * 1e3, workers or table["multiprocessors"],
                   _source(table), near["gather_us"] * scale, table["part_us"])  # fmt: skip
-    return costs.shared(_blocks(spec)) if spec.tile_m == WARPGROUP_ROWS else costs
+    return costs.shared(_blocks(spec))
 
 
 def _blocks(spec: KernelSpec) -> int:
-    """Blocks of a Hopper kernel that share a multiprocessor."""
+    """Blocks of a Hopper kernel that share a multiprocessor: more than one only where tiles are of 64 rows or keys."""
+    if spec.tile_m != WARPGROUP_ROWS or spec.role not in (FORWARD, ROWS, COLUMNS):
+        return 1
+    if spec.role == FORWARD:
+        return shape_of(spec).blocks
     from splatc.codegen.hopper.backward import shape as backward  # gradients are not always asked for
 
-    sizes: dict[str, Callable[[KernelSpec], Any]] = {FORWARD: shape_of, ROWS: backward.row_shape_of}
-    return int(sizes.get(spec.role, backward.shape_of)(spec).blocks)
+    return (backward.row_shape_of if spec.role == ROWS else backward.shape_of)(spec).blocks
 
 
 def _operations(tile_m: int, tile_n: int, head_dim: float, v_head_dim: float) -> float:

@@ -44,7 +44,7 @@ class GpuGradients:
                  walks: str | None = None, find_gpu: FindGpu = gpu) -> None:  # fmt: skip
         """find: the kernel of a spec. cap: the softcap of scores, 0 for none. walks: "one" or "two", None for the
         faster."""
-        self._sources, self._find, self._layout, self._cap = sources, find, layout, cap
+        self.sources, self._find, self._layout, self._cap = sources, find, layout, cap
         self._walks, self._find_gpu = walks, find_gpu
         self._ready: dict[tuple[Any, ...], GradientCall] = {}
         self._latest: tuple[Like, GradientCall] | None = None  # of these, for tensors that are taken as they are
@@ -128,7 +128,7 @@ class GpuGradients:
         """The walks over tiles, and their tables on the GPU."""
         key = shape.batch, shape.heads, shape.kv_heads, shape.q_len, shape.kv_len, on.ordinal
         if key not in self._uploaded:
-            way = way_of(self._sources, shape, on.driver.multiprocessors(on.ordinal), self._walks)
+            way = way_of(self.sources, shape, on.driver.multiprocessors(on.ordinal), self._walks)
             arrays = [hopper_tables(one.launch, one.work, spec) for spec, one in way.walks]
             remember(self._uploaded, key, (way, DeviceTables(on, arrays)))
         return self._uploaded[key]
