@@ -4,7 +4,8 @@ Prefill, a training step, a decode step.
 
     python examples/mistral.py           # on a GPU: 1.1 billion parameters, bfloat16, window 1,024 of 16,384 tokens
     python examples/mistral.py --tiny    # a few seconds on a CPU
-    python examples/mistral.py --implementations splatc,sdpa    # flex_attention is compiled for minutes
+    python examples/mistral.py --implementations splatc,sdpa    # flex_attention is compiled for minutes, for each mask
+    python examples/mistral.py --masks window                   # not the causal one too
 
 One process and one set of weights for all: only ``set_attn_implementation`` changes. Times are medians.
 """
@@ -24,6 +25,7 @@ from side_by_side import attempt, difference, milliseconds, report
 from splatc.integrations.transformers import register
 
 IMPLEMENTATIONS = ("splatc", "sdpa", "flex_attention")
+MASKS = ("window", "causal")
 DECODE_ROUNDS = 3
 
 
@@ -50,10 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="comma-separated")
+    parser.add_argument("--masks", default=",".join(MASKS), help="comma-separated")
     given = parser.parse_args()
-    names = given.implementations.split(",")
-    if unknown := set(names) - set(IMPLEMENTATIONS):
-        parser.error(f"no implementation {', '.join(sorted(unknown))}: there are {', '.join(IMPLEMENTATIONS)}")
+    names, masks = given.implementations.split(","), given.masks.split(",")
+    for what, wanted, known in (("implementation", names, IMPLEMENTATIONS), ("mask", masks, MASKS)):
+        if unknown := set(wanted) - set(known):
+            parser.error(f"no {what} {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     tiny = given.tiny or not torch.cuda.is_available()
     size = TINY if tiny else FULL
     device = torch.device("cpu" if tiny else "cuda")
@@ -62,7 +66,8 @@ def main() -> None:
     names = [name for name in names if not (tiny and name == "flex_attention")]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters, {size.tokens} tokens, {device}")
     rows = []
-    for window in (size.window, None):
+    for mask in masks:
+        window = size.window if mask == "window" else None
         model.config.sliding_window = window
         rows += compare(model, names, window, size, device)
     report("mistral", rows)
