@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from splatc import patterns as P
@@ -210,6 +211,18 @@ def test_float32_is_tf32_unless_told_otherwise() -> None:
     assert "tf32" in str(plan.explanation) and not plan.spec.gather
     with pytest.raises(InvalidInput, match="tile"):
         kernel_spec(64, None, "float32", HOPPER, tile=(128, 112))
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ({"d": 64}, None), ({"d": 256}, "head dims up to 128"), ({"d": 64, "dtype": "float32"}, "16-bit types"),
+    ({"d": 64, "alibi": True, "sinks": True, "dropout": True}, "too many expressions")])  # fmt: skip
+def test_it_is_said_why_scattered_elements_are_not_gathered(options: dict[str, Any], why: str | None) -> None:
+    scattered = P.mask(np.random.default_rng(0).random((1000, 1000)) < 0.002)
+    plan = best_plan(scattered, 1000, 1000, spec_of(**options))
+    text = str(plan.explanation)
+    assert plan.spec.gather == (why is None) == ("gathered" in text)
+    assert ("no lists" in text) == (why is not None) and (why or "") in text
+    assert "no lists" not in str(best_plan(P.window(9, 9), 1000, 1000, spec_of(**options)).explanation)
 
 
 def _fits(tile: tuple[int, int]) -> bool:

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from splatc.codegen.costs import costs_of
+from splatc.codegen.hopper.shape import not_gathered
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Cover, Program
 
+WASTEFUL = 8  # waste of scattered elements
 KERNELS = {
     "cpu": "LLVM, vectors of queries",
     "portable": "portable CUDA, fp32 multiply-adds, no tensor cores",
@@ -22,8 +24,10 @@ KERNELS = {
 class Explanation:
     """One head of a mask (the sum over distinct patterns for per-head masks). Areas are in elements.
 
-    waste: tile_area / nnz. views: "rows / columns" of each pass. seconds: predicted for one head of batch 1 on a device
-    kept busy by others (CompiledAttention.predict says it for a whole call); costs: where that was measured.
+    waste: tile_area / nnz. not_gathered: why scattered elements (much waste, few equal tiles) cannot become lists of
+    keys on Hopper, None where they can or there are none. views: "rows / columns" of each pass. seconds: predicted for
+    one head of batch 1 on a device kept busy by others (CompiledAttention.predict says it for a whole call); costs:
+    where that was measured.
     """
 
     pattern: str
@@ -48,6 +52,7 @@ class Explanation:
     kernel: str
     tile: tuple[int, int]
     gathered_tiles: int
+    not_gathered: str | None
     seconds: float
     costs: str
     pruning: str | None
@@ -69,6 +74,8 @@ class Explanation:
         ]
         lines += [f"pass {i}       {view}" for i, view in enumerate(self.views)]
         rounded = ", products in tf32" if self.kernel == "hopper" and self.dtype == "float32" else ""
+        if self.not_gathered:
+            lines.append(f"no lists     of scattered keys: {self.not_gathered}")
         if self.pruning:
             lines.append(f"pruned       {self.pruning}: by scores, among the elements of the mask")
         lines.append(f"kernel       {KERNELS[self.kernel]}{rounded}, tiles of {self.tile[0]} x {self.tile[1]}")
@@ -89,6 +96,8 @@ def explain(
     every = [t for passes in tables for t in passes]
     area = sum(t.tiles for t in every) * spec.tile_m * spec.tile_n
     nnz = sum(a.nnz for a in acsrs)
+    distinct = sum(len(t.bits) for t in every if t.bit_tiles)
+    scattered = area > WASTEFUL * nnz and 2 * distinct > sum(t.tiles for t in every)
     covers = [d for program in programs for _, d in program.domains if isinstance(d, Cover)]
     size = sum(a.q_len * a.kv_len for a in acsrs)
     costs = costs_of(spec, cores if spec.kernel == "cpu" else None)
@@ -98,11 +107,12 @@ def explain(
         pattern=pattern, q_len=acsrs[0].q_len, kv_len=acsrs[0].kv_len, nnz=nnz, density=nnz / max(size, 1),
         pieces=sum(len(a.pieces) for a in acsrs), remainder_nnz=sum(a.remainder.nnz for a in acsrs),
         tiles=sum(t.tiles for t in every), full_tiles=sum(t.full_tiles for t in every),
-        bit_tiles=sum(t.bit_tiles for t in every), distinct_bits=sum(len(t.bits) for t in every if t.bit_tiles),
+        bit_tiles=sum(t.bit_tiles for t in every), distinct_bits=distinct,
         tile_area=area, waste=area / max(nnz, 1), passes=max(len(p) for p in tables),
         views=tuple(f"{c.rows} / {'; '.join(map(str, c.cols))}" for c in covers),
         table_bytes=sum(t.nbytes for t in every), head_dim=spec.head_dim, dtype=spec.dtype, target=str(spec.target),
         kernel=spec.kernel, tile=(spec.tile_m, spec.tile_n), gathered_tiles=sum(len(t.gather) for t in every),
+        not_gathered=not_gathered(spec) if spec.kernel == "hopper" and scattered else None,
         seconds=busy / costs.workers * 1e-6, costs=costs.source,
         pruning=str(spec.score.pruning) if spec.score.pruning else None,
     )  # fmt: skip

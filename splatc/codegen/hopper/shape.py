@@ -198,14 +198,24 @@ def slot_keys(n: int) -> list[int]:
 
 
 def can_gather(spec: KernelSpec) -> bool:
-    """Whether there is a kernel with lists of keys for these sizes: copying them takes registers, which blocks that
-    share a multiprocessor lack as taller ones do, and threads that tf32 needs for turning V over."""
-    if spec.kernel != "hopper" or spec.dtype == "float32" or spec.role not in (FORWARD, ROWS):
-        return False
-    crowded = spec.score.positional and len(spec.score.names) > (2 if spec.role == FORWARD else 1)
+    """Whether there is a kernel with lists of keys for these sizes: blocks that share a multiprocessor have no
+    registers for copying them, nor have taller ones."""
+    return not_gathered(spec) is None and spec.tile_m == 128
+
+
+def not_gathered(spec: KernelSpec) -> str | None:
+    """Why no kernel of this kind has lists of keys, whatever its tiles; None if one has. Copying them takes registers,
+    and threads that tf32 needs for turning V over."""
+    if spec.kernel != "hopper" or spec.role not in (FORWARD, ROWS):
+        return "only Hopper's kernels over rows have them"
+    if spec.dtype == "float32":
+        return "they are for 16-bit types"
+    if max(spec.head_dim, spec.v_head_dim) > 128:
+        return "they are for head dims up to 128"
     if spec.score.pruning is not None:
-        return False
-    return spec.tile_m == 128 and max(spec.head_dim, spec.v_head_dim) <= 128 and not crowded
+        return "they are for scores that are not pruned"
+    crowded = spec.score.positional and len(spec.score.names) > (2 if spec.role == FORWARD else 1)
+    return "there are too many expressions on scores" if crowded else None
 
 
 def smem_limit(blocks: int) -> int:
