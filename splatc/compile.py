@@ -127,9 +127,9 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
             return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
         if by_tensor_cores(first.spec):
             of_rows, *of_columns = two_walks(first.spec)
-            sources = Sources(walk_plan(pattern, q_len, kv_len, of_rows), transposed_plan,
-                              walk_plan(pattern.transposed(), kv_len, q_len, of_columns[0]), gradient_spec(first.spec),
-                              tuple(of_columns))  # fmt: skip
+            sources = Sources(walk_plan(pattern, q_len, kv_len, of_rows),
+                              walk_plan(pattern.transposed(), kv_len, q_len, of_columns[0]), transposed_plan,
+                              gradient_spec(first.spec), tuple(of_columns))  # fmt: skip
             walks = "two" if only_two_walks(first.spec) else Config.from_env().gradient_walks
             return GpuGradients(sources, found, layout, cap, walks, find_gpu)
         from splatc.runtime.gradients_portable import PortableGradients  # seldom needed

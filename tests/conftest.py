@@ -1,4 +1,4 @@
-"""Shared by all tests: one kernel cache for the whole run, golden files, the settings of Hypothesis."""
+"""Shared by all tests: one kernel cache for the whole run, golden files, calls of the command line, Hypothesis."""
 
 from __future__ import annotations
 
@@ -62,6 +62,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """cli(arguments) -> (exit code, stdout, stderr), of the command line in this process."""
+    from splatc.cli.main import run
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = run([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(cli: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """The one-line error of a command that must fail with exit code 2."""
+
+    def call(*arguments: object) -> str:
+        code, out, err = cli(*arguments)
+        assert (code, out) == (2, ""), (code, out, err)
+        assert err.startswith("splatc: ") and "Traceback" not in err
+        return err.splitlines()[0].removeprefix("splatc: ")
+
+    return call
 
 
 @pytest.fixture

@@ -66,10 +66,10 @@ class Machine:
         def rows(q_len: int, kv_len: int) -> Any:
             return best_plan(pattern, q_len, kv_len, two_walks(self.forward)[0], None if tile is None else (tile,))
 
-        def columns(kv_len: int, q_len: int) -> Any:
+        def one_walk(kv_len: int, q_len: int) -> Any:
             return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(self.forward))
 
-        def columns_alone(kv_len: int, q_len: int) -> Any:
+        def columns(kv_len: int, q_len: int) -> Any:
             spec = two_walks(self.forward)[1]
             usual = spec.tile_m, spec.tile_n
             chosen = tile if tile is not None and tile[0] == 64 else usual
@@ -86,7 +86,7 @@ class Machine:
             write_built(built, functions)
             return Kernel(spec, built)
 
-        self.sources = Sources(rows, columns, columns_alone, gradient_spec(self.forward), two_walks(self.forward)[1:])
+        self.sources = Sources(rows, columns, one_walk, gradient_spec(self.forward), two_walks(self.forward)[1:])
         self.gradients = GpuGradients(self.sources, find, layout, 0.0, walks, lambda _: gpu)
 
     def __call__(self, q: Any, k: Any, v: Any, o: Any, do: Any, lse: Any, dlse: Any, scale: float) -> list[Any]:
@@ -224,8 +224,8 @@ def test_the_faster_way() -> None:
     def chosen(pattern: Any, wanted: str | None = None) -> str:
         rows, *columns = two_walks(forward)
         sources = Sources(lambda q_len, kv_len: best_plan(pattern, q_len, kv_len, rows),
-                          lambda kv_len, q_len: make_plan(pattern.transposed(), kv_len, q_len, columns[0]),
                           lambda kv_len, q_len: best_plan(pattern.transposed(), kv_len, q_len, columns[0]),
+                          lambda kv_len, q_len: make_plan(pattern.transposed(), kv_len, q_len, columns[0]),
                           gradient_spec(forward), tuple(columns))  # fmt: skip
         return "one" if way_of(sources, shape, 132, wanted).rows is None else "two"
 

@@ -1,7 +1,7 @@
 """Context parallel attention against one GPU: torchrun --nproc-per-node 2 -m splatc.bench.context_parallel
 
 Window and strided masks, 64K positions, forward, and forward with backward. All ranks run together; the slowest counts.
-Beside them what the link takes: the exchange of a forward pass alone, with nothing else on the GPUs.
+Beside them the exchange of a forward pass alone, packing included: what has to be hidden.
 """
 
 from __future__ import annotations
@@ -9,17 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from splatc.patterns import causal, strided, window
 
-if TYPE_CHECKING:
-    import torch
-
-    from splatc.distributed import ContextParallel
-
 LENGTH, HEADS, DIM, ROUNDS, CALLS = 65536, 16, 128, 7, 10
-HEAD_START = 10_000_000  # cycles, some milliseconds
 PATTERNS = {
     "window": causal() & window(1024, 0),
     "strided": causal() & strided(128),
@@ -46,7 +41,7 @@ def main() -> None:
         *qkv, do = whole
         *local, local_do = [attend.shard(x) for x in whole]
         traffic = attend.bytes_communicated(*local[1:])
-        exchange = _exchange_seconds(attend, *local[1:])
+        exchange = _seconds(partial(_exchange, attend, *local[1:])) if attend.plan.exchanges else 0.0
         for backward in (False, True):
             one = _seconds(_step(lambda q, k, v, p=pattern: attention(q, k, v, p), qkv, do, backward))
             many = _seconds(_step(attend, local, local_do, backward))
@@ -73,6 +68,10 @@ def _step(attend: Callable[..., Any], qkv: list[Any], do: Any, backward: bool) -
     return lambda: torch.autograd.grad(attend(*leaves), leaves, do)
 
 
+def _exchange(attend: Any, k: Any, v: Any) -> None:
+    attend.exchange.fetch(k, v).wait()
+
+
 def _seconds(step: Callable[[], Any]) -> float:
     """A call's seconds on the slowest rank: the median of some rounds of several calls."""
     import torch
@@ -88,35 +87,6 @@ def _seconds(step: Callable[[], Any]) -> float:
             step()
         torch.cuda.synchronize()
         taken = torch.tensor((time.perf_counter() - start) / CALLS, device="cuda", dtype=torch.float64)
-        dist.all_reduce(taken, dist.ReduceOp.MAX)
-        samples.append(float(taken))
-    return sorted(samples[2:])[ROUNDS // 2]
-
-
-def _exchange_seconds(attend: ContextParallel, k: torch.Tensor, v: torch.Tensor) -> float:
-    """Seconds on the slowest rank in which rows of local k and v as a forward pass sends them are there, 0 where there
-    are none: the median of some rounds of several exchanges, by the clock of the GPU. Nothing is packed."""
-    import torch
-    import torch.distributed as dist
-
-    if not attend.plan.exchanges:
-        return 0.0
-    share, width = attend.plan.shares[attend.rank], sum(x.shape[0] * x.shape[1] * x.shape[3] for x in (k, v))
-    go, come = [len(one) for one in share.send], list(share.receive)
-    sent, received = (k.new_zeros(sum(n), width) for n in (go, come))
-    samples = []
-    for _ in range(ROUNDS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        dist.barrier()
-        torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]  # meanwhile the host launches all of them
-        start.record()
-        for _ in range(CALLS):
-            work = dist.all_to_all_single(received, sent, come, go, group=attend.group, async_op=True)
-            assert work is not None
-            work.wait()
-        end.record()
-        torch.cuda.synchronize()
-        taken = torch.tensor(start.elapsed_time(end) * 1e-3 / CALLS, device="cuda", dtype=torch.float64)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         samples.append(float(taken))
     return sorted(samples[2:])[ROUNDS // 2]

@@ -124,7 +124,7 @@ def compile_kernel(
     sized = None if mask == "none" else sized_mask(mask, seq_len, kv_len)
     if sized is not None:
         spec = plan_mask(sized, spec).spec
-    specs = _gradient_kernels(spec, sized) if backward else [spec]
+    specs = _kernels_of_gradients(spec, sized) if backward else [spec]
     root = kernel_cache(Config.from_env()).root
     if root is None:
         raise InvalidInput("SPLATC_DISABLE_CACHE is set, so a compiled kernel could not be kept: unset it")
@@ -140,7 +140,7 @@ def compile_kernel(
         print(folder)
 
 
-def _gradient_kernels(spec: KernelSpec, sized: Sized | None) -> list[KernelSpec]:
+def _kernels_of_gradients(spec: KernelSpec, sized: Sized | None) -> list[KernelSpec]:
     """All kernels that may compute the gradients of one: of the tiles that a mask gets; without one of all tiles."""
     kernels = gradient_specs(spec)
     if sized is None:
@@ -205,7 +205,7 @@ def dump(
         return
     if backward or role is not None:
         _, pruning = split(sized[0])
-        spec = _gradient_kernel(with_pruning(spec, pruning), role)
+        spec = _kernel_of_role(with_pruning(spec, pruning), role)
         sized = _seen_by(spec, sized)
     if what is What.ir:
         write_or_print(_ir(sized, spec, after), output)
@@ -215,7 +215,7 @@ def dump(
         write_or_print(_source(plan_mask(sized, spec).spec, what), output)
 
 
-def _gradient_kernel(spec: KernelSpec, role: str | None) -> KernelSpec:
+def _kernel_of_role(spec: KernelSpec, role: str | None) -> KernelSpec:
     """The kernel of this role among those for the gradients of a kernel; None: the first that goes over columns."""
     specs = {one.role: one for one in gradient_specs(spec)}
     wanted = role or next(known for known in specs if known != ROWS)

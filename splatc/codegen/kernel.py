@@ -251,10 +251,11 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods, where they fit: keys by 28 x 4 around 16 x 8 queries, or by
     20 x 4 around 8 x 8, which gradients have not; those over columns have neither."""
-    wide = max(spec.head_dim, spec.v_head_dim) > 128
+    if spec.role not in (FORWARD, ROWS) or max(spec.head_dim, spec.v_head_dim) > 128 or _crowded(spec):
+        return ()
     known = all_tiles(spec.kernel, spec.dtype)
-    rows = {FORWARD: {m for m, _ in tile_shapes(spec)}, ROWS: {128}}.get(spec.role, set())
-    return () if wide or _crowded(spec) else tuple(tile for tile in PATCH_TILES if tile in known and tile[0] in rows)
+    rows = {m for m, _ in tile_shapes(spec)} if spec.role == FORWARD else {128}
+    return tuple(tile for tile in PATCH_TILES if tile in known and tile[0] in rows)
 
 
 def _crowded(spec: KernelSpec) -> bool:

@@ -38,7 +38,7 @@ class ContextParallel:
         self.rank = dist.get_rank(group)
         self.plan = plan_of(pattern, q_len, dist.get_world_size(group), layout)
         self._share = self.plan.shares[self.rank]
-        self._exchange = Exchange(self.plan, group)
+        self.exchange = Exchange(self.plan, group)
         self._softcap, self._allow_tf32 = softcap, allow_tf32
         self._splits = lru_cache(maxsize=8)(self._split)
 
@@ -88,7 +88,7 @@ class ContextParallel:
         if share.beyond is not None:
             beyond = compiled(share.beyond, replace(shape, q_len=len(share.asking), kv_len=share.received))
         asking = rows_of(share.asking, torch.device(shape.device))
-        return Split(self._exchange, compiled(share.own, shape), beyond, asking)
+        return Split(self.exchange, compiled(share.own, shape), beyond, asking)
 
     def shard(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
         """The local rows of a whole tensor, whose axis `dim` is the sequence. Differentiable, no communication."""

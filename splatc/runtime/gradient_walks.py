@@ -35,13 +35,14 @@ Planner = Callable[[int, int], "Plan"]
 class Sources:
     """What gradients of one mask are made from: plans by lengths.
 
-    rows(q_len, kv_len): of the mask, for the kernel of dQ. columns(kv_len, q_len): of the transposed mask, for the
-    column kernel ``one``, with dQ. columns_alone: the same for those of ``two``, without, whose tiles it chooses.
+    Of two walks: rows(q_len, kv_len), of the mask, for the kernel of dQ, and columns(kv_len, q_len), of the transposed
+    mask, for the kernels ``two``; each chooses their tiles. Of one: one_walk(kv_len, q_len), of the transposed mask,
+    for the kernel ``one``.
     """
 
     rows: Planner
     columns: Planner
-    columns_alone: Planner
+    one_walk: Planner
     one: KernelSpec
     two: tuple[KernelSpec, ...]
 
@@ -92,7 +93,7 @@ def in_one_walk(sources: Sources, shape: Shape, workers: int) -> Way:
     item = ITEM_BYTES[s.dtype]
     moved = s.batch * s.kv_heads * s.kv_len * (s.head_dim + s.v_head_dim) * item
     moved += s.batch * s.heads * s.q_len * s.head_dim * (4 + 4 + item)
-    columns = column_walks(sources.columns(s.kv_len, s.q_len), sources.one, s, workers)
+    columns = column_walks(sources.one_walk(s.kv_len, s.q_len), sources.one, s, workers)
     time = predicted(columns) + passes(moved + prepared(s), 3, costs)
     return Way(None, (sources.one,), (), columns, time)
 
@@ -103,7 +104,7 @@ def in_two_walks(sources: Sources, shape: Shape, workers: int) -> Way:
     costs = costs_of(plan.spec, workers)
     rows = tuple(Walk(one, work_of(one, s.batch, costs, TOGETHER), plan.spec.tile_m)
                  for one in plan.launches(s.heads, *MAX_VIEWS))  # fmt: skip
-    transposed = sources.columns_alone(s.kv_len, s.q_len)
+    transposed = sources.columns(s.kv_len, s.q_len)
     tile_m, tile_n = transposed.spec.tile_m, transposed.spec.tile_n
     kernels = tuple(replace(one, tile_m=tile_m, tile_n=tile_n) for one in sources.two)
     each = [column_walks(transposed, one, s, workers) for one in kernels]

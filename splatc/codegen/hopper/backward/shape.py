@@ -263,7 +263,8 @@ class RowShape(TileShape):
 
     @property
     def most_registers(self) -> int:
-        """With two tables of biases what is summed up for gradients of any takes more than other expressions do."""
+        """With two tables of biases what is summed up for gradients of any takes more than other expressions do. And of
+        three blocks that share a multiprocessor ptxas serialises the products with more."""
         both = self.score.has(RelativeBias) and self.score.has(BlockBias)
         if both and self.learning:
             return min(super().most_registers - 24, 128)
