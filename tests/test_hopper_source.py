@@ -87,6 +87,7 @@ def test_compiles_without_spills(spec: KernelSpec, tmp_path: Path) -> None:
     source = (tmp_path / "kernel.cu").read_text()
     assert "wgmma" in source
     assert "cp.async.bulk.tensor" in source
+    assert ("q_words" in source) == shape_of(spec).keeps_q
 
 
 LEARNING = [

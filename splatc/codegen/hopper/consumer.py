@@ -10,7 +10,7 @@ from splatc.codegen.constants import NEG_INF
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, TILES
 from splatc.codegen.hopper.emit import Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import merge_weights, stage_output
-from splatc.codegen.hopper.products import Scores, at_stage, descriptor, output_of, wait_products
+from splatc.codegen.hopper.products import Scores, ScoresOfKept, at_stage, descriptor, hidden, output_of, wait_products
 from splatc.codegen.hopper.row_tiles import RowTiles
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_values
@@ -25,7 +25,7 @@ class Consumer(RowTiles):
     def run(self) -> None:
         b, s, a = self.block, self.s, self.a
         self.take_number()
-        self.scores = Scores(s.dtype, s.d, s.n, s.m)
+        self.scores = (ScoresOfKept if s.keeps_q else Scores)(s.dtype, s.d, s.n, s.m)
         self.out = output_of(s)
         self.words = registers("mask", s.bit_words, "uint32")
         unit = a.cap if s.softcap else a.scale
@@ -69,6 +69,8 @@ class Consumer(RowTiles):
             self.find_rows()  # asked for early, needed at the end
         q = at_stage("q_now", self.q_base, self.q_at.stage(), s.q_slot)
         self.out.clear()
+        if isinstance(self.scores, ScoresOfKept):
+            self.scores.keep(b.q, self.slot_base(), b.warp, hidden(b.lane, "int32"))
         tiles = let("tiles", b.messages[self.message + TILES])
         masked = let("masked", b.messages[self.message + MASKED])  # tiles with mask bits: they come first
         self.first_tile(q, masked)

@@ -99,6 +99,28 @@ class Scores:
         fence(self.s, self.count)
 
 
+class ScoresOfKept(Scores):
+    """The same with Q in registers: a warpgroup's 64 rows, an A operand for all column tiles of a row tile."""
+
+    def __init__(self, dtype: str, d: int, n: int, q_rows: int) -> None:
+        super().__init__(dtype, d, n, q_rows)
+        self._dtype, self._rows = dtype, q_rows
+        self.q = registers("q_words", 4 * len(self._at_q), "uint32")
+
+    def keep(self, place: Expr, base: Expr, warp: Expr, lane: Expr) -> None:
+        """Read this thread's part of the 64 rows at place[base:], swizzled chunks that lie ``q_rows`` rows apart."""
+        width = chunk(self._dtype)
+        row = let("q_row", warp * 16 + lane % 16)
+        for kk in range(len(self._at_q)):
+            column16 = T.bitwise_xor(kk % 4 * 2 + lane // 16, row % 8)
+            at = place.ptr_to([base + row * width + kk // 4 * (self._rows * width) + column16 * 8])
+            do(T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](*(self.q[4 * kk + i] for i in range(4)), at))
+
+    def issue(self, q: Expr, k: Expr) -> None:
+        s, words = ([x[i] for i in range(n)] for x, n in ((self.s, self.count), (self.q, 4 * len(self._at_q))))
+        issue_product(self._instruction, s, words, [k + at for at in self._at_k], fresh=True, b_transposed=False)
+
+
 class Output:
     """O += P V: 64 x dv a warpgroup; P (n columns) in registers, rounded to the type of V, and V in shared memory.
 

@@ -69,6 +69,16 @@ class Shape:
         return chunk(self.dtype)
 
     @property
+    def keeps_q(self) -> bool:
+        """Whether a thread keeps its part of Q (docs/decisions/42-q-in-registers.md): where that is faster, and fits.
+
+        Beside it come scores, O and P, and 40 registers for addresses, statistics and mask bits.
+        """
+        if self.item_bytes != 2 or self.positional or self.gather or self.blocks > 1 or self.d <= 64:
+            return False
+        return 4 * ceil_div(self.d, 16) + self.live_registers + 40 <= self.registers[1]
+
+    @property
     def turned(self) -> bool:
         """Whether V is turned over before the products: tf32 operands are read along the keys."""
         return self.dtype == "float32"
