@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -197,3 +200,16 @@ extern "C" __global__ void b(float* p) {
   turn_ptr_at0 = p[1];
 }
 """
+
+
+def test_no_torch_is_loaded_to_generate(tmp_path: Path) -> None:
+    """In a fresh process with an empty cache: TVM would bring it along, for three seconds."""
+    script = """
+import sys, splatc
+kernel = splatc.compile("causal()", seq_len=100, head_dim=64, dtype="bfloat16", target="sm_90a").kernel
+assert "wgmma" in kernel.source and "tvm" in sys.modules
+print("torch" in sys.modules)
+"""
+    env = {**os.environ, "SPLATC_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

@@ -25,7 +25,7 @@ from splatc.codegen.kernel import (
     SPMM,
     KernelSpec,
 )
-from splatc.codegen.no_torch import import_tvm_ffi, without_torch
+from splatc.codegen.no_torch import import_tvm, import_tvm_ffi
 from splatc.codegen.ptxas import check_report, read_report
 from splatc.codegen.target import NATIVE, Target
 from splatc.codegen.toolchain import find_compiler
@@ -83,8 +83,7 @@ def _load_thread_pool() -> None:
 
 
 def _build_cpu(spec: KernelSpec, folder: Path) -> dict[str, object]:
-    with without_torch():
-        import tvm  # noqa: F401  (first of all)
+    import_tvm()
     from tvm.target.codegen import llvm_get_system_cpu
 
     from splatc.codegen.cpu import attention_cpu
@@ -157,6 +156,7 @@ def _build_cuda(spec: KernelSpec, folder: Path) -> dict[str, object]:
 
 def emit(spec: KernelSpec) -> Emitted:
     """The generated module of a CUDA kernel. Raises Unsupported for what there is none for."""
+    import_tvm()
     if spec.role in PRODUCTS:
         from splatc.codegen.hopper.unfused.kernels import product_hopper
 

@@ -40,3 +40,10 @@ def import_tvm_ffi() -> Any:
         import tvm_ffi
 
     return tvm_ffi
+
+
+@cache
+def import_tvm() -> None:
+    """Load all of TVM: whoever generates code asks for this first, before a module that imports it."""
+    with without_torch():
+        import tvm  # noqa: F401
