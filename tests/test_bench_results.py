@@ -53,6 +53,11 @@ def test_each_target_can_be_missed(suite, case, who, values, missed):
     assert any(line.startswith(missed) for line in lines), lines
 
 
+def test_rounding_does_not_hide_a_miss():
+    bound = targets.Bound(">=", 1.08, "{:.2f}x")
+    assert [bound.show(x) for x in (1.0761, 1.08, 1.07, 1.2)] == ["1.08x (1.0761)", "1.08x", "1.07x", "1.20x"]
+
+
 def test_growth_and_mean():
     found = good()
     for r in found.records:

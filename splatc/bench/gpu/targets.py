@@ -73,6 +73,11 @@ class Bound:
         sign = 1 if self.relation == ">=" else -1
         return min(found, key=lambda pair: -math.inf if math.isnan(pair[1]) else sign * pair[1])
 
+    def show(self, figure: float) -> str:
+        """A figure as people read it; in full where rounding would hide that it misses."""
+        text = self.form.format(figure)
+        return text if self.met(figure) or text != self.form.format(self.value) else f"{text} ({figure:.5g})"
+
     def __str__(self) -> str:
         return f"{self.relation} {self.form.format(self.value)}"
 
@@ -316,4 +321,4 @@ def _worst(what: str, found: Iterable[tuple[str, float | None]], bound: Bound, *
     if not present:
         return Verdict(what, str(bound))
     name, figure = bound.worst(present)
-    return Verdict(what, str(bound), bound.form.format(figure) + (f" ({name})" if named else ""), bound.met(figure))
+    return Verdict(what, str(bound), bound.show(figure) + (f" ({name})" if named else ""), bound.met(figure))
