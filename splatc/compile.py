@@ -25,7 +25,7 @@ from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.target import Target, resolve_target
 from splatc.config import Config, start_logging
 from splatc.errors import InvalidInput
-from splatc.formats.acsr import ACSR
+from splatc.formats.acsr import ACSR, analyze_heads
 from splatc.ir.passes import PASSES, Schedule, lower, run_passes
 from splatc.ir.program import Cover, Program
 from splatc.ir.score import score_of
@@ -151,33 +151,25 @@ def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
               tiles: tuple[tuple[int, int], ...] | None = None, after: After | None = None) -> Plan:  # fmt: skip
     """The plan of the least predicted time over tile shapes, and the kernel that it needs."""
     known = tiles or (tuned_tiles(pattern, q_len, kv_len, spec) if spec.role == FORWARD else None)
-    analyses = analyze_heads(pattern, q_len, kv_len)
 
     def plan(tile: tuple[int, int]) -> Plan:
         sized = replace(spec, tile_m=tile[0], tile_n=tile[1])
-        return make_plan(pattern, q_len, kv_len, replace(sized, gather=can_gather(sized)), analyses=analyses,
-                         watched=False)  # fmt: skip
+        return make_plan(pattern, q_len, kv_len, replace(sized, gather=can_gather(sized)), watched=False)
 
     plans = [plan(tile) for tile in known or tile_shapes(spec)]
     if not known and any(one.patched for one in plans):
         plans += [plan(tile) for tile in patch_tiles(spec)]
     best = min(plans, key=lambda plan: plan.explanation.seconds)
     if after is not None or Config.from_env().dump:  # of the one that was chosen only
-        best = make_plan(pattern, q_len, kv_len, best.spec, after, analyses)
+        best = make_plan(pattern, q_len, kv_len, best.spec, after)
     return replace(best, spec=replace(best.spec, gather=best.explanation.gathered_tiles > 0))
 
 
-def analyze_heads(pattern: Pattern, q_len: int, kv_len: int) -> dict[Pattern, ACSR]:
-    """The ACSR of each distinct pattern of the heads."""
-    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
-    return {one: ACSR.from_pattern(one, q_len, kv_len) for one in dict.fromkeys(heads)}
-
-
 def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None,
-              analyses: dict[Pattern, ACSR] | None = None, watched: bool = True) -> Plan:  # fmt: skip
-    """Everything between a pattern and the arrays that a kernel reads; nothing is compiled. analyses: of
-    ``analyze_heads``, where it was called before. watched: dump what SPLATC_DUMP asks for."""
-    analyses = analyses or analyze_heads(pattern, q_len, kv_len)
+              watched: bool = True) -> Plan:  # fmt: skip
+    """Everything between a pattern and the arrays that a kernel reads; nothing is compiled. watched: dump what
+    SPLATC_DUMP asks for."""
+    analyses = analyze_heads(pattern, q_len, kv_len)
     distinct, acsrs = tuple(analyses), list(analyses.values())
     schedule = schedule_of(spec)
     programs = [run_passes(lower(acsr, spec.score), schedule, PASSES,

@@ -84,8 +84,14 @@ class Config:
             cuda_compiler=_one("SPLATC_CUDA_COMPILER", get("CUDA_COMPILER"), CUDA_COMPILERS),
             gradient_walks=_one("SPLATC_GRADIENT_WALKS", get("GRADIENT_WALKS"), GRADIENT_WALKS),
             line_info=_flag("SPLATC_LINE_INFO", get("LINE_INFO")),
-            costs=_file("SPLATC_COSTS", get("COSTS")),
+            costs=costs_file(env),
         )
+
+
+def costs_file(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Config.costs by itself, which is asked for many times while a mask is planned."""
+    env = os.environ if environ is None else environ
+    return _file("SPLATC_COSTS", env.get("SPLATC_COSTS", "").strip())
 
 
 def default_cache_dir() -> Path:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 
 from splatc import patterns as P
+from splatc.errors import VerifyError
 from splatc.formats import acsr as acsr_module
-from splatc.formats.acsr import ACSR
-from splatc.formats.strips import paint
+from splatc.formats.acsr import ACSR, Pieces, _are_runs_of
+from splatc.formats.strips import Runs, paint
 from splatc.formats.symbolic import strips_of
 from tests import library
 
@@ -92,6 +93,34 @@ def test_what_is_checked_in_random_rows_only_is_right_too(case):
         check(*case)
     finally:
         acsr_module.CHECK_ALL, acsr_module.CHECK_SOME, acsr_module.MAX_MIXED = limits
+
+
+@pytest.mark.parametrize("rows", ["every", "some"])
+def test_the_comparison_finds_what_is_wrong(rows, monkeypatch):
+    if rows == "some":
+        monkeypatch.setattr(acsr_module, "CHECK_ALL", 0)
+    pattern = P.causal() & (P.window(3, 0) | P.strided(8))
+    pieces = ACSR.from_pattern(pattern, 60).pieces.table
+    for table, words in ((np.concatenate([pieces, pieces[:1]]), "held by 2 pieces"), (pieces[1:], "held by 0 pieces")):
+        with pytest.raises(VerifyError, match=words):
+            ACSR(60, 60, Pieces(table))._check_against(pattern)
+    with pytest.raises(VerifyError, match="but the mask says False"):
+        ACSR(60, 60, Pieces(pieces))._check_against(P.window(3, 0))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_runs_of_a_mask(seed):
+    """Against coverage counted element by element: runs that touch, overlap or are empty, and masks that differ."""
+    rng = np.random.default_rng(seed)
+    row, start = rng.integers(0, 4, 8), rng.integers(0, 21, 8)
+    runs = Runs(row, start, np.minimum(start + rng.integers(0, 5, 8), 20))
+    covered = np.zeros((4, 20), int)
+    for r, a, b in zip(row, runs.start, runs.stop):
+        covered[r, a:b] += 1
+    other = covered > 0
+    other[rng.integers(4), rng.integers(20)] ^= True
+    assert _are_runs_of(covered > 0, row, runs) == (covered.max() <= 1)
+    assert not _are_runs_of(other, row, runs)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS, shape_of
 from splatc.codegen.kernel import BACKWARD, COLUMNS, DK_ALONE, DV_ALONE, FORWARD, ROWS, KernelSpec
-from splatc.config import Config
+from splatc.config import costs_file
 from splatc.errors import InvalidInput
 
 FILE = Path(__file__).with_name("costs.json")
@@ -117,7 +117,7 @@ def _source(table: dict[str, Any]) -> str:
 
 
 def _table() -> dict[str, Any]:
-    return _read(Config.from_env().costs or FILE)
+    return _read(costs_file() or FILE)
 
 
 @cache

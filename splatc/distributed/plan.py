@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from splatc.distributed.layout import CONTIGUOUS, ZIGZAG, Layout
 from splatc.errors import InvalidInput
-from splatc.formats.acsr import ACSR
+from splatc.formats.acsr import ACSR, analyze_heads
 from splatc.formats.strips import COUNT, STRIDE, Ints, row_runs
 from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
@@ -83,7 +83,7 @@ class Plan:
 def plan_of(pattern: Pattern, seq_len: int, ranks: int, layout: Layout | None = None) -> Plan:
     """The plan for a layout, by default that of the least cost among contiguous, zig-zag and residues of the pattern's
     own strides. Remembered."""
-    acsrs = _analyses(pattern, seq_len)
+    acsrs = analyze_heads(pattern, seq_len, seq_len)
     each = [acsrs[one] for one in (pattern.heads if isinstance(pattern, PerHead) else (pattern,))]
     layouts = [CONTIGUOUS, ZIGZAG, *map(Layout, _strides(each, ranks))] if layout is None else [layout]
     held = {one: one.positions(seq_len, ranks) for one in layouts}
@@ -133,7 +133,8 @@ def _shares(pattern: Pattern, needs: _Needs, seq_len: int) -> tuple[Share, ...]:
     for rows in needs.held:
         place[rows] = np.arange(len(rows))
     every_fetched = [np.concatenate(wanted) for wanted in needs.wanted]
-    transposed = list(_analyses(pattern.transposed(), seq_len).values()) if any(map(len, every_fetched)) else []
+    fetches = any(map(len, every_fetched))
+    transposed = list(analyze_heads(pattern.transposed(), seq_len, seq_len).values()) if fetches else []
     shares = []
     for rank, (rows, fetched) in enumerate(zip(needs.held, every_fetched, strict=True)):
         asking, beyond = nothing, None
@@ -145,12 +146,6 @@ def _shares(pattern: Pattern, needs: _Needs, seq_len: int) -> tuple[Share, ...]:
         own = take(pattern, rows, rows, lengths, step)
         shares.append(Share(rows, send, receive, fetched, asking, own, beyond, needs.elements[rank]))
     return tuple(shares)
-
-
-def _analyses(pattern: Pattern, seq_len: int) -> dict[Pattern, ACSR]:
-    """The ACSR of each distinct pattern of the heads."""
-    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
-    return {one: ACSR.from_pattern(one, seq_len) for one in dict.fromkeys(heads)}
 
 
 def _needed(acsrs: Iterable[ACSR], rows: Ints) -> NDArray[np.bool_]:

@@ -6,9 +6,9 @@ whose progressions are affine in the row are one strip, and strips that repeat a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from random import Random
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -31,6 +31,7 @@ from splatc.formats.strips import (
 )
 from splatc.formats.symbolic import strips_of
 from splatc.patterns.base import Pattern
+from splatc.patterns.heads import PerHead
 from splatc.patterns.matrix import Sparse
 
 if TYPE_CHECKING:
@@ -320,22 +321,48 @@ class ACSR:
             count = max(elements // self.kv_len, 2)
             rows = np.array(sorted(set(Random().choices(range(self.q_len), k=count))))  # numpy.random is slow to import
         wanted = pattern.contains(rows[:, None], np.arange(self.kv_len)[None, :], self.q_len, self.kv_len)
+        wanted = np.broadcast_to(wanted, (len(rows), self.kv_len))
         runs = unit_runs(row_runs(self.strips, rows))
-        width = self.kv_len + 1
-        base = np.searchsorted(rows, runs.row) * width
-        steps = np.bincount(base + runs.start, minlength=len(rows) * width)
-        steps -= np.bincount(base + runs.stop, minlength=len(rows) * width)
-        covered = np.cumsum(steps.reshape(-1, width), axis=1)[:, : self.kv_len]
-        if not np.array_equal(covered, wanted):
-            i, k = np.argwhere(covered != wanted)[0]
-            raise VerifyError(
-                f"pattern {pattern}: element (q={rows[i]}, k={k}) is held by {covered[i, k]} pieces but the mask says "
-                f"{bool(np.broadcast_to(wanted, covered.shape)[i, k])}; please report this pattern"
-            )
+        if not _are_runs_of(wanted, np.searchsorted(rows, runs.row), runs):
+            _say_difference(pattern, wanted, rows, runs)
         _compared.add(pattern)
 
 
+@lru_cache(maxsize=4)  # for each shape of tiles that is considered, and for the walk of gradients over the same mask
+def analyze_heads(pattern: Pattern, q_len: int, kv_len: int) -> Mapping[Pattern, ACSR]:
+    """The ACSR of each distinct pattern of the heads."""
+    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
+    return {one: ACSR.from_pattern(one, q_len, kv_len) for one in dict.fromkeys(heads)}
+
+
 _compared: WeakSet[Pattern] = WeakSet()  # patterns whose strips were compared with them in this process
+
+
+def _are_runs_of(mask: NDArray[np.bool_], row: Ints, runs: Runs) -> bool:
+    """Whether runs, each in a row of a mask, are disjoint and where the mask is true."""
+    width = mask.shape[1] + 2
+    base, some = row * width, runs.stop > runs.start
+    start, stop = np.sort((base + runs.start)[some]), np.sort((base + runs.stop)[some])
+    if (start[1:] < stop[:-1]).any():
+        return False
+    apart = start[1:] > stop[:-1]
+    framed = np.zeros((len(mask), width), bool)  # in a row, neighbours that differ begin or end a run
+    framed[:, 1:-1] = mask
+    turns = np.flatnonzero(framed.ravel()[1:] != framed.ravel()[:-1])
+    begins, ends = np.concatenate([[True], apart])[: len(start)], np.concatenate([apart, [True]])[: len(stop)]
+    return np.array_equal(turns[0::2], start[begins]) and np.array_equal(turns[1::2], stop[ends])
+
+
+def _say_difference(pattern: Pattern, wanted: NDArray[np.bool_], rows: Ints, runs: Runs) -> None:
+    """Raise VerifyError for the first element of some rows that the runs hold otherwise than the mask."""
+    width = wanted.shape[1] + 1
+    base = np.searchsorted(rows, runs.row) * width
+    steps = np.bincount(base + runs.start, minlength=len(rows) * width)
+    steps -= np.bincount(base + runs.stop, minlength=len(rows) * width)
+    covered = np.cumsum(steps.reshape(-1, width), axis=1)[:, :-1]
+    i, k = np.argwhere(covered != wanted)[0]
+    raise VerifyError(f"pattern {pattern}: element (q={rows[i]}, k={k}) is held by {covered[i, k]} pieces but the mask "
+                      f"says {bool(wanted[i, k])}; please report this pattern")  # fmt: skip
 
 
 def _sweep(sets: Sequence[Runs], kv_len: int, keep: Any) -> Runs:

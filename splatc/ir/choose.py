@@ -131,6 +131,8 @@ def _steps(strips: Ints, least: int) -> list[int]:
 
 def _most_voted(kinds: Ints, votes: Ints, least: int) -> list[list[int]]:
     """The MAX_STEPS distinct rows with the most votes, of those with at least ``least``."""
+    if not len(kinds):
+        return []
     distinct, which = np.unique(kinds, axis=0, return_inverse=True)
     total = np.bincount(which.ravel(), votes, len(distinct))
     best = np.argsort(-total, kind="stable")[:MAX_STEPS]

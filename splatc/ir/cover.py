@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -379,23 +380,22 @@ def runs_of(spans: Ints, lanes_k: int) -> ShapeRuns:
 
 
 def paint(shapes: Shapes, chosen: slice, lanes_q: int, lanes_k: int) -> NDArray[np.bool_]:
-    """The elements of a range of shapes: bool (n, lanes_q, lanes_k)."""
-    first = chosen.start
-    n = chosen.stop - first
+    """The elements of a range of shapes: bool (n, lanes_q, lanes_k), in memory column after column."""
+    first, n = chosen.start, chosen.stop - chosen.start
     lo, hi = np.searchsorted(shapes.spans[:, 0], [first, chosen.stop])
-    painted = np.zeros((n, lanes_q, lanes_k), bool)
+    steps = np.zeros((lanes_k + 1, n, lanes_q), np.int8)
     if hi > lo:
         shape, lane, begin, end = runs_of(shapes.spans[lo:hi], lanes_k)
-        some = int(shapes.spans[hi - 1, 0]) - first + 1  # shapes that are only blocks of bits come last
-        row = ((shape - first) * lanes_q + lane) * (lanes_k + 1)
-        steps = np.zeros(some * lanes_q * (lanes_k + 1), np.int8)
-        np.add.at(steps, row + begin, np.int8(1))
-        np.add.at(steps, row + end, np.int8(-1))
-        painted[:some] = np.cumsum(steps.reshape(some, lanes_q, -1), axis=2, dtype=np.int8)[:, :, :lanes_k]
+        at, flat = (shape - first) * lanes_q + lane, steps.reshape(-1)
+        np.add.at(flat, begin * (n * lanes_q) + at, np.int8(1))
+        np.add.at(flat, end * (n * lanes_q) + at, np.int8(-1))
+        for before, column in pairwise(steps[:-1]):  # many times faster than cumsum
+            column += before
+    painted = steps[:-1] != 0
     blocks = shapes.blocks[(shapes.blocks[:, 0] >= first) & (shapes.blocks[:, 0] < chosen.stop)]
     if len(blocks):  # tiles are whole blocks then, or as many rows of parts of blocks, see _shapes
         number, index, lane0, col0 = blocks.T
         width = min(lanes_k, BLOCK)
-        grid = painted.reshape(n, lanes_q // BLOCK, BLOCK, lanes_k // width, width).transpose(0, 1, 3, 2, 4)
+        grid = painted.reshape(lanes_k // width, width, n, lanes_q // BLOCK, BLOCK).transpose(2, 3, 0, 4, 1)
         grid[number - first, lane0 // BLOCK, col0 // width] |= unpack(shapes.bits[index])[..., :width]
-    return painted
+    return np.moveaxis(painted, 0, 2)

@@ -30,6 +30,8 @@ def gather_tiles(cover: Cover) -> Cover:
         return cover
     item = _items_of_entries(cover)
     entry = np.flatnonzero((cover.entries[:, 3] == plain[0]) & (cover.entries[:, 5] > 0))
+    if np.bincount(item[entry]).max(initial=0) < MANY:
+        return cover
     entry = entry[np.argsort(item[entry], kind="stable")]
     runs = runs_of(cover.shapes.spans, lanes_k)
     touched = _touched(cover.shapes, runs, lanes_k)

@@ -92,8 +92,8 @@ class Window(Leaf):
             )
 
     def member(self, q: Int, k: Int, q_len: int, kv_len: int) -> Bool:
-        away = k - (q + _shift(self.align, q_len, kv_len))
-        return (away >= -self.left) & (away <= self.right)
+        at = q + _shift(self.align, q_len, kv_len)
+        return (k >= at - self.left) & (k <= at + self.right)
 
     def lines(self, q_len: int, kv_len: int) -> Lines:
         s = _shift(self.align, q_len, kv_len)
