@@ -115,8 +115,10 @@ def _run(parts: tuple[Part, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 def _run_part(part: Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float | None,
               options: dict[str, Any]) -> torch.Tensor:  # fmt: skip
-    queries, keys = slice(part.q_from, part.q_to), slice(part.k_from, part.k_to)
-    q, k, v = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+    if (part.q_from, part.q_to) != (0, q.shape[2]):
+        q = q[:, :, part.q_from : part.q_to]
+    if (part.k_from, part.k_to) != (0, k.shape[2]):
+        k, v = (x[:, :, part.k_from : part.k_to] for x in (k, v))
     if q.shape[2] <= few.MOST and "dropout_p" not in options:
         o = few.attend(part.pattern, q, k, v, options["scale"], softcap, options.get("sinks"))
         return o.transpose(1, 2).contiguous()

@@ -22,9 +22,10 @@ _sdpa = torch.ops.aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class Rows:
-    """Keys that any of the rows attends to, and mask: bool (1 or heads, q_len, these keys), None if all rows do."""
+    """Keys that any of the rows attends to (None: all keys), and mask: bool (1 or heads, q_len, these keys), None if
+    all rows do."""
 
-    keys: slice | torch.Tensor
+    keys: slice | torch.Tensor | None
     mask: torch.Tensor | None
 
 
@@ -34,7 +35,8 @@ def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     so, with options as of ``sparse_attention``; differentiable. A row of nothing gives 0."""
     heads_of(pattern, q.shape[1])  # refuses another number of heads
     rows = _rows(pattern, q.shape[2], k.shape[2], q.device)
-    k, v = k[:, :, rows.keys], v[:, :, rows.keys]
+    if rows.keys is not None:  # a slice takes PyTorch as long as all else here
+        k, v = k[:, :, rows.keys], v[:, :, rows.keys]
     if not k.shape[2]:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     if rows.mask is None and softcap is None and sinks is None:
@@ -72,6 +74,8 @@ def _rows(pattern: Pattern, q_len: int, kv_len: int, device: torch.device) -> Ro
     mask = mask[..., seen]
     given = None if mask.all() else torch.from_numpy(mask).to(device)
     step = int(seen[1] - seen[0]) if len(seen) > 1 else 1
+    if len(seen) == kv_len:
+        return Rows(None, given)
     if not len(seen) or (np.diff(seen) == step).all():
         start = int(seen[0]) if len(seen) else 0
         return Rows(slice(start, start + step * len(seen), step), given)
