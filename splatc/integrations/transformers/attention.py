@@ -12,6 +12,7 @@ from splatc.errors import InvalidInput, Unsupported
 from splatc.integrations.transformers import few
 from splatc.integrations.transformers.masks import Mask, Part, parts_of, splatc_mask
 from splatc.integrations.transformers.modules import attentions_of, implementation, is_cross
+from splatc.integrations.transformers.packing import packed
 from splatc.nn.any_length import any_length
 from splatc.patterns import Pattern, as_pattern, causal, full
 
@@ -106,6 +107,9 @@ def _run(parts: tuple[Part, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     """(batch, q_len, heads, dim), contiguous; zeros for queries in no part."""
     if len(parts) == 1 and len(parts[0].entries) == q.shape[0] and parts[0].q_to - parts[0].q_from == q.shape[2]:
         return _run_part(parts[0], q, k, v, softcap, options)
+    several = len(parts) > 1 and q.shape[2] > few.MOST
+    if several and (one := packed(parts, q.shape[2], k.shape[2], softcap, q.device)) is not None:
+        return one.attend(q, k, v, options)
     out = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     for part in parts:
         at = torch.tensor(part.entries, device=q.device)
