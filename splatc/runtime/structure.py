@@ -13,7 +13,7 @@ from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.value_tiles import ValueTiles, value_tiles
 from splatc.codegen.values import ValueTables, value_tables
 from splatc.errors import InvalidInput, VerifyError
-from splatc.formats.acsr import ACSR
+from splatc.formats.acsr import ACSR, analyze_heads
 from splatc.formats.order import Order
 from splatc.formats.strips import Ints
 from splatc.ir.passes import UNFUSED, Schedule, lower, run_passes
@@ -120,10 +120,9 @@ class Structure:
 @lru_cache(maxsize=64)
 def structure_of(pattern: Pattern, q_len: int, kv_len: int) -> Structure:
     """The structure of a mask, remembered."""
-    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
-    distinct = tuple(dict.fromkeys(heads))
-    orders = tuple(Order(ACSR.from_pattern(one, q_len, kv_len)) for one in distinct)
-    of_head = tuple(distinct.index(one) for one in heads) if isinstance(pattern, PerHead) else None
+    analyses = analyze_heads(pattern, q_len, kv_len)
+    distinct, orders = tuple(analyses), tuple(map(Order, analyses.values()))
+    of_head = tuple(distinct.index(one) for one in pattern.heads) if isinstance(pattern, PerHead) else None
     return Structure(pattern, q_len, kv_len, distinct, orders, of_head)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from splatc.errors import InvalidInput
-from splatc.formats.acsr import ACSR
+from splatc.formats.acsr import analyze_heads
 from splatc.patterns import Pattern, heads_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def costs_of(pattern: Pattern, length: int, heads: int, head_dim: int, itemsize:
         if value < 1:
             raise InvalidInput(f"{name} is {value}: it must be at least 1")
     each = heads_of(pattern, heads)
-    known = {one: ACSR.from_pattern(one, length, length).nnz for one in dict.fromkeys(each)}
+    known = {one: acsr.nnz for one, acsr in analyze_heads(pattern, length, length).items()}
     pairs, every = sum(known[one] for one in each), heads * length**2
     return Costs(every, pairs, DENSE_PRODUCTS * head_dim * every, FUSED_PRODUCTS * head_dim * pairs,
                  every * itemsize, heads * length * LSE_BYTES)  # fmt: skip

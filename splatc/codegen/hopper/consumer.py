@@ -10,7 +10,15 @@ from splatc.codegen.constants import NEG_INF
 from splatc.codegen.hopper.block import BATCH, HEAD, ITEM, MASKED, TILES
 from splatc.codegen.hopper.emit import Expr, do, emit_if, let, loop, registers, store, when
 from splatc.codegen.hopper.epilogue import merge_weights, stage_output
-from splatc.codegen.hopper.products import Scores, ScoresOfKept, at_stage, descriptor, hidden, output_of, wait_products
+from splatc.codegen.hopper.products import (
+    ScoresOfKept,
+    at_stage,
+    descriptor,
+    hidden,
+    output_of,
+    scores_of,
+    wait_products,
+)
 from splatc.codegen.hopper.row_tiles import RowTiles
 from splatc.codegen.hopper.shape import WARPGROUP_ROWS
 from splatc.codegen.hopper.softmax import Softmax, cap_scores, mask_values
@@ -25,7 +33,7 @@ class Consumer(RowTiles):
     def run(self) -> None:
         b, s, a = self.block, self.s, self.a
         self.take_number()
-        self.scores = (ScoresOfKept if s.keeps_q else Scores)(s.dtype, s.d, s.n, s.m)
+        self.scores = scores_of(s)
         self.out = output_of(s)
         self.words = registers("mask", s.bit_words, "uint32")
         unit = a.cap if s.softcap else a.scale

@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 
 from splatc.codegen.constants import LOG2E, NEG_INF, ceil_div
 from splatc.codegen.hopper.emit import Expr, do, let, registers, store
-from splatc.codegen.hopper.products import PTX_TYPE, fence
+from splatc.codegen.hopper.products import PTX_TYPE, fence, lane_of_block
 from splatc.codegen.hopper.shape import chunk
 from splatc.codegen.hopper.stored import unpack
 
@@ -44,13 +44,12 @@ def stage_output(o: Expr, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: 
 def _stage_halves(o: Expr, dv: int, inverse: Expr, slot: Expr, base: Expr, rows: int, warp: Expr,
                   lane: Expr, old_weight: Expr | None) -> None:  # fmt: skip
     """16 columns at a time, by the matrix loads and stores of 16-bit values."""
-    kind, width = PTX_TYPE[slot.dtype], chunk(slot.dtype)
+    kind = PTX_TYPE[slot.dtype]
     words = registers("words", 4, "uint32")
     old = registers("old", 4, "uint32")
     row = let("row", warp * 16 + lane % 16)
     for i in range(ceil_div(dv, 16)):
-        column16 = T.bitwise_xor(i % 4 * 2 + lane // 16, row % 8)  # the swizzle, in 16 bytes
-        at = slot.ptr_to([base + row * width + i // 4 * (rows * width) + column16 * 8])
+        at = slot.ptr_to([lane_of_block(i, base, row, lane, rows, chunk(slot.dtype))])
         if old_weight is not None:
             do(T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](*(old[j] for j in range(4)), at))
         for pair in range(2):

@@ -69,6 +69,13 @@ def along_row(kk: int, rows: int) -> int:
     return kk % 4 * K_UNITS + kk // 4 * rows * ROW_BYTES // UNIT
 
 
+def lane_of_block(i: int, base: Expr, row: Expr, lane: Expr, rows: int, width: int) -> Expr:
+    """Where a lane's 8 columns of the i-th block of 16 x 16 lie, for the matrix loads and stores of 16-bit values: in a
+    row of swizzled chunks from ``base`` on, ``width`` columns each and ``rows`` rows apart."""
+    column16 = T.bitwise_xor(i % 4 * 2 + lane // 16, row % 8)  # the swizzle, in 16 bytes
+    return base + row * width + i // 4 * (rows * width) + column16 * 8
+
+
 def hidden(value: Expr, dtype: str = "uint64") -> Expr:
     """A value without its origin: what is made of it cannot be computed ahead and kept in registers through a loop."""
     word = registers("hidden", 1, dtype)
@@ -109,16 +116,19 @@ class ScoresOfKept(Scores):
 
     def keep(self, place: Expr, base: Expr, warp: Expr, lane: Expr) -> None:
         """Read this thread's part of the 64 rows at place[base:], swizzled chunks that lie ``q_rows`` rows apart."""
-        width = chunk(self._dtype)
         row = let("q_row", warp * 16 + lane % 16)
         for kk in range(len(self._at_q)):
-            column16 = T.bitwise_xor(kk % 4 * 2 + lane // 16, row % 8)
-            at = place.ptr_to([base + row * width + kk // 4 * (self._rows * width) + column16 * 8])
+            at = place.ptr_to([lane_of_block(kk, base, row, lane, self._rows, chunk(self._dtype))])
             do(T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](*(self.q[4 * kk + i] for i in range(4)), at))
 
     def issue(self, q: Expr, k: Expr) -> None:
         s, words = ([x[i] for i in range(n)] for x, n in ((self.s, self.count), (self.q, 4 * len(self._at_q))))
         issue_product(self._instruction, s, words, [k + at for at in self._at_k], fresh=True, b_transposed=False)
+
+
+def scores_of(s: Shape) -> Scores:
+    """The scores for a kernel's sizes."""
+    return (ScoresOfKept if s.keeps_q else Scores)(s.dtype, s.d, s.n, s.m)
 
 
 class Output:

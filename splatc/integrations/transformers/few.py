@@ -73,9 +73,9 @@ def _rows(pattern: Pattern, q_len: int, kv_len: int, device: torch.device) -> Ro
     seen = np.flatnonzero(mask.any((0, 1)))
     mask = mask[..., seen]
     given = None if mask.all() else torch.from_numpy(mask).to(device)
-    step = int(seen[1] - seen[0]) if len(seen) > 1 else 1
     if len(seen) == kv_len:
         return Rows(None, given)
+    step = int(seen[1] - seen[0]) if len(seen) > 1 else 1
     if not len(seen) or (np.diff(seen) == step).all():
         start = int(seen[0]) if len(seen) else 0
         return Rows(slice(start, start + step * len(seen), step), given)

@@ -1,15 +1,16 @@
 """What transformers says of a mask (a mask function, lengths, offsets, padding), read as patterns for batch entries.
 
 Nothing of size q_len x kv_len is made where the mask function is known. Padding at the ends of a sequence is cut off:
-entries with other padding are other ``Part``s, each a call of its own.
+entries with other padding are other ``Part``s, which packing.py joins where it can.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
+from operator import and_
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,9 @@ def _read(function: MaskFunction, entry: int, first: int, length: int, places: A
         case "remap_positions_for_packed_sequence":  # transformers joins it with documents, in which positions run on
             return _read(values["mask_function"], entry, first, length, values["position_ids"][entry].cpu().numpy())
         case "and_masks.<locals>.and_mask":
-            return _all_of([_read(f, entry, first, length, places) for f in values["mask_functions"]])
+            each = [_read(f, entry, first, length, places) for f in values["mask_functions"]]
+            known = [pattern for pattern in each if pattern is not None]
+            return all_of(known) if len(known) == len(each) else None
     return None
 
 
@@ -259,15 +262,10 @@ def _chunks_of_documents(size: int, places: np.ndarray[Any, Any]) -> Pattern:
     return documents(ids=np.concatenate([[0], np.cumsum(cuts)]))
 
 
-def _all_of(patterns: list[Pattern | None]) -> Pattern | None:
-    found = [p for p in patterns if p is not None]
-    if len(found) < len(patterns):
-        return None
-    narrow = [p for p in found if not isinstance(p, Full)]
-    out = narrow[0] if narrow else full()
-    for pattern in narrow[1:]:
-        out = out & pattern
-    return out
+def all_of(patterns: Iterable[Pattern]) -> Pattern:
+    """What all of the patterns attend to."""
+    narrow = [pattern for pattern in patterns if not isinstance(pattern, Full)]
+    return reduce(and_, narrow) if narrow else full()
 
 
 def _by_element(function: MaskFunction, real: Any, batch: int, q_len: int, kv_len: int, q_offset: int,

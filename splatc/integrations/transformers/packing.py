@@ -7,16 +7,15 @@ what is near or before, not how far a sequence's beginning is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from operator import and_
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from splatc.integrations.transformers.masks import Part
+from splatc.integrations.transformers.masks import Part, all_of
 from splatc.nn.any_length import AnyLength
-from splatc.patterns import Pattern, documents, full
+from splatc.patterns import Pattern, documents
 from splatc.patterns.base import And, Not, Or
 from splatc.patterns.library import Causal, Documents, Full, Window
 
@@ -57,9 +56,8 @@ def packed(parts: tuple[Part, ...], q_len: int, kv_len: int, softcap: float | No
             queries.append(entry * q_len + np.arange(part.q_from, part.q_to))
             keys.append(entry * kv_len + np.arange(part.k_from, part.k_to))
     apart = documents(q_lengths, kv_lengths=None if q_lengths == k_lengths else k_lengths)
-    pattern = apart if isinstance(rest, Full) else apart & rest
     places = (torch.from_numpy(np.concatenate(x)).to(device) for x in (queries, keys))
-    return Packed(AnyLength(pattern, "bshd", softcap, True, None), *places)
+    return Packed(AnyLength(all_of([apart, rest]), "bshd", softcap, True, None), *places)
 
 
 def _split(part: Part) -> tuple[list[int], list[int], Pattern]:
@@ -70,7 +68,7 @@ def _split(part: Part) -> tuple[list[int], list[int], Pattern]:
     if len(apart) != 1:
         return [part.q_to - part.q_from], [part.k_to - part.k_from], part.pattern
     lengths = list(apart[0].lengths)
-    return lengths, list(apart[0].kv_lengths or lengths), reduce(and_, rest) if rest else full()
+    return lengths, list(apart[0].kv_lengths or lengths), all_of(rest)
 
 
 def _relative(pattern: Pattern) -> bool:
