@@ -17,6 +17,7 @@ from splatc import patterns as P
 from splatc.bench.gpu import products as bench
 from splatc.codegen.build import build
 from splatc.codegen.hopper.shape import SMEM_BYTES
+from splatc.codegen.hopper.unfused.tiles import WORK
 from splatc.codegen.kernel import PRODUCTS, SOFTMAX, product_spec
 from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
@@ -25,7 +26,7 @@ from splatc.errors import InvalidInput, Unsupported
 from splatc.formats.acsr import ACSR
 from splatc.formats.order import Order
 from splatc.runtime import products_gpu
-from splatc.runtime.products_gpu import cut, spread, tile_tables, work_rows
+from splatc.runtime.products_gpu import cut, described, shared, spread, tile_tables, work_rows
 from splatc.runtime.structure import structure_of, tile_values
 from tests import library
 
@@ -109,7 +110,24 @@ def test_work_has_every_row_tile_of_every_head_once():
     for head in range(3):
         positions = tables["positions"][items[heads == head]]
         assert sorted(positions[positions >= 0].tolist()) == list(range(130))
-    np.testing.assert_array_equal(tables["bases"], structure.bases(3))
+
+
+def test_warpgroups_share_the_entries_of_a_row_tile_and_know_where_to_begin():
+    structure = structure_of(P.PerHead((P.causal(), P.window(-200, 300), P.strided(8))), 450, 450)
+    tables = tile_tables(structure, 3, transposed=False)
+    rows, bases = work_rows(structure, 3, False, tables["items"]), structure.bases(3)
+    for teams in (1, 2):
+        work = described(shared(rows, teams), tables["entries"], bases)
+        assert work.shape == (len(rows), teams, WORK) and work.dtype == np.int32
+        for (head, item, begin, count), block in zip(rows.tolist(), work, strict=True):
+            assert (block[:, :2] == (head, item)).all()
+            entries = [e for first, some in block[:, 2:4].tolist() for e in range(first, first + some)]
+            assert entries == list(range(begin, begin + count))
+            assert block[:, 3].max() - block[:, 3].min() <= 1
+            assert (np.ascontiguousarray(block[:, 4:6]).view(np.int64) == bases[head]).all()
+            for part in block[block[:, 3] > 0]:
+                first, last = part[2], part[2] + part[3] - 1
+                np.testing.assert_array_equal(part[6:].reshape(2, 2), tables["entries"][[first, min(first + 1, last)]])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 100])
@@ -280,11 +298,12 @@ def test_kernels_on_a_gpu(name, lengths, dtype):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("dim", [8, 72, 128, 256])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_head_dims_on_a_gpu(dim, dtype):
+def test_head_dims_on_a_gpu():
+    """In one process, with one structure: kernels of several numbers of warpgroups use it."""
     lengths = 300, 333
-    check_products(products_gpu.products_on(0), MASKS["views"], lengths, draw(lengths, dtype, "cuda", dim=dim))
+    for dtype in ("bfloat16", "float32"):
+        for dim in (8, 72, 128, 256):
+            check_products(products_gpu.products_on(0), MASKS["views"], lengths, draw(lengths, dtype, "cuda", dim=dim))
 
 
 @pytest.mark.gpu

@@ -57,6 +57,10 @@ inline void tvm_builtin_ptx_ld_global_b32_s32(int32_t& x, const void* from) {
   if (uintptr_t(from) % 4) abort();
   memcpy(&x, from, 4);
 }
+inline void tvm_builtin_ptx_ld_vec_global_v2_b32_s32(int32_t& a, int32_t& b, const void* from) {
+  if (uintptr_t(from) % 8) abort();
+  a = ((const int32_t*)from)[0], b = ((const int32_t*)from)[1];
+}
 inline void tvm_builtin_ptx_ld_shared_b32(uint32_t& x, uint32_t from) {
   if (from % 4) abort();
   memcpy(&x, pool_buf_ptr + from, 4);

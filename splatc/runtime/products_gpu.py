@@ -38,6 +38,7 @@ from splatc.runtime.structure import Structure
 from splatc.runtime.tensor_map import ALIGNMENT
 from splatc.runtime.tensors import dtype_name
 
+WARPGROUP = 128  # threads that walk over tiles by themselves
 WARPS = 8  # rows of a softmax that a block has
 BLOCKS = 4  # of sddmm for each multiprocessor: fewer row tiles are cut to get there
 FEW = 32  # blocks for each multiprocessor, up to which the longest begin first: beyond, neighbours are better together
@@ -116,21 +117,25 @@ class GpuProducts:
                  tensors: Mapping[str, Any], numbers: Mapping[str, float]) -> None:  # fmt: skip
         """Start a product: blocks with row tiles of a head, or pieces of them."""
         tiles = self._known(structure, (heads, transposed), lambda: tile_tables(structure, heads, transposed))
-        work = self._known(structure, (heads, transposed, function.name, batch),
-                           lambda: self._work(function, work_rows(structure, heads, transposed, tiles[1]["items"]),
-                                              batch))  # fmt: skip
+        key = heads, transposed, function.name, function.threads, batch
+        work = self._known(structure, key, lambda: self._work(function, structure, transposed, batch, heads, tiles[1]))
         works = len(work[1]["work"])
         values: dict[str, float] = {**numbers, "works": works, "total": int(structure.bases(heads)[-1])}
         for name, x in tensors.items():
             values |= {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("batch", "head", "seq")) if x.ndim == 4}
         self._start(function, batch * works, values, [tiles, work], tensors)
 
-    def _work(self, function: Function, rows: Ints, batch: int) -> Mapping[str, Ints]:
+    def _work(self, function: Function, structure: Structure, transposed: bool, batch: int, heads: int,
+              tiles: Mapping[str, Any]) -> Mapping[str, Ints]:  # fmt: skip
         """Which blocks of a product do what: of each batch entry."""
+        rows = work_rows(structure, heads, transposed, tiles["items"])
         multiprocessors = self._gpu.driver.multiprocessors(self._gpu.ordinal)
         if function.name.startswith(SDDMM_FUNCTION):  # results of a piece are its own
             rows = cut(rows, max(BLOCKS * multiprocessors // (batch * len(rows)), 1))
-        return {"work": spread(rows, multiprocessors) if batch * len(rows) <= FEW * multiprocessors else rows}
+        if batch * len(rows) <= FEW * multiprocessors:
+            rows = spread(rows, multiprocessors)
+        work = shared(rows, function.threads // WARPGROUP)
+        return {"work": described(work, tiles["entries"], structure.bases(heads))}
 
     def _rows(self, function: Function, structure: Structure, batch: int, heads: int,
               tensors: Mapping[str, Any]) -> None:  # fmt: skip
@@ -166,10 +171,9 @@ class GpuProducts:
             on.driver.launch(*start_of(config, step), on.ordinal)
 
 
-def tile_tables(structure: Structure, heads: int, transposed: bool) -> Mapping[str, Any]:
+def tile_tables(structure: Structure, heads: int, transposed: bool) -> Mapping[str, NDArray[Any]]:
     """The tables of a product for so many heads but ``work`` (codegen/hopper/unfused/tiles.py)."""
-    tiles, _ = joined(_used(structure, heads, transposed))
-    return {**tiles.arrays(), "bases": structure.bases(heads)}
+    return joined(_used(structure, heads, transposed))[0].arrays()
 
 
 def work_rows(structure: Structure, heads: int, transposed: bool, items: Ints) -> Ints:
@@ -204,6 +208,23 @@ def spread(rows: Ints, multiprocessors: int) -> Ints:
     turns = [order[i : i + multiprocessors] for i in range(0, len(order), multiprocessors)]
     to_and_fro: Ints = rows[np.concatenate([turn[:: -1 if i % 2 else 1] for i, turn in enumerate(turns)])]
     return to_and_fro
+
+
+def shared(rows: Ints, teams: int) -> Ints:
+    """(rows, teams, 4) of ``work_rows`` whose entries so many warpgroups share."""
+    ends = rows[:, 3:] * np.arange(teams + 1) // teams
+    begin, count = rows[:, 2:3] + ends[:, :-1], np.diff(ends, axis=1)
+    of_block = np.repeat(rows[:, None, :2], teams, axis=1)
+    return np.concatenate([of_block, np.stack([begin, count], 2)], 2).astype(np.int32)
+
+
+def described(work: Ints, entries: Ints, bases: NDArray[np.int64]) -> Ints:
+    """``work``, and for each warpgroup what the kernel wants to know first of other tables."""
+    bases = np.ascontiguousarray(bases, np.int64)
+    halves = bases.view(np.int32).reshape(-1, 2)[work[..., 0]]
+    first = np.minimum(work[..., 2], len(entries) - 1)
+    second = np.minimum(first + 1, first + np.maximum(work[..., 3] - 1, 0))
+    return np.concatenate([work, halves, entries[first], entries[second]], -1)
 
 
 def row_tables(structure: Structure, heads: int) -> Mapping[str, Any]:

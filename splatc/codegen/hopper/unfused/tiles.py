@@ -40,6 +40,7 @@ THREADS = 128  # a warpgroup
 LANES = 64  # rows and columns of a tile
 WARP_LINES = LANES // (THREADS // 32)
 WORDS = LANES // 32  # of a line's bits
+WORK = 10  # words of a block's work
 ALL = 0xFFFFFFFF
 UNIT_BYTES, SECTOR_BYTES = 16, 32  # of one copy; of what memory is written by
 MOST_STAGES = 3
@@ -135,12 +136,24 @@ class Rows:
 
     def ask(self, positions: Expr, tile: Expr, thread: Expr) -> None:
         """Begin to read which rows positions[tile] lists: a copy of them begins later."""
-        self._listed = [read_now("position", positions, tile, row) for row, _, _ in self._units(thread)]
+        self._listed = self._read(positions, tile, thread)
+
+    def ask_ahead(self, positions: Expr, tile: Expr, thread: Expr) -> None:
+        """The same for the tile after that, which ``go_on`` turns to."""
+        self._ahead = self._read(positions, tile, thread)
+
+    def go_on(self) -> None:
+        """To the tile asked for ahead, after a copy of the one before."""
+        for cell, ahead in zip(self._listed, self._ahead, strict=True):
+            cell.set(ahead())
 
     def ask_again(self, positions: Expr, tile: Expr, thread: Expr) -> None:
         """The same for another tile, after a copy of those before."""
         for cell, (row, _, _) in zip(self._listed, self._units(thread), strict=True):
             cell.set(positions[tile, row])
+
+    def _read(self, positions: Expr, tile: Expr, thread: Expr) -> list[Cell]:
+        return [read_now("position", positions, tile, row) for row, _, _ in self._units(thread)]
 
     def copy(self, base: Expr, target: Expr, offset: Expr, thread: Expr) -> None:
         """Start copies of the rows asked for to target[offset:], swizzled as wgmma reads them; zeros for -1.
@@ -185,6 +198,12 @@ class TurnedRows(Rows):
     def ask(self, positions: Expr, tile: Expr, thread: Expr) -> None:
         self._positions, self._tile = positions, Cell("tile", tile)
 
+    def ask_ahead(self, positions: Expr, tile: Expr, thread: Expr) -> None:
+        self._next_tile = tile
+
+    def go_on(self) -> None:
+        self._tile.set(self._next_tile)
+
     def ask_again(self, positions: Expr, tile: Expr, thread: Expr) -> None:
         self._tile.set(tile)
 
@@ -226,9 +245,11 @@ def copy_unit(target: Expr, source: Expr, wanted: Expr) -> None:
 class Walk:
     """The tables of tiles (codegen/value_tiles.py), and which of them a block has.
 
-    work: int32 (works, 4) head, item, first entry, entries: a row tile of a head, or a piece of one; the grid is
-    ``blocks`` = batch * works. bases: int64, where each head's values begin; total: int64, values of a batch entry.
-    group: heads that share one of the rows copied for column tiles.
+    work: int32 (works, warpgroups, WORK): a row tile of a head, or a piece of one, and what of it each warpgroup of the
+    block has: head, item, first entry, entries; where the head's values begin, in two halves; the first two entries
+    (the last one again if there is no second). Blocks that begin have nothing to do but to wait for tables: all that
+    reads of other tables depend on is in one. The grid is ``blocks`` = batch * works. total: int64, values of a batch
+    entry. group: heads that share one of the rows copied for column tiles.
 
     Each warpgroup has ``stages`` places of its own in shared memory. A warp has 16 lines of every tile. Two lanes know
     each of them: what they read of the tables, others have from them.
@@ -239,11 +260,10 @@ class Walk:
         self._align = align
         self.blocks, self.works, self.group = map(int_arg, ("blocks", "works", "group"))
         self.total = I.arg("total", I.int64())
-        self.work, self.entries = table("work", "int32", 4), table("entries", "int32", 2)
+        self.work, self.entries = table("work", "int32", WORK), table("entries", "int32", 2)
         self.positions, self.columns, self.first = (
             table(name, "int32", LANES) for name in ("positions", "columns", "first"))  # fmt: skip
         self.bits = table("bits", "uint32", WORDS * LANES)
-        self.bases = table("bases", "int64", 1)
 
     def start(self, teams: int = 1) -> None:
         """Find the block's row tile, or piece of one, and this warpgroup's part of it, where ``teams`` share it."""
@@ -254,13 +274,14 @@ class Walk:
         self.warp, self.lane = let("warp", self.thread // 32), let("lane", self.thread % 32)
         self.own_line = let("own_line", self.warp * WARP_LINES + self.lane % WARP_LINES)
         self.batch = kept("batch", T.truncdiv(index, self.works))
-        row, names = kept("work_row", index - self.batch * self.works), ("head", "item", "begin", "count")
-        self.head, self.item, self.begin, self.count = (kept(name, self.work[row, i]) for i, name in enumerate(names))
-        if self.teams > 1:
-            skipped = kept("skipped", T.truncdiv(self.count * self.team, self.teams))
-            self.begin = kept("team_begin", self.begin + skipped)
-            self.count = kept("team_count", T.truncdiv(self.count * (self.team + 1), self.teams) - skipped)
-        origin = kept("origin", wide(self.batch) * self.total + self.bases[self.head], "int64")
+        row = kept("work_row", (index - self.batch * self.works) * teams + self.team)
+        words = registers("work_words", WORK, "int32")
+        for i in range(0, WORK, 2):
+            do(T.ptx["ld.global.v2.b32"](words[i], words[i + 1], self.work.ptr_to([row, i])))
+        self.head, self.item, self.begin, self.count = (words[i] for i in range(4))
+        self.first_entries = [(words[i], words[i + 1]) for i in (6, 8)]
+        head_base = T.bitwise_or(T.shift_left(wide(words[5]), T.int64(32)), wide(T.cast(words[4], "uint32")))
+        origin = kept("origin", wide(self.batch) * self.total + head_base, "int64")
         self._shift = kept("shift", T.bitwise_and(T.cast(origin, "int32"), self._align - 1))
         self.base = kept("base", origin - wide(self._shift), "int64")
 
@@ -308,17 +329,22 @@ class Walk:
 
         Tables are read without branches, also beyond the last entry: at its end a branch waits for what it reads. What
         says where to read comes last of all, when no register is wanted for anything else, for the same reason."""
-        rows.ask(self.columns, self.entries[self.begin, 0], self.thread)
-        column = read_now("column", self.entries, self.known(self.begin + 1), 0)  # of the entry to ask for next
+        (first, _), (second, _) = self.first_entries
+        rows.ask(self.columns, first, self.thread)
+        rows.ask_ahead(self.columns, second, self.thread)
+        column = read_now("column", self.entries, self.known(self.begin + 2), 0)  # of the entry to ask for next
 
         wait_for_kernels_before()
         begin()
 
-        def start(number: Expr, stage: Expr) -> None:
+        def ask_again() -> None:
+            rows.ask_again(self.columns, column(), self.thread)
+
+        def start(number: Expr, stage: Expr, go_on: Callable[[], None] = ask_again) -> None:
             with when(number < self.count):
                 copy(kept("next", self.begin + number), self.team * stages + stage)
             commit_copies()
-            rows.ask_again(self.columns, column(), self.thread)
+            go_on()
             if line is not None:
                 line.read(self.known(self.begin + number + 1))
 
@@ -329,7 +355,7 @@ class Walk:
                 line.look_ahead(entry)
 
         for ahead in range(stages - 1):
-            start(ahead, ahead)
+            start(ahead, ahead, ask_again if ahead else rows.go_on)
             look_ahead(ahead)
         with loop(self.count) as number:
             stage = kept("stage", self.team * stages + number % stages)
@@ -350,7 +376,7 @@ class OwnLine:
     def __init__(self, walk: Walk) -> None:
         self._walk = walk
         begin = walk.begin
-        self.kind, self._next_kind = (read_now("kind", walk.entries, walk.known(begin + i), 1) for i in range(2))
+        self.kind, self._next_kind = (Cell("kind", kind) for _, kind in walk.first_entries)
         self.first, self.next_first = (
             read_now("own_first", walk.first, walk.known(begin + i), walk.own_line) for i in range(2))  # fmt: skip
         self.words = [Cell("own_word", self._word(w), "uint32") for w in range(WORDS)]
