@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,8 @@ from splatc.patterns.base import Pattern
 from splatc.patterns.heads import PerHead
 from splatc.patterns.pruned import Pruned, joined, split
 from splatc.runtime.attention import CompiledAttention, Plan
-from splatc.runtime.cpu_call import workers
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
-from splatc.runtime.explain import explain
+from splatc.runtime.explain import explain, least_seconds
 from splatc.runtime.gpu import FindGpu
 from splatc.runtime.gradient_walks import Sources
 from splatc.runtime.gradients import Gradients, Planner
@@ -149,16 +148,23 @@ def found(spec: KernelSpec) -> Kernel:
 
 def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
               tiles: tuple[tuple[int, int], ...] | None = None, after: After | None = None) -> Plan:  # fmt: skip
-    """The plan of the least predicted time over tile shapes, and the kernel that it needs."""
+    """The plan of the least predicted time over tile shapes, and the kernel that it needs.
+
+    Shapes come by the time that their tiles would take if none of it was wasted: who cannot win so is not planned."""
     known = tiles or (tuned_tiles(pattern, q_len, kv_len, spec) if spec.role == FORWARD else None)
+    acsrs = analyze_heads(pattern, q_len, kv_len).values()
+    plans: list[Plan] = []
 
-    def plan(tile: tuple[int, int]) -> Plan:
-        sized = replace(spec, tile_m=tile[0], tile_n=tile[1])
-        return make_plan(pattern, q_len, kv_len, replace(sized, gather=can_gather(sized)), watched=False)
+    def consider(tiles: Iterable[tuple[int, int]]) -> None:
+        sized = [replace(spec, tile_m=m, tile_n=n) for m, n in tiles]
+        for least, _, one in sorted((least_seconds(acsrs, one), i, one) for i, one in enumerate(sized)):
+            if all(least < plan.explanation.seconds for plan in plans):
+                one = replace(one, gather=can_gather(one))
+                plans.append(make_plan(pattern, q_len, kv_len, one, watched=False))
 
-    plans = [plan(tile) for tile in known or tile_shapes(spec)]
+    consider(known or tile_shapes(spec))
     if not known and any(one.patched for one in plans):
-        plans += [plan(tile) for tile in patch_tiles(spec)]
+        consider(patch_tiles(spec))
     best = min(plans, key=lambda plan: plan.explanation.seconds)
     if after is not None or Config.from_env().dump:  # of the one that was chosen only
         best = make_plan(pattern, q_len, kv_len, best.spec, after)
@@ -183,7 +189,7 @@ def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after
             dump_tables(one, q_len, kv_len, passes)
     of_head = tuple(distinct.index(one) for one in pattern.heads) if isinstance(pattern, PerHead) else None
     pattern = joined(pattern, spec.score.pruning)
-    explanation = explain(str(pattern), acsrs, programs, tables, spec, workers())
+    explanation = explain(str(pattern), acsrs, programs, tables, spec)
     return Plan(pattern, q_len, kv_len, spec, tuple(programs), tuple(tables), of_head, explanation)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from splatc.codegen.costs import costs_of
+from splatc.codegen.constants import ceil_div
+from splatc.codegen.costs import Costs, costs_of
 from splatc.codegen.hopper.shape import not_gathered
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.tables import Tables
 from splatc.formats.acsr import ACSR
 from splatc.ir.program import Cover, Program
+from splatc.runtime.cpu_call import workers
 
 WASTEFUL = 8  # waste of scattered elements
 KERNELS = {
@@ -90,7 +93,6 @@ def explain(
     programs: list[Program],
     tables: list[tuple[Tables, ...]],
     spec: KernelSpec,
-    cores: int,
 ) -> Explanation:
     """The explanation of a plan."""
     every = [t for passes in tables for t in passes]
@@ -100,7 +102,7 @@ def explain(
     scattered = area > WASTEFUL * nnz and 2 * distinct > sum(t.tiles for t in every)
     covers = [d for program in programs for _, d in program.domains if isinstance(d, Cover)]
     size = sum(a.q_len * a.kv_len for a in acsrs)
-    costs = costs_of(spec, cores if spec.kernel == "cpu" else None)
+    costs = _costs(spec)
     busy = sum(costs.tile * t.tiles + costs.bits * t.bit_tiles + costs.gather * len(t.gather)
                + costs.item * len(t.items) for t in every)  # fmt: skip
     return Explanation(
@@ -116,3 +118,16 @@ def explain(
         seconds=busy / costs.workers * 1e-6, costs=costs.source,
         pruning=str(spec.score.pruning) if spec.score.pruning else None,
     )  # fmt: skip
+
+
+def least_seconds(acsrs: Collection[ACSR], spec: KernelSpec) -> float:
+    """What a plan of these masks takes at least, as ``Explanation.seconds``: full tiles and as few row tiles as there
+    can be."""
+    costs = _costs(spec)
+    tiles = sum(a.nnz for a in acsrs) / (spec.tile_m * spec.tile_n)
+    items = sum(ceil_div(a.q_len, spec.tile_m) for a in acsrs)
+    return (costs.tile * tiles + costs.item * items) / costs.workers * 1e-6
+
+
+def _costs(spec: KernelSpec) -> Costs:
+    return costs_of(spec, workers() if spec.kernel == "cpu" else None)
