@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import scipy.sparse
     import torch
 
-CHECK_ALL = 1 << 22  # elements up to which a symbolic pattern is compared with its ACSR everywhere
-CHECK_SOME = 1 << 21  # above that, this many elements, in whole random rows
+CHECK_ALL = 1 << 20  # elements up to which a symbolic pattern is compared with its ACSR everywhere
+CHECK_SOME = 1 << 19  # above that, this many elements, in whole random rows
 CHECK_AGAIN = 1 << 17  # this many, where the same pattern was compared at another length before
 MAX_MIXED = 1 << 26  # elements up to which a pattern with residues of both k and k - q is evaluated as a matrix
 
