@@ -206,6 +206,9 @@ class Recorder:
     def add(self, own: torch.Tensor, returned: torch.Tensor) -> None:
         self._seen.append("add")
 
+    def merge(self, *given: Any) -> bool:
+        return False
+
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Any:
         self._seen.append(self._name)
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])

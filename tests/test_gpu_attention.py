@@ -146,6 +146,29 @@ def test_per_head_patterns() -> None:
         check(heads, np.stack([p.dense(200) for p in heads]), 200, 200, 64, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_merged_with_what_is_there(dim: int, dtype: str) -> None:
+    """Rows of o and lse, which lie in those of all queries, come to more keys; the others stay."""
+    n, more, asking = 1500, 900, slice(300, 1300)
+    near, far = P.causal() & P.window(200, 0), P.causal() & P.window(700, -100)
+    q, k, v = draw(n, n, dim, dim, dtype)
+    _, more_k, more_v = draw(n, more, dim, dim, dtype)
+    o, lse = splatc.attention(q, k, v, near, return_lse=True, enable_gqa=True)
+    before = o.clone(), lse.clone()
+    attend = splatc.compile(far, seq_len=1000, kv_len=more, head_dim=dim, dtype=kind(dtype))
+    rows = o[:, :, asking], lse[:, :, asking], q[:, :, asking]
+    assert attend.merge(*rows, more_k, more_v, dim**-0.5, True)
+    mask = np.zeros((n, n + more), bool)
+    mask[:, :n], mask[asking, n:] = near.dense(n), far.dense(1000, more)
+    want, want_lse = reference(q, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2), mask)
+    assert oracle.relative_error(o.double().cpu().numpy(), want) < TOLERANCE[dtype]
+    assert np.abs(lse.cpu().numpy() - want_lse).max() < LSE_TOLERANCE[dtype]
+    for now, then in zip((o, lse), before, strict=True):
+        assert torch.equal(now[:, :, : asking.start], then[:, :, : asking.start])
+        assert torch.equal(now[:, :, asking.stop :], then[:, :, asking.stop :])
+
+
 def test_side_stream_and_new_length() -> None:
     attend = splatc.compile(P.causal(), seq_len=256, head_dim=64, dtype="float32", allow_tf32=False)
     for length in (256, 77):

@@ -135,6 +135,38 @@ def test_rows_in_parts(pattern: Any, length: int, merges: list[int], dtype: str,
     assert [merge for _, merge in launched] == merges and launched[-1][0] == NAMES[1]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("sms", [3, 200])  # with many, rows are in parts
+@pytest.mark.usefixtures("cheap_parts")
+def test_merged_with_what_is_there(dtype: str, sms: int, tmp_path: Path) -> None:
+    """Some queries attend to more keys: their rows of o and lse, which lie in those of all, come to both."""
+    n, first, more = 300, 40, 650
+    near, far = P.causal() & P.window(60, 0), P.causal() & P.window(500, -40)
+    q, k, v = (draw if dtype == "float16" else draw32)(n, heads=2, batch=2)
+    _, more_k, more_v = (draw if dtype == "float16" else draw32)(more, heads=2, batch=2)
+    o, lse = Machine(tmp_path / "near", near, dtype=dtype)(q, k, v)
+    asking = slice(first, first + 200)
+    before = o.clone(), lse.clone()
+    attend = Machine(tmp_path / "far", far, dtype=dtype, sms=sms)
+    rows = o[:, :, asking], lse[:, :, asking], q[:, :, asking]
+    assert attend.launcher.merge(*rows, more_k, more_v, None, False)
+    dense = np.zeros((n, n + more), bool)
+    dense[:, :n], dense[asking, n:] = near.dense(n), far.dense(200, more)
+    check((o, lse), (q, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)), dense)
+    others = np.setdiff1d(np.arange(n), np.arange(n)[asking])
+    for now, then in zip((o, lse), before, strict=True):
+        assert torch.equal(now[:, :, others], then[:, :, others])
+
+
+def test_what_is_not_merged_by_a_kernel(tmp_path: Path) -> None:
+    attend, (q, k, v) = Machine(tmp_path, P.full()), draw(70, heads=2)
+    o, lse = attend(q, k, v)
+    before = o.clone(), lse.clone()
+    for rows in ((o, lse, -1.0), (o, lse.mT.contiguous().mT, None), (o.mT.contiguous().mT, lse, None)):
+        assert not attend.launcher.merge(*rows[:2], q, k, v, rows[2], False)
+    assert torch.equal(o, before[0]) and torch.equal(lse, before[1])
+
+
 def test_gathered_keys(tmp_path: Path) -> None:
     mask = np.random.default_rng(0).random((200, 900)) < 0.01
     pattern = P.mask(mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from splatc.distributed.plan import Plan
 from splatc.formats.strips import Ints
 
 Rows = slice | torch.Tensor  # places on an axis: a slice where they are consecutive, which copies nothing, else int64
-DETOURS = 2  # over another stream, see _let_in: each takes a GPU some microseconds
 
 
 class Exchange:
@@ -53,7 +52,6 @@ class Exchange:
             part.copy_(x)
         work = dist.all_to_all_single(received, sent, come, go, group=self._group, async_op=True)
         assert work is not None  # this process is in the group
-        _let_in(k.device)
         return Coming(work, sent, _unpacked(received, k, v))
 
     def _returns(self, device: torch.device) -> _Returns:
@@ -120,19 +118,3 @@ def _unpacked(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torc
     """Rows (n, width of k and of v) as views (batch, heads, n, dim), with the sizes of k and v."""
     parts = zip(torch.split(rows, [_width(k), _width(v)], 1), (k, v), strict=True)
     return [part.view(len(rows), *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3) for part, x in parts]
-
-
-def _let_in(device: torch.device) -> None:
-    """Lets a collective that was just started begin before what is launched next on this GPU: splatc's kernels hold all
-    multiprocessors until they end, and what comes later waits for that. So this stream goes on by way of another one,
-    more steps than NCCL's is away."""
-    if device.type == "cuda":
-        here, aside = torch.cuda.current_stream(device), _aside(device)
-        for _ in range(DETOURS):
-            aside.wait_stream(here)
-            here.wait_stream(aside)
-
-
-@cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

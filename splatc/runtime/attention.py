@@ -234,6 +234,12 @@ class CompiledAttention:
         o, lse = self.run(q, k, v, scale, enable_gqa, terms)
         return (o, lse) if return_lse else o
 
+    def merge(self, o: Any, lse: Any, q: Any, k: Any, v: Any, scale: float, enable_gqa: bool) -> bool:
+        """Whether attention, without gradients, has been put together with what o and lse, torch tensors, hold of the
+        same queries; else nothing has happened: the kernel cannot do it for tensors like these."""
+        on_gpu = self.kernel.spec.target.kind == "cuda"
+        return on_gpu and self._launcher.merge(o, lse, q, k, v, scale, enable_gqa)
+
     def _terms(self, q: Any, k: Any, options: Any) -> Terms | None:
         spec = self.kernel.spec
         terms = terms_of(q, k, self.layout, spec.dtype, spec.score, **options)

@@ -32,7 +32,8 @@ class Request:
     """What a kernel family makes steps of.
 
     functions: the kernel's, the attention first. tables: of ``launches``, uploaded. works: of each launch, for kernels
-    that hand it out (hopper). layouts: of q, k, v and o. cap: the softcap, or 0.
+    that hand it out (hopper). layouts: of q, k, v and o. cap: the softcap, or 0. merge: whether the first launch, too,
+    starts from (O, LSE) in memory; lse_rows: how far one head's LSE is from the next, default: q_len (both: hopper).
     """
 
     gpu: Gpu
@@ -44,6 +45,8 @@ class Request:
     tables: DeviceTables
     layouts: Mapping[str, Layout]
     cap: float = 0.0
+    merge: bool = False
+    lse_rows: int = 0
 
     @property
     def address(self) -> int:
@@ -112,6 +115,15 @@ class GpuCall:
             addresses += tuple(part.data_ptr() for part in parts)
         self.start(addresses, scale, terms)
         return o, lse
+
+    def into(self, q: int, k: int, v: int, o: int, lse: int, scale: float) -> None:
+        """Compute into o and lse at these addresses, on the current stream of the GPU."""
+        ask, ordinal = self._framework, self._ordinal
+        if ask.device() != ordinal:
+            with ask.on(ordinal):
+                return self.into(q, k, v, o, lse, scale)
+        parts = [new() for new in self._new_parts]
+        self.start((q, k, v, o, lse, *(part.data_ptr() for part in parts)), scale)
 
     def start(self, addresses: tuple[int, ...], scale: float, terms: Terms | None = None) -> None:
         """Compute for q, k, v, o, lse and ``scratch`` at these addresses, on the current stream of the GPU, which is

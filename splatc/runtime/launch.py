@@ -51,6 +51,7 @@ class Launcher:
         self._pruned = self._hopper and kernel.spec.score.pruning is not None
         self._ready: dict[tuple[Any, ...], _Known] = {}
         self._latest: _Known | None = None  # of these
+        self._merging: dict[tuple[Any, ...], GpuCall | None] = {}
         self._planned: dict[tuple[int, ...], tuple[Launch, ...]] = {}  # by lengths and heads
         self._laid_out: dict[tuple[int, ...], _LaidOut] = {}  # these, batch and GPU
         self._tables: dict[tuple[int, ...], DeviceTables] = {}  # the same
@@ -63,6 +64,31 @@ class Launcher:
         if known is None or known.enable_gqa is not enable_gqa or not known.like(q, k, v):
             known = self._latest = self._find(q, k, v, enable_gqa)
         return known.ready(q, k, v, scale, terms)
+
+    def merge(self, o: Any, lse: Any, q: Any, k: Any, v: Any, scale: float | None, enable_gqa: bool) -> bool:
+        """Put attention together, by its LSE, with what o and lse hold of the same queries: as __call__ returns them,
+        or some rows of such. False, and nothing is done, for what no kernel does so: that people do in two steps."""
+        key = call_key(q, k, v, enable_gqa), o.stride(), lse.stride()
+        if key not in self._merging:
+            remember(self._merging, key, self._prepare_merge(o, lse, q, k, v, enable_gqa))
+        call, number = self._merging[key], check_scale(scale, q.shape[-1])
+        q_at, k_at, v_at, o_at = (x.data_ptr() for x in (q, k, v, o))
+        if call is None or number <= 0 or (q_at | k_at | v_at | o_at) % ALIGNMENT:
+            return False
+        call.into(q_at, k_at, v_at, o_at, lse.data_ptr(), number)
+        return True
+
+    def _prepare_merge(self, o: Any, lse: Any, q: Any, k: Any, v: Any, enable_gqa: bool) -> GpuCall | None:
+        shape, score = check_call(q, k, v, self._layout, enable_gqa), self._kernel.spec.score
+        self._check(shape)
+        batch_step, head_step, step = lse.stride()
+        tensors = [to_bhsd(x, self._layout) for x in (q, k, v, o)]
+        *layouts, of_o = (layout_of(x) for x in tensors)
+        if (not self._hopper or self._pruned or score.positional or score.sinks or not shape.q_len or not shape.kv_len
+                or step != 1 or batch_step != head_step * shape.heads
+                or any(x.stride(-1) != 1 for x in tensors) or not all(one.mappable() for one in (*layouts, of_o))):
+            return None  # fmt: skip
+        return self.prepared(shape, layouts, q.device.index, of_o, head_step)
 
     def expect(self, q_len: int, kv_len: int) -> None:
         """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call,
@@ -122,8 +148,10 @@ class Launcher:
         _say_copied(f"its strides {tuple(x.stride())} do not suit the tensor memory accelerator")
         return True
 
-    def prepared(self, shape: Shape, layouts: list[Layout], ordinal: int) -> GpuCall:
-        """A call for q, k and v of these sizes and strides, seen as bhsd, on a GPU."""
+    def prepared(self, shape: Shape, layouts: list[Layout], ordinal: int, into: Layout | None = None,
+                 lse_rows: int = 0) -> GpuCall:  # fmt: skip
+        """A call for q, k and v of these sizes and strides, seen as bhsd, on a GPU. into: of an o that it is merged
+        into, with an lse whose heads lie ``lse_rows`` apart."""
         on = self._find_gpu(ordinal)
         spec = self._kernel.spec
         with on.framework.on(on.ordinal) if on.framework.device() != on.ordinal else nullcontext():
@@ -131,9 +159,9 @@ class Launcher:
             laid_out, tables = self._lay_out(on, shape), self._uploaded(on, shape)
             functions = load_functions(self._kernel.folder, spec.target.arch, on)
             named = dict(zip("qkv", layouts, strict=True))
-            named["o"] = output_layout(shape, self._layout, layouts[0].itemsize)
+            named["o"] = into or output_layout(shape, self._layout, layouts[0].itemsize)
             request = Request(on, spec, shape, functions, laid_out.launches, laid_out.works, tables, named,
-                              self._cap)  # fmt: skip
+                              self._cap, into is not None, lse_rows)  # fmt: skip
             return GpuCall(request, hopper_steps(request) if self._hopper else portable_steps(request), self._layout)
 
     def _uploaded(self, on: Gpu, shape: Shape) -> DeviceTables:

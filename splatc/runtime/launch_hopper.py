@@ -94,7 +94,8 @@ def _common(request: Request, i: int, launch: Launch) -> dict[str, float]:
     names = ["work", "entries", "combine", "positions", "gather", "bits"]
     names += ["columns"] * request.spec.score.positional
     pointers = {f"{name}_ptr": request.tables.address(i, name) for name in names}
-    return {**pointers, "heads": request.shape.heads, "q_len": request.shape.q_len, "merge": int(launch.merge)}
+    lse_rows = request.lse_rows or request.shape.q_len
+    return {**pointers, "heads": request.shape.heads, "q_len": lse_rows, "merge": int(launch.merge or request.merge)}
 
 
 def _output_box(request: Request, launch: Launch, view: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
