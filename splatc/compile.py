@@ -31,11 +31,12 @@ from splatc.ir.program import Cover, Program
 from splatc.ir.score import score_of
 from splatc.patterns import as_pattern
 from splatc.patterns.base import Pattern
-from splatc.patterns.heads import PerHead
+from splatc.patterns.heads import PerBatch, PerHead
 from splatc.patterns.pruned import Pruned, joined, split
 from splatc.runtime.attention import CompiledAttention, Plan
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain, least_seconds
+from splatc.runtime.folded import FoldedAttention
 from splatc.runtime.gpu import FindGpu
 from splatc.runtime.gradient_walks import Sources
 from splatc.runtime.gradients import Gradients, Planner
@@ -75,7 +76,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     """Compile masked attention.
 
     mask: a pattern (also a dynamic one, with nm(2, 4)), its text, a boolean matrix, a scipy.sparse matrix, a networkx
-    graph, a FlexAttention mask_mod or BlockMask, or a list with one of these for each head. seq_len, kv_len: as in
+    graph, a FlexAttention mask_mod or BlockMask, or a list with one of these for each head; ``per_batch`` patterns have
+    their own for each batch entry. seq_len, kv_len: as in
     ``analyze``; other lengths reuse the binary. dtype: "float32", "float16", "bfloat16" (on a CPU also "float64") or
     torch's. softcap: scores s become softcap * tanh(s / softcap). alibi, relative_bias, block_bias, sinks, dropout:
     whether calls bring these (``TermOptions``; what they do: ir/score.py).
@@ -136,7 +138,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         rows = plan if first.spec.kernel == "portable" else portable_plan
         return PortableGradients(found(gradient_spec(first.spec)), rows, transposed_plan, layout, cap, find_gpu)
 
-    return CompiledAttention(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))
+    made = FoldedAttention if first.entries and not by_tensor_cores(first.spec) else CompiledAttention
+    return made(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))
 
 
 def found(spec: KernelSpec) -> Kernel:
@@ -188,9 +191,10 @@ def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after
         if watched:
             dump_tables(one, q_len, kv_len, passes)
     of_head = tuple(distinct.index(one) for one in pattern.heads) if isinstance(pattern, PerHead) else None
+    entries = pattern.batch if isinstance(pattern, PerBatch) else 0
     pattern = joined(pattern, spec.score.pruning)
     explanation = explain(str(pattern), acsrs, programs, tables, spec)
-    return Plan(pattern, q_len, kv_len, spec, tuple(programs), tuple(tables), of_head, explanation)
+    return Plan(pattern, q_len, kv_len, spec, tuple(programs), tuple(tables), of_head, explanation, entries)
 
 
 def schedule_of(spec: KernelSpec) -> Schedule:
@@ -227,7 +231,7 @@ def compiled_for(s: Shape, mask: Any, softcap: float | None, layout: str, allow_
     """``compile`` for a call of these sizes, memoised. target: default, that of the tensors' device."""
     q_len, kv_len = max(s.q_len, 1), max(s.kv_len, 1)  # where there is nothing to attend, a mask of one does as well
     if not isinstance(mask, Pattern):
-        mask = as_pattern(mask, q_len=q_len, kv_len=kv_len, heads=s.heads)
+        mask = as_pattern(mask, q_len=q_len, kv_len=kv_len, heads=s.heads, batch=s.batch)
     target = target or ("cpu" if s.device == "cpu" else "cuda")
     return _memo(mask, q_len, kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, target, layout, allow_tf32, asked)
 

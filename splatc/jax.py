@@ -51,6 +51,9 @@ def attention(q: Any, k: Any, v: Any, pattern: Any, *, scale: float | None = Non
     check_terms(terms, shape)
     target = None if shape.device == "cpu" else arch_here(int(shape.device.partition(":")[2]))
     compiled = compiled_for(shape, _constant(pattern), softcap, "bhsd", True, asked_of(terms), target)
+    if compiled.plan().entries:
+        raise Unsupported("in JAX all batch entries have the same mask: make a pattern for each head, and reshape q, k "
+                          "and v to (1, batch * heads, seq, dim)")  # fmt: skip
     if compiled.kernel.spec.kernel == "hopper" and number <= 0:  # what it scales by is positive
         q, number = (-q if number else q * 0), -number or 1.0
     call, arrays = call_of(compiled, shape, number, terms)

@@ -22,7 +22,7 @@ from splatc.compile import best_plan, make_plan
 from splatc.config import GRADIENT_WALKS
 from splatc.ir.score import score_of
 from splatc.ir.terms import Terms
-from splatc.patterns.heads import heads_of
+from splatc.patterns.heads import patterns_of
 from splatc.runtime import gradients_gpu
 from splatc.runtime.bias_gradients import BiasGradients
 from splatc.runtime.gradient_walks import Sources, way_of
@@ -110,7 +110,9 @@ def check(machine: Machine, q_len: int, kv_len: int | None = None, heads: int = 
     q, do = draw(batch, q_len, heads, dim=d), draw(batch, q_len, heads, dim=dv)
     k, v = draw(batch, kv_len, kv_heads, dim=d), draw(batch, kv_len, kv_heads, dim=dv)
     dlse = torch.randn(batch, heads, q_len, generator=generator)
-    mask = torch.stack([torch.from_numpy(one.dense(q_len, kv_len)) for one in heads_of(machine.pattern, heads)])
+    entries = machine.pattern.batch if isinstance(machine.pattern, P.PerBatch) else 0
+    masks = [torch.from_numpy(one.dense(q_len, kv_len)) for one in patterns_of(machine.pattern, heads, entries)]
+    mask = torch.stack(masks).view(max(entries, 1), heads, q_len, kv_len)
     keys, values = (x.repeat_interleave(heads // kv_heads, 1).double() for x in (k, v))
     scale = 1.2 / d**0.5
     o, lse, *_ = dense_attention(q.double(), keys, values, mask, scale)
@@ -167,6 +169,15 @@ def test_tensors_like_those_before_are_looked_at_no_more(tmp_path: Path, monkeyp
         check(machine, 200, **sizes)
         assert len(looked) == 5 * looks, sizes
         looked.clear()
+
+
+@walks
+@pytest.mark.parametrize("each", ["entry", "head"])
+def test_patterns_for_each_batch_entry(walks: str, each: str, tmp_path: Path) -> None:
+    entries = [MIXED, P.documents([90, 110]) & P.causal(), P.full()]
+    if each == "head":  # of which the query heads of a key head share theirs, or do not
+        entries = [P.per_head([MIXED, MIXED, P.full(), P.full()]), P.per_head([P.full(), MIXED] * 2), P.full()]
+    check(Machine(tmp_path, P.per_batch(entries), walks), 200, heads=4, kv_heads=2, batch=3)
 
 
 @walks

@@ -18,10 +18,12 @@ from splatc.codegen.emitted import parse_signatures
 from splatc.codegen.hopper.shape import MAX_VIEWS
 from splatc.codegen.kernel import KernelSpec
 from splatc.codegen.target import Target
+from splatc.compile import make_plan
 from splatc.ir.passes import Schedule
 from splatc.ir.score import Score, score_of
 from splatc.ir.terms import Terms
 from splatc.ir.views import contiguous, patches, residue
+from splatc.patterns.heads import patterns_of
 from splatc.runtime.kernel import Kernel
 from splatc.runtime.launch import Launcher, _say_copied, layout_of
 from splatc.runtime.tensor_map import Layout, geometry, sub_box
@@ -165,6 +167,23 @@ def test_what_is_not_merged_by_a_kernel(tmp_path: Path) -> None:
     for rows in ((o, lse, -1.0), (o, lse.mT.contiguous().mT, None), (o.mT.contiguous().mT, lse, None)):
         assert not attend.launcher.merge(*rows[:2], q, k, v, rows[2], False)
     assert torch.equal(o, before[0]) and torch.equal(lse, before[1])
+
+
+@pytest.mark.parametrize("sms", [3, 200])
+@pytest.mark.usefixtures("cheap_parts")
+def test_patterns_for_each_batch_entry(sms: int, tmp_path: Path) -> None:
+    """Of two passes not all entries have both; what is laid out serves again."""
+    entries = [STRIDED, P.documents([300, 400]) & P.causal(), P.per_head([P.full(), P.window(5, 5)])]
+    machine, pattern = Machine(tmp_path, P.full(), sms=sms), P.per_batch(entries)
+    spec = KernelSpec("hopper", D, D, "float16", 64, 64, Target("cuda", "sm_90a"), Score())
+    machine.plan = lambda shape, limits: make_plan(  # type: ignore[method-assign]
+        pattern, shape.q_len, shape.kv_len, spec).launches(shape.batch, shape.heads, *limits)  # fmt: skip
+    machine.launcher = Launcher(machine.launcher._kernel, "bhsd", lambda shape: None, machine.plan,
+                                find_gpu=lambda _: machine.gpu)  # fmt: skip
+    for _ in range(2):
+        qkv = draw(700, heads=2, batch=3)
+        masks = [one.dense(700) for one in patterns_of(pattern, 2, 3)]
+        check(machine(*qkv), qkv, np.stack(masks).reshape(3, 2, 700, 700))
 
 
 def test_gathered_keys(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def true_time(case, plan):
     true = TRUE.costs(case.kernel, COMBINE, WORKERS)
     if case.role == "check":
         return case.sizes.predict(plan, true) * 1e6
-    (launch,) = plan.launches(case.sizes.heads)
+    (launch,) = plan.launches(1, case.sizes.heads)
     shipped = costs.costs_of(plan.spec, WORKERS)
     work = work_of(launch, 1, shipped)
     assert len(work.combine) == 1
@@ -143,7 +143,7 @@ def test_the_fitted_masks_keep_every_multiprocessor_equally_busy(plans):
                 assert 0 < bits[0] < tiles[0]
             else:
                 assert bits[0] == (tiles[0] if "bits" in case.name else 0)
-            (launch,) = plan.launches(case.sizes.heads)
+            (launch,) = plan.launches(1, case.sizes.heads)
             assert not len(work_of(launch, 1, costs.costs_of(plan.spec, WORKERS)).combine)  # the call cuts no row
     assert len(seen) == 3 * len(TRUE.kernels)
 

@@ -26,7 +26,7 @@ HOPPER = Target("cuda", "sm_90a")
 def launch_of(text: str, q_len: int, heads: int = 4, kv_len: int | None = None, head_dim: int = 128) -> Launch:
     spec = kernel_spec(head_dim, None, "bfloat16", HOPPER)
     plan = best_plan(as_pattern(text), q_len, kv_len or q_len, spec)
-    return plan.launches(heads)[0]
+    return plan.launches(1, heads)[0]
 
 
 def tiles_of(entries: np.ndarray, first: int, count: int) -> list[tuple[int, ...]]:
@@ -201,7 +201,7 @@ def test_half_of_the_work_in_one_row_block(n: int, head_dim: int) -> None:
     for blocks in half_in_one_row(n):
         spec = kernel_spec(head_dim, None, "bfloat16", HOPPER)
         plan = best_plan(P.block_mask(blocks, 128), n, n, spec)
-        work = work_of(plan.launches(16)[0], 1, costs_of(plan.spec, 132))
+        work = work_of(plan.launches(1, 16)[0], 1, costs_of(plan.spec, 132))
         times.append(work.microseconds)
         assert len(work.combine) == (0 if times[1:] else 16 * 128 // plan.spec.tile_m)
     assert times[0] <= 1.3 * times[1]
@@ -211,7 +211,7 @@ def test_half_of_the_work_in_one_row_block(n: int, head_dim: int) -> None:
 def test_half_of_the_work_in_one_row_block_on_a_cpu(workers: int) -> None:
     """Whole rows, in shares of equal cost: with as many heads as workers or more none has 1.3 times its part."""
     spec = kernel_spec(64, None, "float32", Target("cpu", "native"))
-    launch = best_plan(P.block_mask(half_in_one_row(4096)[0], 128), 4096, 4096, spec).launches(8)[0]
+    launch = best_plan(P.block_mask(half_in_one_row(4096)[0], 128), 4096, 4096, spec).launches(1, 8)[0]
     ends = np.concatenate([[0], np.cumsum(launch.cost)])
     shares = np.diff(ends[launch.chunks(1, workers)])
     assert shares.max() <= 1.3 * shares.mean()

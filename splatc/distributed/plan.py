@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.distributed.layout import CONTIGUOUS, ZIGZAG, Layout
-from splatc.errors import InvalidInput
+from splatc.errors import InvalidInput, Unsupported
 from splatc.formats.acsr import ACSR, analyze_heads
 from splatc.formats.strips import COUNT, STRIDE, Ints, row_runs
 from splatc.patterns.base import Pattern
-from splatc.patterns.heads import PerHead
+from splatc.patterns.heads import PerBatch, PerHead
 from splatc.patterns.taken import take
 
 ROW_COST = 2048  # elements of the mask that take as long as fetching a row of K and V: 400 TFLOP/s beside 200 GB/s
@@ -83,6 +83,8 @@ class Plan:
 def plan_of(pattern: Pattern, seq_len: int, ranks: int, layout: Layout | None = None) -> Plan:
     """The plan for a layout, by default that of the least cost among contiguous, zig-zag and residues of the pattern's
     own strides. Remembered."""
+    if isinstance(pattern, PerBatch):
+        raise Unsupported("context parallel attention has the same masks for all batch entries: shard one at a time")
     acsrs = analyze_heads(pattern, seq_len, seq_len)
     each = [acsrs[one] for one in (pattern.heads if isinstance(pattern, PerHead) else (pattern,))]
     layouts = [CONTIGUOUS, ZIGZAG, *map(Layout, _strides(each, ranks))] if layout is None else [layout]

@@ -43,7 +43,7 @@ def sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern:
         return by_operator(handle, layout, q, k, v, scale, return_lse, enable_gqa, options)
     if not isinstance(pattern, (Pattern, str)):
         s = check_call(q, k, v, layout, enable_gqa)
-        pattern = as_pattern(pattern, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads)
+        pattern = as_pattern(pattern, q_len=s.q_len, kv_len=s.kv_len, heads=s.heads, batch=s.batch)
     attend = _attention(pattern, layout, softcap, allow_tf32)
     return attend(q, k, v, scale=scale, return_lse=return_lse, enable_gqa=enable_gqa, **options)
 

@@ -6,7 +6,7 @@ from splatc.patterns.blocks import Blocked as blocked
 from splatc.patterns.blocks import BlockWindow as block_window
 from splatc.patterns.blocks import RandomBlocks as random_blocks
 from splatc.patterns.blocks import block_mask
-from splatc.patterns.heads import PerHead, heads_of, per_head
+from splatc.patterns.heads import PerBatch, PerHead, heads_of, per_batch, per_head
 from splatc.patterns.importers import as_pattern, from_mask_mod, load_mask, parse_or_load
 from splatc.patterns.library import Causal as causal
 from splatc.patterns.library import Dilated as dilated
@@ -32,6 +32,7 @@ __all__ = [
     "Not",
     "Or",
     "Pattern",
+    "PerBatch",
     "PerHead",
     "Pruned",
     "Sparse",
@@ -58,6 +59,7 @@ __all__ = [
     "nm",
     "parse",
     "parse_or_load",
+    "per_batch",
     "per_head",
     "prefix",
     "random_blocks",

@@ -14,7 +14,7 @@ import numpy as np
 from splatc.errors import InvalidInput
 from splatc.patterns.base import Bool, Int, Pattern
 from splatc.patterns.blocks import block_mask
-from splatc.patterns.heads import PerHead
+from splatc.patterns.heads import PerHead, per_batch
 from splatc.patterns.matrix import mask_from_rows, refuse_large
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
@@ -25,14 +25,14 @@ _BATCHES = 4  # batch indices compared when a mask_mod uses b
 
 
 def from_mask_mod(
-    mask_mod: MaskMod, q_len: int, kv_len: int | None = None, heads: int | None = None
+    mask_mod: MaskMod, q_len: int, kv_len: int | None = None, heads: int | None = None, batch: int | None = None
 ) -> Pattern:
     """The mask of a FlexAttention mask_mod(b, h, q, kv) -> bool, evaluated once here, as a dense matrix of
     bits.
 
     It is evaluated with torch, as FlexAttention does, if torch is loaded, and with NumPy arrays otherwise. If
-    it uses h, `heads` must be given and the result is a per-head pattern. InvalidInput if it depends on b, or
-    if the mask has more than 2**32 elements.
+    it uses h, `heads` must be given and the result is a per-head pattern; if it depends on b, `batch` and it is
+    a per-batch pattern. InvalidInput if they are not given, or if the mask has more than 2**32 elements.
     """
     kv_len = q_len if kv_len is None else kv_len
     refuse_large(q_len, kv_len)
@@ -44,17 +44,20 @@ def from_mask_mod(
         for lo in range(0, q_len, step):
             yield mod(b, h, np.arange(lo, min(lo + step, q_len), dtype=np.int64), k)
 
-    def one(h: int) -> Pattern:
-        out = mask_from_rows(rows(0, h), kv_len)
-        mod.check_batch(lambda b: mask_from_rows(rows(b, h), kv_len) == out)
-        return out
+    def one(b: int, h: int) -> Pattern:
+        return mask_from_rows(rows(b, h), kv_len)
 
-    if not mod.uses_h:
-        return one(0)
-    if heads is None:
+    if batch is None:
+        mod.check_batch(lambda b: all(one(b, h) == one(0, h) for h in range(heads or 1)))
+    if mod.uses_h and heads is None:
         raise InvalidInput(f"{mod.name} uses the head index h: say how many heads there are with heads=")
-    each = tuple(one(h) for h in range(heads))
-    return each[0] if len(set(each)) == 1 else PerHead(each)
+
+    def entry(b: int) -> Pattern:
+        each = tuple(one(b, h) for h in range(heads if mod.uses_h and heads else 1))
+        return each[0] if len(set(each)) == 1 else PerHead(each)
+
+    entries = [entry(b) for b in range(batch if mod.uses_b and batch else 1)]
+    return entries[0] if all(one == entries[0] for one in entries) else per_batch(entries)
 
 
 def from_block_mask(block: Any, heads: int | None = None) -> Pattern:
@@ -62,7 +65,7 @@ def from_block_mask(block: Any, heads: int | None = None) -> Pattern:
     mask_mod.
 
     Symbolic (`block_mask`) if every block is full, otherwise a matrix of bits. One pattern per head if the
-    BlockMask has several heads or its mask_mod uses h. InvalidInput if batch entries differ.
+    BlockMask has several heads or its mask_mod uses h; one per batch entry if it has several that differ.
     """
     q_len, kv_len = (int(n) for n in block.seq_lengths)
     bq, bk = (int(n) for n in block.BLOCK_SIZE)
@@ -91,25 +94,25 @@ def from_block_mask(block: Any, heads: int | None = None) -> Pattern:
             out[:, k] = mod(b, h, q, k)
         return out
 
-    def head(h: int) -> Pattern:
-        out = one(0, h)
-        if any(one(b, h) != out for b in range(1, batches)):
+    def entry(b: int) -> Pattern:
+        """The pattern of a batch entry."""
+        if table_heads == 1 and (mod is None or not mod.uses_h):
+            return head(b, 0)
+        count = table_heads if table_heads > 1 else heads
+        if count is None:
             raise InvalidInput(
-                "the BlockMask differs between batch entries: make one pattern for each of them"
+                f"the BlockMask's {mod and mod.name} uses the head index h: say how many heads with heads="
             )
+        return PerHead(tuple(head(b, h) for h in range(count)))
+
+    def head(b: int, h: int) -> Pattern:
+        out = one(b, h)
         if mod is not None and batches == 1:
-            mod.check_batch(lambda b: one(b, h) == out)
+            mod.check_batch(lambda other: one(other, h) == out)
         return out
 
-    if table_heads > 1:
-        return PerHead(tuple(head(h) for h in range(table_heads)))
-    if mod is None or not mod.uses_h:
-        return head(0)
-    if heads is None:
-        raise InvalidInput(
-            f"the BlockMask's {mod.name} uses the head index h: say how many heads with heads="
-        )
-    return PerHead(tuple(head(h) for h in range(heads)))
+    each = [entry(b) for b in range(batches)]
+    return each[0] if all(one == each[0] for one in each) else per_batch(each)
 
 
 def _block_table(name: str, counts: Any, indices: Any, grid: tuple[int, int]) -> Bool:
@@ -227,7 +230,7 @@ class _MaskMod:
                 return  # its tables have no such batch entry
             if not equal:
                 raise InvalidInput(
-                    f"{self.name} depends on the batch index b: make one pattern for each entry"
+                    f"{self.name} depends on the batch index b: say how many batch entries there are with batch="
                 )
 
     def _uses(self, argument: int) -> bool:

@@ -14,7 +14,7 @@ from splatc.errors import InvalidInput, PatternSyntaxError
 from splatc.patterns.base import Pattern
 from splatc.patterns.blocks import as_bool
 from splatc.patterns.flex import from_block_mask, from_mask_mod
-from splatc.patterns.heads import heads_of, per_head
+from splatc.patterns.heads import PerBatch, patterns_of, per_batch, per_head
 from splatc.patterns.matrix import mask, refuse_large, sparse_from_pairs
 from splatc.patterns.text import NAMES, looks_like_path, parse
 
@@ -22,28 +22,32 @@ __all__ = ["as_pattern", "from_mask_mod", "load_mask", "parse_or_load"]
 
 
 def as_pattern(
-    obj: Any, *, q_len: int | None = None, kv_len: int | None = None, heads: int | None = None
+    obj: Any, *, q_len: int | None = None, kv_len: int | None = None, heads: int | None = None,
+    batch: int | None = None
 ) -> Pattern:
     """The pattern that `obj` stands for; True = attend throughout.
 
-    obj: a Pattern; its text; a boolean array or tensor [q_len, kv_len], [heads, q_len, kv_len] or [1, heads,
-    q_len, kv_len]; a scipy.sparse matrix or torch sparse tensor (its stored entries that are not zero); a
+    obj: a Pattern; its text; a boolean array or tensor [q_len, kv_len], [heads, q_len, kv_len] or [batch,
+    heads, q_len, kv_len]; a scipy.sparse matrix or torch sparse tensor (its stored entries that are not zero); a
     networkx graph (an edge u -> v lets u attend to v, an undirected one both ways; node i is position i if
     the nodes are 0..n-1, else positions follow list(graph); no self-loops are added); a FlexAttention
     mask_mod (needs q_len) or BlockMask; or a list of these, one for each head.
-    q_len, kv_len, heads: if given, the pattern is checked against them (kv_len defaults to q_len).
+    q_len, kv_len, heads, batch: if given, the pattern is checked against them (kv_len defaults to q_len).
     """
     if kv_len is None:
         kv_len = q_len
-    out = _convert(obj, q_len, kv_len, heads)
+    out = _convert(obj, q_len, kv_len, heads, batch)
     if q_len is not None and kv_len is not None:
         out.check(q_len, kv_len)
     if heads is not None:
-        heads_of(out, heads)
+        own = out.batch if isinstance(out, PerBatch) else 0
+        patterns_of(out, heads, own if batch is None else batch)
     return out
 
 
-def _convert(obj: Any, q_len: int | None, kv_len: int | None, heads: int | None) -> Pattern:
+def _convert(
+    obj: Any, q_len: int | None, kv_len: int | None, heads: int | None, batch: int | None
+) -> Pattern:
     home = type(obj).__module__.partition(".")[0]
     if isinstance(obj, Pattern):
         return obj
@@ -54,7 +58,7 @@ def _convert(obj: Any, q_len: int | None, kv_len: int | None, heads: int | None)
             raise InvalidInput(
                 "a list is one pattern for each head: turn a list of booleans into numpy.array(...)"
             )
-        return per_head([_convert(x, q_len, kv_len, None) for x in obj])
+        return per_head([_convert(x, q_len, kv_len, None, None) for x in obj])
     if isinstance(obj, np.ndarray):
         return _from_array(obj)
     if home == "torch" and type(obj).__name__ == "BlockMask":
@@ -73,7 +77,7 @@ def _convert(obj: Any, q_len: int | None, kv_len: int | None, heads: int | None)
     if callable(obj) and not isinstance(obj, type):
         if q_len is None or kv_len is None:
             raise InvalidInput("a mask_mod has no lengths of its own: give q_len (and kv_len)")
-        return from_mask_mod(obj, q_len, kv_len, heads)
+        return from_mask_mod(obj, q_len, kv_len, heads, batch)
     raise InvalidInput(
         f"cannot make a pattern of a {type(obj).__module__}.{type(obj).__qualname__}: give a splatc pattern,"
         " its text, a boolean array, a scipy.sparse matrix, a networkx graph, a mask_mod or a BlockMask"
@@ -88,13 +92,12 @@ def _from_array(array: Any) -> Pattern:
             "a mask is 2-D (q_len, kv_len); for packed documents use documents(cu_seqlens=...)"
         )
     m = as_bool("mask", "array", array)
-    if m.ndim == 4:
-        if any(not np.array_equal(m[0], other) for other in m[1:]):
-            raise InvalidInput("the mask differs between batch entries: make one pattern for each of them")
-        m = m[0]
-        if len(m) == 1:  # (batch, 1, q, kv): the same for every head
-            m = m[0]
-    return per_head([mask(head) for head in m]) if m.ndim == 3 else mask(m)
+    if m.ndim < 4:
+        return per_head([mask(head) for head in m]) if m.ndim == 3 else mask(m)
+    same = all(np.array_equal(m[0], other) for other in m[1:])
+    entries = [mask(one[0]) if len(one) == 1 else per_head([mask(head) for head in one])
+               for one in m[: 1 if same else None]]  # fmt: skip
+    return entries[0] if same else per_batch(entries)
 
 
 def _from_tensor(tensor: Any) -> Pattern:

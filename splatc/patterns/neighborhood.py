@@ -247,5 +247,5 @@ def after(first: int, pattern: Pattern) -> Pattern:
     if not isinstance(pattern, Pattern):
         raise InvalidInput(f"after: expected a pattern, not a {type(pattern).__name__}")
     if isinstance(pattern, PerHead):
-        return PerHead(tuple(after(n, one) for one in pattern.heads))
+        return pattern.map(lambda one: after(n, one))
     return After(n, pattern) if n else pattern

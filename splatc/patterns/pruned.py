@@ -111,7 +111,7 @@ def split(pattern: Pattern) -> tuple[Pattern, Pruning | None]:
         names = ", ".join("none" if way is None else str(way) for way in ways)
         raise Unsupported(f"heads are pruned in different ways ({names}): one kernel prunes all heads alike; give all "
                           "the same nm(...), or call attention once for each group of heads")  # fmt: skip
-    return PerHead(tuple(static for static, _ in parts)), parts[0][1]
+    return pattern.map(lambda head: split(head)[0]), parts[0][1]
 
 
 def joined(static: Pattern, pruning: Pruning | None) -> Pattern:

@@ -133,7 +133,7 @@ def take(pattern: Pattern, rows: Int, cols: Int, lengths: tuple[int, int], step:
     """The rows and columns at these positions (int64, not empty) of a pattern at lengths (q_len, kv_len), the pattern
     itself if that is all of it. step: that most neighbouring positions differ by."""
     if isinstance(pattern, PerHead):
-        return PerHead(tuple(take(one, rows, cols, lengths, step) for one in pattern.heads))
+        return pattern.map(lambda one: take(one, rows, cols, lengths, step))
     if first_lengths([pattern]) in (None, lengths) and all(
         np.array_equal(x, np.arange(n)) for x, n in zip((rows, cols), lengths, strict=True)
     ):

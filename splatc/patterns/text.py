@@ -42,6 +42,7 @@ NAMES: dict[str, Callable[..., Pattern]] = {
     "neighborhood": neighborhood.neighborhood,
     "nm": pruned.nm,
     "per_head": heads.per_head,
+    "per_batch": heads.per_batch,
     "after": neighborhood.after,
     "transpose": transpose,
 }

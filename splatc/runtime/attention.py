@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,8 @@ ALL = slice(None)
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A mask at fixed lengths, down to the tables of one kernel. ``programs[p]`` and ``tables[p]`` are of distinct
-    pattern p; ``heads[h]`` is the pattern of head h, None if all heads share pattern 0."""
+    pattern p; ``heads[h]`` is the pattern of head h, None if all heads share pattern 0. entries: batch entries with
+    patterns of their own, whose heads follow each other in ``heads``, or one stands for all of an entry; 0: none."""
 
     pattern: Pattern
     q_len: int
@@ -67,6 +68,7 @@ class Plan:
     tables: tuple[tuple[Tables, ...], ...]
     heads: tuple[int, ...] | None
     explanation: Explanation
+    entries: int = 0
 
     @property
     def patched(self) -> bool:
@@ -74,14 +76,24 @@ class Plan:
         covers = (d for program in self.programs for _, d in program.domains if isinstance(d, Cover))
         return all(cover.rows.kind == "patches" for cover in covers)
 
-    def launches(self, heads: int, max_row_views: int | None = None, max_col_views: int | None = None,
+    def launches(self, batch: int, heads: int, max_row_views: int | None = None, max_col_views: int | None = None,
                  members: slice = ALL) -> list[Launch]:  # fmt: skip
-        """The launches for a number of heads, or for those of them that ``members`` picks, each with at most so many
-        views."""
-        if self.heads is not None and len(self.heads) != heads:
-            raise InvalidInput(f"the pattern is for {len(self.heads)} heads but q has {heads}: give one pattern a head")
-        patterns = list(self.heads or (0,) * heads)[members]
-        return launches(list(self.tables), patterns, max_row_views, max_col_views)
+        """The launches for these sizes, or for the heads that ``members`` picks, each with at most so many views."""
+        patterns = self.patterns_of(batch, heads)[members]
+        found = launches(list(self.tables), patterns, max_row_views, max_col_views)
+        apart = self.entries > 0 and batch == self.entries
+        return [replace(one, heads=len(patterns) // batch) for one in found] if apart else found
+
+    def patterns_of(self, batch: int, heads: int) -> list[int]:
+        """The pattern of each head; where batch entries have patterns of their own, of each head of each entry. As one
+        entry these may be all heads of it. Raises InvalidInput for numbers that are not those of the pattern."""
+        if self.heads is None:
+            return [0] * heads
+        entries = max(self.entries, 1)
+        wanted, given = len(self.heads) // entries, heads if batch == self.entries else heads // entries
+        if given != wanted and (wanted > 1 or not self.entries):
+            raise InvalidInput(f"the pattern is for {wanted} heads but q has {given}: give one pattern a head")
+        return [p for p in self.heads for _ in range(given // wanted)]
 
     def predict(self, batch: int, heads: int, kv_heads: int, costs: Costs | None = None) -> float:
         """Seconds of a call, its launches one after the other, but no less than moving every input and output takes.
@@ -90,8 +102,8 @@ class Plan:
         """
         if self.spec.kernel != "hopper":
             return self.explanation.seconds * batch * (1 if self.heads else heads)
-        costs = costs or costs_of(self.spec)
-        busy = sum(work_of(launch, batch, costs).microseconds for launch in self.launches(heads, *MAX_VIEWS))
+        costs, batch = costs or costs_of(self.spec), max(batch, self.entries)
+        busy = sum(work_of(launch, batch, costs).microseconds for launch in self.launches(batch, heads, *MAX_VIEWS))
         dims = (self.spec.head_dim + self.spec.v_head_dim) * (self.q_len * heads + self.kv_len * kv_heads)
         moved = ITEM_BYTES[self.spec.dtype] * batch * dims
         return max(busy, costs.launch + moved / costs.bandwidth) * 1e-6
@@ -328,7 +340,9 @@ class CompiledAttention:
             run(*tensors, *tables, scale, self._cap, int(merge > 0), *rest)
 
     def _check(self, shape: Shape) -> None:
-        spec = self.kernel.spec
+        spec, batch = self.kernel.spec, self._batch
+        if batch and shape.batch != batch:
+            raise InvalidInput(f"q has {shape.batch} batch entries, but the pattern is for {batch}")
         if shape.dtype != spec.dtype:
             dtypes = dtypes_of(spec.target)
             known = f"one of {', '.join(dtypes)}" if shape.dtype not in dtypes else "compile again for it"
@@ -346,6 +360,11 @@ class CompiledAttention:
                 f"q, k, v are on {shape.device} but the kernel is for {spec.target}: move them, or compile for {kind}"
             )
 
+    @property
+    def _batch(self) -> int:
+        """How many batch entries kernels get, if that is known."""
+        return self._plan.entries
+
     def _tables(self, shape: Shape) -> list[tuple[Any, ...]]:
         """The table arguments of each pass for a CPU kernel, made once."""
         key = (shape.batch, shape.heads, shape.q_len, shape.kv_len)
@@ -355,7 +374,7 @@ class CompiledAttention:
         return self._ready[key]
 
     def _launches(self, shape: Shape, max_views: tuple[int | None, int | None]) -> list[Launch]:
-        return self._planned(shape.q_len, shape.kv_len).launches(shape.heads, *max_views)
+        return self._planned(shape.q_len, shape.kv_len).launches(shape.batch, shape.heads, *max_views)
 
     @property
     def ptx(self) -> str:

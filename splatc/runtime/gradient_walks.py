@@ -103,7 +103,7 @@ def in_two_walks(sources: Sources, shape: Shape, workers: int) -> Way:
     s, plan = shape, sources.rows(shape.q_len, shape.kv_len)
     costs = costs_of(plan.spec, workers)
     rows = tuple(Walk(one, work_of(one, s.batch, costs, TOGETHER), plan.spec.tile_m)
-                 for one in plan.launches(s.heads, *MAX_VIEWS))  # fmt: skip
+                 for one in plan.launches(s.batch, s.heads, *MAX_VIEWS))  # fmt: skip
     transposed = sources.columns(s.kv_len, s.q_len)
     tile_m, tile_n = transposed.spec.tile_m, transposed.spec.tile_n
     kernels = tuple(replace(one, tile_m=tile_m, tile_n=tile_n) for one in sources.two)
@@ -140,10 +140,11 @@ def column_walks(plan: Plan, spec: KernelSpec, shape: Shape, workers: int) -> tu
 def column_launches(plan: Plan, shape: Shape) -> list[tuple[Launch, int, int]]:
     """(launch, first member, members): one for all query heads of a key head where they have the same mask."""
     group = shape.heads // shape.kv_heads
-    same = plan.heads is None or all(h == plan.heads[i - i % group] for i, h in enumerate(plan.heads))
+    patterns = plan.patterns_of(shape.batch, shape.heads)
+    same = all(p == patterns[i - i % group] for i, p in enumerate(patterns))
     found = []
     for member in range(1 if same else group):
-        for launch in plan.launches(shape.heads, *MAX_VIEWS, members=slice(member, None, group)):
+        for launch in plan.launches(shape.batch, shape.heads, *MAX_VIEWS, members=slice(member, None, group)):
             merged = replace(launch, merge=launch.merge or member > 0)
             found.append((merged, member, group if same else 1))
     return found

@@ -98,12 +98,12 @@ class Gradients:
         if key not in self._ready:
             batch, group = shape.batch, shape.heads // shape.kv_heads
             plan = self._planned(shape.q_len, shape.kv_len)
-            rows = [_call(launch, batch, shares=self._shares) for launch in plan.launches(shape.heads)]
+            rows = [_call(launch, batch, shares=self._shares) for launch in plan.launches(shape.batch, shape.heads)]
             plan = self._transposed(shape.kv_len, shape.q_len)
             columns = [
                 _call(launch, batch, member)
                 for member in range(group)  # one query head of every key head: the others are added to it
-                for launch in plan.launches(shape.heads, members=slice(member, None, group))
+                for launch in plan.launches(shape.batch, shape.heads, members=slice(member, None, group))
             ]
             remember(self._ready, key, (rows, columns))
         return self._ready[key]

@@ -105,11 +105,12 @@ class PortableGradients:
         key = shape.heads, shape.kv_heads, shape.q_len, shape.kv_len, on.ordinal
         if key not in self._uploaded:
             group = shape.heads // shape.kv_heads
+            sizes = shape.batch, shape.heads
             walks: list[tuple[Launch, int | None]] = []
-            walks += [(one, None) for one in self._planned(shape.q_len, shape.kv_len).launches(shape.heads)]
+            walks += [(one, None) for one in self._planned(shape.q_len, shape.kv_len).launches(*sizes)]
             plan = self._transposed(shape.kv_len, shape.q_len)
             for member in range(group):
-                walks += [(one, member) for one in plan.launches(shape.heads, members=slice(member, None, group))]
+                walks += [(one, member) for one in plan.launches(*sizes, members=slice(member, None, group))]
             tables = DeviceTables(on, [portable_tables(one) for one, _ in walks])
             remember(self._uploaded, key, (walks, tables))
         return self._uploaded[key]

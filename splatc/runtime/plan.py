@@ -19,6 +19,8 @@ class Launch:
     """One kernel call: the arrays of the kernel ABI (codegen/tables.py), for all heads that take part in it.
 
     merge: whether it starts from the (O, LSE) in memory. work: int32 (w, 2) head, item; cost: of each row, in tiles.
+    heads: of a batch entry, where entries have masks of their own and work counts the heads of all; 0: it is the same
+    for every entry.
     """
 
     merge: bool
@@ -31,6 +33,7 @@ class Launch:
     gather: Int32
     positions: Int32
     cost: NDArray[np.float64]
+    heads: int = 0
 
     @property
     def views(self) -> Int32:
@@ -113,7 +116,7 @@ class _Group:
         work = [self._work(head, p, first_item[p]) for head, p in enumerate(pattern_of_head) if p in self.tables]
         rows = np.concatenate(work).astype(np.int32)
         row_views, col_views = (np.array(list(views), np.int32) for views in self.views)
-        return Launch(merge=merge, work=rows, **arrays, row_views=row_views, col_views=col_views,
+        return Launch(merge=merge, heads=0, work=rows, **arrays, row_views=row_views, col_views=col_views,
                       cost=arrays["items"][rows[:, 1], 6] + STARTING_TILES)  # fmt: skip
 
     def _numbers(self, side: int, views: Int32) -> Int32:

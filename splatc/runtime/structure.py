@@ -12,14 +12,14 @@ from splatc.codegen.kernel import TILE
 from splatc.codegen.tables import build_tables, check_nnz
 from splatc.codegen.value_tiles import ValueTiles, value_tiles
 from splatc.codegen.values import ValueTables, value_tables
-from splatc.errors import InvalidInput, VerifyError
+from splatc.errors import InvalidInput, Unsupported, VerifyError
 from splatc.formats.acsr import ACSR, analyze_heads
 from splatc.formats.order import Order
 from splatc.formats.strips import Ints
 from splatc.ir.passes import UNFUSED, Schedule, lower, run_passes
 from splatc.ir.program import Cover, Program
 from splatc.patterns.base import Pattern
-from splatc.patterns.heads import PerHead
+from splatc.patterns.heads import PerBatch, PerHead
 from splatc.runtime.cpu_call import exchange, table_arguments, workers
 from splatc.runtime.launch import remember
 from splatc.runtime.plan import launches
@@ -119,7 +119,10 @@ class Structure:
 
 @lru_cache(maxsize=64)
 def structure_of(pattern: Pattern, q_len: int, kv_len: int) -> Structure:
-    """The structure of a mask, remembered."""
+    """The structure of a mask, remembered. Raises Unsupported for masks that differ between batch entries."""
+    if isinstance(pattern, PerBatch):
+        raise Unsupported("values of masks that differ between batch entries have no shape in common: compute them for "
+                          "each entry, with pattern.entry(b)")  # fmt: skip
     analyses = analyze_heads(pattern, q_len, kv_len)
     distinct, orders = tuple(analyses), tuple(map(Order, analyses.values()))
     of_head = tuple(distinct.index(one) for one in pattern.heads) if isinstance(pattern, PerHead) else None

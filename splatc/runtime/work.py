@@ -55,8 +55,11 @@ class Work:
 
 def work_of(launch: Launch, batch: int, costs: Costs, together: int = TOGETHER) -> Work:
     """The work of a launch for a batch, on costs.workers multiprocessors; together: see ``queue_order``."""
-    head, item = np.tile(launch.work, (batch, 1)).T
-    entry = np.repeat(np.arange(batch), len(launch.work))
+    if launch.heads:
+        (entry, head), item = np.divmod(launch.work[:, 0], launch.heads), launch.work[:, 1]
+    else:
+        head, item = np.tile(launch.work, (batch, 1)).T
+        entry = np.repeat(np.arange(batch), len(launch.work))
     bits, gathered = launch.items[:, 7], launch.entries[:, 5] == GATHERED
     tiles = launch.items[item, 6]
     cost = costs.item + costs.tile * tiles + costs.bits * bits[item] + costs.gather * _per_item(launch, gathered)[item]

@@ -295,7 +295,7 @@ def combine_cost(case: Case, plan: Plan, microseconds: float, found: Fit, worker
     """What putting rows together adds to a call, by a call that does; None if its rows stay whole."""
     costs = found.costs(case.kernel, 0.0, workers)
     end = combines = 0.0
-    for launch in plan.launches(case.sizes.heads, *MAX_VIEWS):
+    for launch in plan.launches(case.sizes.batch, case.sizes.heads, *MAX_VIEWS):
         earlier = costs_of(plan.spec, workers)
         work = work_of(launch, case.sizes.batch, earlier)  # cut as the call was
         pieces = costs.item + costs.tile * work.rows[:, 10] + costs.bits * work.rows[:, 11]

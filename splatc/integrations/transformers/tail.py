@@ -51,7 +51,7 @@ class Tail(Pattern):
 
 def tail(pattern: Pattern) -> Pattern:
     """``Tail``, head by head."""
-    return PerHead(tuple(map(Tail, pattern.heads))) if isinstance(pattern, PerHead) else Tail(pattern)
+    return pattern.map(Tail) if isinstance(pattern, PerHead) else Tail(pattern)
 
 
 def _turned(mod: Mod, before: int) -> Mod:
