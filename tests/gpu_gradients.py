@@ -11,7 +11,7 @@ import torch
 
 import splatc
 from splatc import patterns as P
-from splatc.patterns.heads import heads_of
+from splatc.patterns.heads import patterns_of
 from tests.dense_gradients import dense_gradients
 
 DEVICE = "cuda"
@@ -56,10 +56,12 @@ def draw_dlse(do: Any) -> Any:
 
 
 def mask_of(pattern: Any, heads: int, q_len: int, kv_len: int) -> Any:
-    """(heads, q_len, kv_len) on the device."""
-    of_heads = heads_of(pattern, heads)
+    """(heads, q_len, kv_len) on the device; of batch entries with patterns of their own, (batch, heads, ...)."""
+    entries = pattern.batch if isinstance(pattern, P.PerBatch) else 0
+    of_heads = patterns_of(pattern, heads, entries)
     each = {one: torch.from_numpy(one.dense(q_len, kv_len)).to(DEVICE) for one in dict.fromkeys(of_heads)}
-    return torch.stack([each[one] for one in of_heads])
+    masks = torch.stack([each[one] for one in of_heads])
+    return masks.view(entries, heads, q_len, kv_len) if entries else masks
 
 
 def compiled(pattern: Any, q_len: int, kv_len: int, dim: int, dtype: str, **options: Any) -> Any:
@@ -90,8 +92,8 @@ def check(attend: Any, pattern: Any, tensors: list[Any], dlse: Any = None, softc
         assert x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
     errors = found.errors(got)
     assert all(e < BOUND for e in errors.values()), (tuple(q.shape), tuple(k.shape), errors)
-    seen = mask.any(2), mask.any(1)  # (heads, q_len), (heads, kv_len)
-    assert (got[0][:, ~seen[0]] == 0).all()
+    unseen = (~mask.any(-1), ~mask.any(-2))  # ([batch,] heads, q_len), ([batch,] heads, kv_len)
+    assert (got[0] * unseen[0][..., None] == 0).all()
     if q.shape[1] == k.shape[1]:
-        assert (got[1][:, ~seen[1]] == 0).all() and (got[2][:, ~seen[1]] == 0).all()
+        assert all((x * unseen[1][..., None] == 0).all() for x in got[1:])
     return got, found

@@ -169,6 +169,13 @@ def test_merged_with_what_is_there(dim: int, dtype: str) -> None:
         assert torch.equal(now[:, :, asking.stop :], then[:, :, asking.stop :])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_patterns_for_each_batch_entry(dtype: str) -> None:
+    for entries in ([P.documents([300, 700]) & P.causal(), STRIDED], [P.per_head([P.full(), P.causal()] * 2), STRIDED]):
+        pattern = P.per_batch(entries)
+        check(pattern, np.broadcast_to(pattern.dense(1000), (2, 4, 1000, 1000)), 1000, 1000, 64, dtype)
+
+
 def test_side_stream_and_new_length() -> None:
     attend = splatc.compile(P.causal(), seq_len=256, head_dim=64, dtype="float32", allow_tf32=False)
     for length in (256, 77):

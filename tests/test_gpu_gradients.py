@@ -117,6 +117,15 @@ def test_a_pattern_for_each_head(dtype: str, dim: int) -> None:
         check(attend, heads, draw(200, 200, dim, dtype, 6, kv_heads), enable_gqa=True)
 
 
+@pytest.mark.parametrize(("dtype", "dim"), KINDS)
+def test_patterns_for_each_batch_entry(dtype: str, dim: int) -> None:
+    heads = P.per_head([MIXED, MIXED, P.full(), P.strided(7)])
+    pattern = P.per_batch([P.documents([150, 450]) & P.causal(), MIXED, heads])
+    attend = compiled(pattern, 600, 600, dim, dtype)
+    for kv_heads in (4, 2):
+        check(attend, pattern, draw(600, 600, dim, dtype, 4, kv_heads, batch=3), enable_gqa=True)
+
+
 @pytest.mark.parametrize("dim", [8, 16, 32, 40, 96])
 def test_other_head_dims(dim: int) -> None:
     """For wider ones: test_gpu_wide_gradients.py."""
