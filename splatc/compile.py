@@ -36,7 +36,6 @@ from splatc.patterns.pruned import Pruned, joined, split
 from splatc.runtime.attention import CompiledAttention, Plan
 from splatc.runtime.dump import dump_sources, dump_tables, ir_dump
 from splatc.runtime.explain import explain, least_seconds
-from splatc.runtime.folded import FoldedAttention
 from splatc.runtime.gpu import FindGpu
 from splatc.runtime.gradient_walks import Sources
 from splatc.runtime.gradients import Gradients, Planner
@@ -138,7 +137,11 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         rows = plan if first.spec.kernel == "portable" else portable_plan
         return PortableGradients(found(gradient_spec(first.spec)), rows, transposed_plan, layout, cap, find_gpu)
 
-    made = FoldedAttention if first.entries and not by_tensor_cores(first.spec) else CompiledAttention
+    made: type[CompiledAttention] = CompiledAttention
+    if first.entries and not by_tensor_cores(first.spec):
+        from splatc.runtime.folded import FoldedAttention  # seldom needed
+
+        made = FoldedAttention
     return made(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))
 
 

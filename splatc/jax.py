@@ -11,6 +11,7 @@ import numpy as np
 
 from splatc.compile import compiled_for
 from splatc.errors import InvalidInput, Unsupported
+from splatc.patterns import Pattern, PerBatch, as_pattern
 from splatc.runtime.jax_gpu import arch_here
 from splatc.runtime.jax_ops import attend_at_once, call_of
 from splatc.runtime.tensors import LAYOUTS, check_scale, check_sizes, computed_in, to_bhsd
@@ -50,10 +51,14 @@ def attention(q: Any, k: Any, v: Any, pattern: Any, *, scale: float | None = Non
     terms = terms_by(Convert(lambda name, x: _term(name, x, acc), _seed), q, k, layout, **options)
     check_terms(terms, shape)
     target = None if shape.device == "cpu" else arch_here(int(shape.device.partition(":")[2]))
-    compiled = compiled_for(shape, _constant(pattern), softcap, "bhsd", True, asked_of(terms), target)
-    if compiled.plan().entries:
+    pattern = _constant(pattern)
+    if not isinstance(pattern, Pattern):
+        lengths = {"q_len": max(shape.q_len, 1), "kv_len": max(shape.kv_len, 1)}
+        pattern = as_pattern(pattern, **lengths, heads=shape.heads, batch=shape.batch)
+    if isinstance(pattern, PerBatch):
         raise Unsupported("in JAX all batch entries have the same mask: make a pattern for each head, and reshape q, k "
                           "and v to (1, batch * heads, seq, dim)")  # fmt: skip
+    compiled = compiled_for(shape, pattern, softcap, "bhsd", True, asked_of(terms), target)
     if compiled.kernel.spec.kernel == "hopper" and number <= 0:  # what it scales by is positive
         q, number = (-q if number else q * 0), -number or 1.0
     call, arrays = call_of(compiled, shape, number, terms)

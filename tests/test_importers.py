@@ -36,8 +36,12 @@ def test_arrays():
     np.testing.assert_array_equal(as_pattern(heads).dense(8, 9), heads)
     assert as_pattern(heads[None]) == as_pattern(heads)
     assert as_pattern(np.stack([M[None]] * 2)) == P.mask(M)
-    with pytest.raises(InvalidInput, match="batch"):
-        as_pattern(np.stack([M[None], ~M[None]]))
+    entries = np.stack([M[None], ~M[None]])
+    assert as_pattern(entries) == P.per_batch([P.mask(M), P.mask(~M)])
+    both = RNG.random((2, 3, 8, 9)) < 0.5
+    np.testing.assert_array_equal(as_pattern(both).dense(8, 9), both)
+    with pytest.raises(InvalidInput, match="for 2 batch entries, but there are 3"):
+        as_pattern(entries, heads=1, batch=3)
     with pytest.raises(InvalidInput, match="cu_seqlens"):
         as_pattern(np.array([0, 3, 8]))
     with pytest.raises(InvalidInput, match="additive"):
@@ -177,8 +181,8 @@ def test_block_mask_objects():
         as_pattern(block[0])
     with pytest.raises(InvalidInput, match="is for lengths"):
         as_pattern(block, q_len=49)
-    with pytest.raises(InvalidInput, match="batch"):
-        as_pattern(flex.create_block_mask(by_batch, 2, None, 50, 50, device="cpu", BLOCK_SIZE=16))
+    got = as_pattern(flex.create_block_mask(by_batch, 2, None, 50, 50, device="cpu", BLOCK_SIZE=16))
+    np.testing.assert_array_equal(got.dense(50), flex.create_mask(by_batch, 2, 1, 50, 50, "cpu").numpy())
     coarse = lambda b, h, q, k: q // 16 >= k // 16  # noqa: E731
     block = flex.create_block_mask(coarse, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
     assert as_pattern(block) == P.block_mask(np.tri(4, dtype=bool), 16)  # all full: stays symbolic

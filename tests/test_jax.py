@@ -168,6 +168,13 @@ def test_a_pattern_for_each_head():
         jax.jit(partial(attention, pattern=P.per_head(heads), enable_gqa=True))(q, k, v)
 
 
+def test_patterns_for_each_batch_entry_are_refused():
+    q, k, v, _ = tensors(8, 8, kv_heads=4)
+    for mask in (P.per_batch([P.causal()] * len(q)), np.arange(len(q) * 64).reshape(-1, 1, 8, 8) % 3 > 0):
+        with pytest.raises(Unsupported, match="in JAX all batch entries have the same mask"):
+            attention(q, k, v, mask)
+
+
 def test_is_the_torch_path_bit_by_bit():
     torch = pytest.importorskip("torch")
     q, k, v, do = tensors(300, 300, "float32")
