@@ -81,7 +81,8 @@ def analyze(
 def _summary(plan: Plan) -> object:
     e = plan.explanation
     distinct = len(plan.programs)
-    heads = f", {len(plan.heads)} heads with {distinct} distinct masks" if plan.heads else ""
+    several = f"{plan.entries} batch entries" if plan.entries else f"{len(plan.heads or ())} heads"
+    heads = f", {several} with {distinct} distinct masks" if plan.heads else ""
     text = e.pattern if len(e.pattern) <= 300 else f"{e.pattern[:300]}... ({len(e.pattern)} characters)"
     rest = f", and a remainder of {e.remainder_nnz:,} elements" if e.remainder_nnz else ", nothing left over"
     kinds = f"{e.full_tiles:,} full, {e.bit_tiles:,} with bits ({e.distinct_bits:,} distinct)"

@@ -18,7 +18,6 @@ from splatc.ir.cover import Grid, tile_count
 from splatc.ir.program import Cover, Mask, Program
 from splatc.ir.views import View
 from splatc.patterns.base import Pattern
-from splatc.patterns.heads import heads_of
 from splatc.runtime.explain import Explanation
 
 NAMED = 8  # pieces that get a layer of their own, largest first; the others share one
@@ -42,7 +41,7 @@ class Drawing:
     def of(pattern: Pattern, q_len: int, kv_len: int | None = None, *, head: int = 0) -> Drawing:
         """The drawing of a pattern at a length; ``head`` chooses one if every head has its own mask."""
         if hasattr(pattern, "heads"):
-            pattern = heads_of(pattern, len(pattern.heads))[min(max(head, 0), len(pattern.heads) - 1)]
+            pattern = pattern.heads[min(max(head, 0), len(pattern.heads) - 1)]
         found: list[ACSR] = []
 
         def after(name: str, program: Program) -> None:
