@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
@@ -102,7 +102,7 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     def plan(q_len: int, kv_len: int) -> Plan:
         return make_plan(pattern, q_len, kv_len, first.spec, after)
 
-    def transposed_plan(kv_len: int, q_len: int) -> Plan:
+    def transposed_plan(kv_len: int, q_len: int, pattern: Pattern = pattern) -> Plan:
         return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(first.spec), after)
 
     def walk_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec) -> Planner:
@@ -119,6 +119,13 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
 
         return plan
 
+    def sources_of(pattern: Pattern) -> Sources:
+        """What gradients by tensor cores are made from."""
+        of_rows, *of_columns = two_walks(first.spec)
+        columns = walk_plan(pattern.transposed(), kv_len, q_len, of_columns[0])
+        return Sources(walk_plan(pattern, q_len, kv_len, of_rows), columns, partial(transposed_plan, pattern=pattern),
+                       gradient_spec(first.spec), tuple(of_columns))  # fmt: skip
+
     def portable_plan(q_len: int, kv_len: int) -> Plan:
         return make_plan(pattern, q_len, kv_len, gradient_spec(first.spec), after)
 
@@ -126,10 +133,9 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         if first.spec.kernel == "cpu":
             return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
         if by_tensor_cores(first.spec):
-            of_rows, *of_columns = two_walks(first.spec)
-            sources = Sources(walk_plan(pattern, q_len, kv_len, of_rows),
-                              walk_plan(pattern.transposed(), kv_len, q_len, of_columns[0]), transposed_plan,
-                              gradient_spec(first.spec), tuple(of_columns))  # fmt: skip
+            sources = sources_of(pattern)
+            if isinstance(pattern, PerBatch):
+                sources = replace(sources, judged_by=sources_of(heaviest(pattern, q_len, kv_len)))
             walks = "two" if only_two_walks(first.spec) else Config.from_env().gradient_walks
             return GpuGradients(sources, found, layout, cap, walks, find_gpu)
         from splatc.runtime.gradients_portable import PortableGradients  # seldom needed
@@ -156,7 +162,11 @@ def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
               tiles: tuple[tuple[int, int], ...] | None = None, after: After | None = None) -> Plan:  # fmt: skip
     """The plan of the least predicted time over tile shapes, and the kernel that it needs.
 
-    Shapes come by the time that their tiles would take if none of it was wasted: who cannot win so is not planned."""
+    Shapes come by the time that their tiles would take if none of it was wasted: who cannot win so is not planned.
+    Where batch entries have patterns of their own, it is the shape for the heaviest of these."""
+    if isinstance(pattern, PerBatch) and tiles is None:
+        judge = best_plan(heaviest(pattern, q_len, kv_len), q_len, kv_len, spec).spec
+        tiles = ((judge.tile_m, judge.tile_n),)
     known = tiles or (tuned_tiles(pattern, q_len, kv_len, spec) if spec.role == FORWARD else None)
     acsrs = analyze_heads(pattern, q_len, kv_len).values()
     plans: list[Plan] = []
@@ -175,6 +185,12 @@ def best_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec,
     if after is not None or Config.from_env().dump:  # of the one that was chosen only
         best = make_plan(pattern, q_len, kv_len, best.spec, after)
     return replace(best, spec=replace(best.spec, gather=best.explanation.gathered_tiles > 0))
+
+
+def heaviest(pattern: PerBatch, q_len: int, kv_len: int) -> Pattern:
+    """The pattern, of one head, with most elements."""
+    analyses = analyze_heads(pattern, q_len, kv_len)
+    return max(analyses, key=lambda one: analyses[one].nnz)
 
 
 def make_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec, after: After | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,13 @@ import pytest
 
 import splatc
 from splatc import patterns as P
+from splatc.codegen.kernel import gradient_spec, kernel_spec, two_walks
+from splatc.codegen.target import Target
+from splatc.compile import best_plan, heaviest, make_plan
 from splatc.errors import InvalidInput, Unsupported
 from splatc.patterns.heads import patterns_of
+from splatc.runtime.gradient_walks import Sources, way_of
+from splatc.runtime.tensors import Shape
 
 torch = pytest.importorskip("torch")
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
@@ -118,6 +125,41 @@ def test_numpy_and_pruned():
     for b in range(B):
         one = splatc.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], pattern.entry(b), enable_gqa=True)
         torch.testing.assert_close(torch.from_numpy(o[b : b + 1]), one)
+
+
+def test_tiles_and_ways_are_those_of_the_heaviest_entry(monkeypatch):
+    """The others are planned for these only."""
+    planned: list[Any] = []
+    module = sys.modules["splatc.compile"]
+    real = module.make_plan
+
+    def counted(pattern: Any, *given: Any, **options: Any) -> Any:
+        planned.append(pattern)
+        return real(pattern, *given, **options)
+
+    monkeypatch.setattr(module, "make_plan", counted)
+    heavy = P.causal()
+    pattern = P.per_batch([P.window(60, 0) & P.documents([1000, 1048]), heavy, P.documents([500] * 4 + [48])])
+    assert heaviest(pattern, 2048, 2048) == heavy
+    spec = kernel_spec(64, None, "bfloat16", Target("cuda", "sm_90a"))
+    for one in (spec, *two_walks(spec)):
+        planned.clear()
+        best = best_plan(pattern, 2048, 2048, one)
+        alone = best_plan(heavy, 2048, 2048, one)
+        assert (best.spec.tile_m, best.spec.tile_n) == (alone.spec.tile_m, alone.spec.tile_n)
+        assert best.entries == 3 and planned.count(pattern) == 1
+    shape = Shape(3, 16, 16, 2048, 2048, 64, 64, "bfloat16", "cuda:0")
+    of_rows, *of_columns = two_walks(spec)
+
+    def sources(mask: Any) -> Sources:
+        return Sources(lambda q, k: best_plan(mask, q, k, of_rows),
+                       lambda k, q: best_plan(mask.transposed(), k, q, of_columns[0]),
+                       lambda k, q: make_plan(mask.transposed(), k, q, gradient_spec(spec)), gradient_spec(spec),
+                       tuple(of_columns))  # fmt: skip
+
+    for judge in (heavy, P.window(9, 9)):
+        way = way_of(replace(sources(pattern), judged_by=sources(judge)), shape, 132)
+        assert (way.rows is None) == (way_of(sources(judge), shape, 132).rows is None)
 
 
 # -- masks that people have --------------------------------------------------------------------------------------------

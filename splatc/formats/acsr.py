@@ -117,8 +117,10 @@ class ACSR:
     # -- making one ----------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def from_pattern(pattern: Pattern, q_len: int, kv_len: int | None = None) -> ACSR:
-        """From a symbolic pattern, without S x S memory; one with an explicit matrix in it is analysed densely."""
+    def from_pattern(pattern: Pattern, q_len: int, kv_len: int | None = None, *, among: int = 1) -> ACSR:
+        """From a symbolic pattern, without S x S memory; one with an explicit matrix in it is analysed densely.
+
+        among: how many masks are analysed together, which share what elements are compared at the end."""
         kv_len = q_len if kv_len is None else kv_len
         pattern.check(q_len, kv_len)
         if isinstance(pattern, Sparse):
@@ -130,7 +132,7 @@ class ACSR:
             return ACSR.from_dense(pattern.dense(q_len, kv_len))
         strips = strips_of(pattern, q_len, kv_len, lines)
         acsr = ACSR(q_len, kv_len, Pieces(nest(strips)))
-        acsr._check_against(pattern)
+        acsr._check_against(pattern, among)
         return acsr
 
     @staticmethod
@@ -308,7 +310,7 @@ class ACSR:
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
-    def _check_against(self, pattern: Pattern) -> None:
+    def _check_against(self, pattern: Pattern, among: int = 1) -> None:
         """Raise VerifyError unless the strips are disjoint and equal to the pattern: everywhere when the mask is small,
         else in whole random rows (the cells' corners were all compared before). A new length of a pattern that passed
         takes fewer rows: planning it must be quick."""
@@ -317,8 +319,8 @@ class ACSR:
             return
         everywhere, elements = (CHECK_AGAIN, CHECK_AGAIN) if pattern in _compared else (CHECK_ALL, CHECK_SOME)
         rows = np.arange(self.q_len)
-        if size > everywhere:
-            count = max(elements // self.kv_len, 2)
+        if size > everywhere // among:
+            count = max(elements // among // self.kv_len, 2)
             rows = np.array(sorted(set(Random().choices(range(self.q_len), k=count))))  # numpy.random is slow to import
         wanted = pattern.contains(rows[:, None], np.arange(self.kv_len)[None, :], self.q_len, self.kv_len)
         wanted = np.broadcast_to(wanted, (len(rows), self.kv_len))
@@ -331,8 +333,8 @@ class ACSR:
 @lru_cache(maxsize=4)  # for each shape of tiles that is considered, and for the walk of gradients over the same mask
 def analyze_heads(pattern: Pattern, q_len: int, kv_len: int) -> Mapping[Pattern, ACSR]:
     """The ACSR of each distinct pattern of the heads."""
-    heads = pattern.heads if isinstance(pattern, PerHead) else (pattern,)
-    return {one: ACSR.from_pattern(one, q_len, kv_len) for one in dict.fromkeys(heads)}
+    distinct = dict.fromkeys(pattern.heads if isinstance(pattern, PerHead) else (pattern,))
+    return {one: ACSR.from_pattern(one, q_len, kv_len, among=len(distinct)) for one in distinct}
 
 
 _compared: WeakSet[Pattern] = WeakSet()  # patterns whose strips were compared with them in this process

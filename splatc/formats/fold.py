@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from splatc.formats.strips import (
     COL,
@@ -223,7 +224,8 @@ def nest(strips: Ints) -> Ints:
     for at in _extent_columns():
         if len(pieces) < 3:
             break
-        best = min((_repeat(pieces, keys) for keys in _ORDERS), key=lambda found: len(found[1]))
+        differ = (pieces != pieces[0]).any(0)
+        best = min((_repeat(pieces, differ, keys) for keys in _ORDERS), key=lambda found: len(found[1]))
         order, first, count = best
         if len(first) == len(pieces):
             break
@@ -247,11 +249,12 @@ _ORDERS = (
 )
 
 
-def _repeat(pieces: Ints, keys: tuple[tuple[int, ...], str]) -> tuple[Ints, Ints, Ints]:
-    """(order, first, count) of the repetitions found when the pieces are lined up in one way."""
+def _repeat(pieces: Ints, differ: NDArray[np.bool_], keys: tuple[tuple[int, ...], str]) -> tuple[Ints, Ints, Ints]:
+    """(order, first, count) of the repetitions found when the pieces are lined up in one way. differ: in which fields
+    any do."""
     group_by, sort_by = keys
     fixed = [f for f in range(pieces.shape[1]) if f not in VARYING or f in group_by]
-    columns = [pieces[:, f] for f in fixed if pieces[:, f].min() != pieces[:, f].max()]
+    columns = [pieces[:, f] for f in fixed if differ[f]]
     place = {"row": pieces[:, ROW], "col": pieces[:, COL], "diagonal": pieces[:, COL] - pieces[:, ROW]}
     order = _sorted_by(*columns, *(place[name] for name in sort_by.split()))
     first, count = progressions([pieces[order, f] for f in VARYING], [c[order] for c in columns], min_count=3)

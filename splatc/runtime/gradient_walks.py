@@ -37,7 +37,7 @@ class Sources:
 
     Of two walks: rows(q_len, kv_len), of the mask, for the kernel of dQ, and columns(kv_len, q_len), of the transposed
     mask, for the kernels ``two``; each chooses their tiles. Of one: one_walk(kv_len, q_len), of the transposed mask,
-    for the kernel ``one``.
+    for the kernel ``one``. judged_by: those of a mask that stands for this one where ways are compared.
     """
 
     rows: Planner
@@ -45,6 +45,7 @@ class Sources:
     one_walk: Planner
     one: KernelSpec
     two: tuple[KernelSpec, ...]
+    judged_by: Sources | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Way:
 
 def way_of(sources: Sources, shape: Shape, workers: int, wanted: str | None = None) -> Way:
     """The faster way for calls of these sizes on so many multiprocessors; or the one that is wanted, "one" or "two"."""
+    if wanted is None and sources.judged_by is not None:
+        wanted = "one" if way_of(sources.judged_by, shape, workers).rows is None else "two"
     makers = {"one": in_one_walk, "two": in_two_walks}
     ways = [make(sources, shape, workers) for name, make in makers.items() if wanted in (name, None)]
     return min(ways, key=lambda way: way.microseconds)
