@@ -12,7 +12,7 @@ from splatc.codegen.tables import Tables, table_rows
 from splatc.codegen.target import Target
 from splatc.compile import make_plan
 from splatc.formats.acsr import ACSR
-from splatc.formats.fold import owners, unnest
+from splatc.formats.fold import unnest, unnested
 from splatc.formats.strips import Ints, RowRuns, element_counts, ramp, row_runs
 from splatc.ir.cover import Grid, tile_count
 from splatc.ir.program import Cover, Mask, Program
@@ -119,7 +119,8 @@ def piece_sizes(acsr: ACSR) -> Ints:
     """Elements of each piece."""
     table = acsr.pieces.table
     sizes = np.zeros(len(table), np.int64)
-    np.add.at(sizes, owners(table), element_counts(unnest(table)))
+    strips, owner = unnested(table)
+    np.add.at(sizes, owner, element_counts(strips))
     return sizes
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.errors import VerifyError
-from splatc.formats.fold import fold_columns, fold_rows, nest, owners, unnest
+from splatc.formats.fold import fold_columns, fold_rows, nest, unnest, unnested
 from splatc.formats.remainder import BLOCK, BlockBits, split_at_blocks
 from splatc.formats.strips import Ints, RowRuns, Runs, element_counts, make, ramp, row_runs, unit_runs
 
@@ -87,7 +87,8 @@ def analyze_runs(folded: RowRuns) -> tuple[Ints, BlockBits]:
     pieces = nest(strips)
     if not np.array_equal(_sorted(unnest(pieces)), _sorted(strips)):
         raise VerifyError("nest changed the strips; please report this mask")
-    size = np.bincount(owners(pieces), element_counts(unnest(pieces)), len(pieces)).astype(np.float64)
+    found, owner = unnested(pieces)
+    size = np.bincount(owner, element_counts(found), len(pieces)).astype(np.float64)
     bits = _cheaper_as_bits(pieces, size)
     return pieces[~bits], _to_bits(unnest(pieces[bits]))
 

@@ -263,13 +263,16 @@ def _repeat(pieces: Ints, differ: NDArray[np.bool_], keys: tuple[tuple[int, ...]
 
 def unnest(pieces: Ints) -> Ints:
     """The strips of pieces, repetition by repetition: int64 (m, 9)."""
-    return pieces[owners(pieces)][:, : len(FIELDS)] + _offsets(pieces)
+    return unnested(pieces)[0]
 
 
-def owners(pieces: Ints) -> Ints:
-    """The piece of each strip that unnest returns."""
-    extents = np.prod([pieces[:, at] for at in _extent_columns()], axis=0, dtype=np.int64)
-    return np.repeat(np.arange(len(pieces)), extents)
+def unnested(pieces: Ints) -> tuple[Ints, Ints]:
+    """(the strips of pieces, as ``unnest`` has them; the piece of each)."""
+    extents, strips = pieces[:, _extent_columns()], pieces[:, : len(FIELDS)]
+    if (extents == 1).all():
+        return strips.copy(), np.arange(len(pieces))
+    owner = np.repeat(np.arange(len(pieces)), extents.prod(1))
+    return strips[owner] + _offsets(pieces, owner), owner
 
 
 def _extent_columns() -> list[int]:
@@ -277,10 +280,9 @@ def _extent_columns() -> list[int]:
     return [width + level * (1 + width) for level in range(MAX_LEVELS)]
 
 
-def _offsets(pieces: Ints) -> Ints:
-    """What repetition adds to each strip's fields, in unnest's order (the last level outermost)."""
+def _offsets(pieces: Ints, owner: Ints) -> Ints:
+    """What repetition adds to each strip's fields, in unnest's order (the last level outermost). owner: its piece."""
     width = len(FIELDS)
-    owner = owners(pieces)
     total = np.bincount(owner, minlength=len(pieces))
     index = np.arange(len(owner)) - (np.cumsum(total) - total)[owner]
     added = np.zeros((len(owner), width), np.int64)

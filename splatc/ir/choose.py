@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splatc.formats.acsr import ACSR
-from splatc.formats.fold import owners, unnest
+from splatc.formats.fold import unnest, unnested
 from splatc.formats.remainder import BlockBits
 from splatc.formats.strips import (
     COL,
@@ -154,7 +154,8 @@ def _block_views(strips: Ints, length: int, lanes: int, least: int) -> list[View
 def _block_rows(table: Ints, length: int, lanes: int, least: int) -> list[View]:
     """Views for rows that recur every so many: one for each (step, offset, number of rows) of a repetition."""
     parts = max(lanes // PART, 1)
-    elements = np.bincount(owners(table), element_counts(unnest(table)), len(table))
+    strips, owner = unnested(table)
+    elements = np.bincount(owner, element_counts(strips), len(table))
     kinds, votes = [], []
     for extent in range(len(FIELDS), table.shape[1], 1 + len(FIELDS)):  # of a repetition, followed by its steps
         step, rows = table[:, extent + 1 + ROW], table[:, ROWS]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splatc.formats.fold import MAX_LEVELS, owners, unnest
+from splatc.formats.fold import MAX_LEVELS, unnested
 from splatc.formats.strips import (
     COL,
     COUNT,
@@ -65,7 +65,7 @@ def see_some(pieces: Ints, rows: View, cols: View) -> tuple[Ints, Seen]:
 
 def _see_lines(pieces: Ints, rows: View, cols: View) -> Seen | None:
     """Rows cut at the lines of the grid, and every run a strip of its own, on one line of keys."""
-    strips, piece = unnest(pieces), owners(pieces)
+    strips, piece = unnested(pieces)
     if (strips[:, DCOUNT] != 0).any():
         return None
     line0, line1 = strips[:, ROW] // rows.step, (strips[:, ROW] + strips[:, ROWS] - 1) // rows.step
@@ -92,11 +92,11 @@ def _see_lines(pieces: Ints, rows: View, cols: View) -> Seen | None:
 def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:
     """(strips, row line, piece) with rows in view coordinates."""
     if view.kind == "contiguous":
-        owner = owners(pieces)
-        return unnest(pieces), np.zeros(len(owner), np.int64), owner
+        strips, owner = unnested(pieces)
+        return strips, np.zeros(len(owner), np.int64), owner
     step = view.step
     if view.kind == "blocks":
-        owner, strips = owners(pieces), unnest(pieces)
+        strips, owner = unnested(pieces)
         strips[:, ROW] = strips[:, ROW] // step * view.box[0] + strips[:, ROW] % step - view.offset
         return strips, np.zeros(len(owner), np.int64), owner
     width = len(FIELDS)
@@ -110,8 +110,8 @@ def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:
         walks &= (pieces[:, ROWS] <= step) & (kept[:, 0] == 1)
         kept[walks] = pieces[walks, at : at + 1 + width]
         pieces[walks, at] = 1
-    piece = owners(pieces)
-    strips, kept = unnest(pieces), kept[piece]
+    strips, piece = unnested(pieces)
+    kept = kept[piece]
     owner, i = ramp(np.minimum(strips[:, ROWS], step))
     strips, kept, piece = strips[owner], kept[owner], piece[owner]
     walking = kept[:, 0] > 1
@@ -127,7 +127,7 @@ def _see_rows(pieces: Ints, view: View) -> tuple[Ints, Ints, Ints]:
 
 def _rows_fit(pieces: Ints, view: View) -> Ints:
     """The pieces whose every strip lies on the chosen rows of one block."""
-    strips, piece = unnest(pieces), owners(pieces)
+    strips, piece = unnested(pieces)
     inside = strips[:, ROW] % view.step - view.offset
     fits = (inside >= 0) & (view.offset + inside + strips[:, ROWS] <= view.extents[0])
     fits &= strips[:, ROW] // view.step < view.extents[1]
