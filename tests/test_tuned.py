@@ -217,9 +217,9 @@ def test_passes_are_shown_of_the_chosen_tile_only():
 def test_a_mask_is_analysed_once_for_all_tiles(monkeypatch):
     seen, analyse = [], ACSR.from_pattern
 
-    def counted(*arguments):
+    def counted(*arguments, among):
         seen.append(arguments)
-        return analyse(*arguments)
+        return analyse(*arguments, among=among)
 
     monkeypatch.setattr(ACSR, "from_pattern", counted)
     heads = P.per_head([P.causal(), P.window(9, 0), P.causal()])
