@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
@@ -76,10 +76,10 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
 
     mask: a pattern (also a dynamic one, with nm(2, 4)), its text, a boolean matrix, a scipy.sparse matrix, a networkx
     graph, a FlexAttention mask_mod or BlockMask, or a list with one of these for each head; ``per_batch`` patterns have
-    their own for each batch entry. seq_len, kv_len: as in
-    ``analyze``; other lengths reuse the binary. dtype: "float32", "float16", "bfloat16" (on a CPU also "float64") or
-    torch's. softcap: scores s become softcap * tanh(s / softcap). alibi, relative_bias, block_bias, sinks, dropout:
-    whether calls bring these (``TermOptions``; what they do: ir/score.py).
+    their own for each batch entry. seq_len, kv_len: as in ``analyze``; other lengths reuse the binary. dtype:
+    "float32", "float16", "bfloat16" (on a CPU also "float64") or torch's. softcap: scores s become softcap * tanh(s /
+    softcap). alibi, relative_bias, block_bias, sinks, dropout: whether calls bring these (``TermOptions``; what they
+    do: ir/score.py).
     target: "cpu", "cuda" or an arch such as "sm_90a" (default: the GPU here, else the CPU). layout: "bhsd" or "bshd".
     tile: (query rows, key columns) of a tile, default: the fastest for this mask by ``splatc tune`` or the cost model.
     allow_tf32: on a Hopper GPU, compute float32 by tensor cores, which round the factors of products to tf32 (11 bits;
@@ -102,8 +102,9 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     def plan(q_len: int, kv_len: int) -> Plan:
         return make_plan(pattern, q_len, kv_len, first.spec, after)
 
-    def transposed_plan(kv_len: int, q_len: int, pattern: Pattern = pattern) -> Plan:
-        return make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(first.spec), after)
+    def transposed_plan(pattern: Pattern) -> Planner:
+        """Plans over the transposed mask, for one kernel of all gradients."""
+        return lambda kv_len, q_len: make_plan(pattern.transposed(), kv_len, q_len, gradient_spec(first.spec), after)
 
     def walk_plan(pattern: Pattern, q_len: int, kv_len: int, spec: KernelSpec) -> Planner:
         """Plans for one of two walks of gradients, whose tiles are chosen for these lengths, once they are needed."""
@@ -123,7 +124,7 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         """What gradients by tensor cores are made from."""
         of_rows, *of_columns = two_walks(first.spec)
         columns = walk_plan(pattern.transposed(), kv_len, q_len, of_columns[0])
-        return Sources(walk_plan(pattern, q_len, kv_len, of_rows), columns, partial(transposed_plan, pattern=pattern),
+        return Sources(walk_plan(pattern, q_len, kv_len, of_rows), columns, transposed_plan(pattern),
                        gradient_spec(first.spec), tuple(of_columns))  # fmt: skip
 
     def portable_plan(q_len: int, kv_len: int) -> Plan:
@@ -131,7 +132,7 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
 
     def gradients(plan: Planner, find_gpu: FindGpu) -> Gradients | GpuGradients | PortableGradients:
         if first.spec.kernel == "cpu":
-            return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan, layout, cap)
+            return Gradients(found(gradient_spec(first.spec)), plan, transposed_plan(pattern), layout, cap)
         if by_tensor_cores(first.spec):
             sources = sources_of(pattern)
             if isinstance(pattern, PerBatch):
@@ -141,7 +142,8 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         from splatc.runtime.gradients_portable import PortableGradients  # seldom needed
 
         rows = plan if first.spec.kernel == "portable" else portable_plan
-        return PortableGradients(found(gradient_spec(first.spec)), rows, transposed_plan, layout, cap, find_gpu)
+        turned = transposed_plan(pattern)
+        return PortableGradients(found(gradient_spec(first.spec)), rows, turned, layout, cap, find_gpu)
 
     made: type[CompiledAttention] = CompiledAttention
     if first.entries and not by_tensor_cores(first.spec):
@@ -248,11 +250,21 @@ def attention(q: Any, k: Any, v: Any, mask: Any, *, scale: float | None = None, 
 def compiled_for(s: Shape, mask: Any, softcap: float | None, layout: str, allow_tf32: bool,
                  asked: Asked, target: str | None = None) -> CompiledAttention:  # fmt: skip
     """``compile`` for a call of these sizes, memoised. target: default, that of the tensors' device."""
-    q_len, kv_len = max(s.q_len, 1), max(s.kv_len, 1)  # where there is nothing to attend, a mask of one does as well
-    if not isinstance(mask, Pattern):
-        mask = as_pattern(mask, q_len=q_len, kv_len=kv_len, heads=s.heads, batch=s.batch)
     target = target or ("cpu" if s.device == "cpu" else "cuda")
-    return _memo(mask, q_len, kv_len, s.head_dim, s.v_head_dim, s.dtype, softcap, target, layout, allow_tf32, asked)
+    sizes = *_lengths(s), s.head_dim, s.v_head_dim
+    return _memo(pattern_for(s, mask), *sizes, s.dtype, softcap, target, layout, allow_tf32, asked)
+
+
+def pattern_for(s: Shape, mask: Any) -> Pattern:
+    """The pattern of a mask, anything that ``compile`` takes, in a call of these sizes."""
+    if isinstance(mask, Pattern):
+        return mask
+    q_len, kv_len = _lengths(s)
+    return as_pattern(mask, q_len=q_len, kv_len=kv_len, heads=s.heads, batch=s.batch)
+
+
+def _lengths(s: Shape) -> tuple[int, int]:
+    return max(s.q_len, 1), max(s.kv_len, 1)  # where there is nothing to attend, a mask of one does as well
 
 
 @lru_cache(maxsize=256)

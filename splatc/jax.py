@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from splatc.compile import compiled_for
+from splatc.compile import compiled_for, pattern_for
 from splatc.errors import InvalidInput, Unsupported
-from splatc.patterns import Pattern, PerBatch, as_pattern
+from splatc.patterns import PerBatch
 from splatc.runtime.jax_gpu import arch_here
 from splatc.runtime.jax_ops import attend_at_once, call_of
 from splatc.runtime.tensors import LAYOUTS, check_scale, check_sizes, computed_in, to_bhsd
@@ -51,10 +51,7 @@ def attention(q: Any, k: Any, v: Any, pattern: Any, *, scale: float | None = Non
     terms = terms_by(Convert(lambda name, x: _term(name, x, acc), _seed), q, k, layout, **options)
     check_terms(terms, shape)
     target = None if shape.device == "cpu" else arch_here(int(shape.device.partition(":")[2]))
-    pattern = _constant(pattern)
-    if not isinstance(pattern, Pattern):
-        lengths = {"q_len": max(shape.q_len, 1), "kv_len": max(shape.kv_len, 1)}
-        pattern = as_pattern(pattern, **lengths, heads=shape.heads, batch=shape.batch)
+    pattern = pattern_for(shape, _constant(pattern))
     if isinstance(pattern, PerBatch):
         raise Unsupported("in JAX all batch entries have the same mask: make a pattern for each head, and reshape q, k "
                           "and v to (1, batch * heads, seq, dim)")  # fmt: skip

@@ -42,7 +42,7 @@ class _Attend(torch.autograd.Function):
         o, lse = split.own.run(q, k, v, *options, None)
         fetched = coming.wait()
         if split.beyond is not None:
-            add(o, lse, split.asking, split.beyond, q, *fetched, *options)
+            attend_into(o, lse, split.asking, split.beyond, q, *fetched, *options)
         ctx.split, ctx.options = split, options
         ctx.save_for_backward(q, k, v, *fetched, o, lse)
         ctx.set_materialize_grads(False)  # mostly nobody asks for gradients of lse
@@ -88,12 +88,13 @@ class _Gradients(torch.autograd.Function):
         raise Unsupported("context parallel attention has first derivatives only: detach() its gradients")
 
 
-def add(o: torch.Tensor, lse: torch.Tensor, at: Rows, attend: CompiledAttention, q: torch.Tensor, *given: Any) -> None:
+def attend_into(o: torch.Tensor, lse: torch.Tensor, at: Rows, attend: CompiledAttention, q: torch.Tensor,
+                *given: Any) -> None:  # fmt: skip
     """Attention of the rows ``at`` to more keys, put into o and lse: by the kernel that computes it, where they are
     neighbours, else in steps."""
-    rows = o[:, :, at], lse[:, :, at], q[:, :, at]
-    if not (isinstance(at, slice) and attend.merge(*rows, *given)):
-        merge(o, lse, at, *attend.run(rows[-1], *given, None))
+    asking = q[:, :, at]
+    if not (isinstance(at, slice) and attend.merge(o[:, :, at], lse[:, :, at], asking, *given)):
+        merge(o, lse, at, *attend.run(asking, *given, None))
 
 
 def merge(o: torch.Tensor, lse: torch.Tensor, at: Rows, more_o: torch.Tensor, more_lse: torch.Tensor) -> None:

@@ -44,20 +44,18 @@ def from_mask_mod(
         for lo in range(0, q_len, step):
             yield mod(b, h, np.arange(lo, min(lo + step, q_len), dtype=np.int64), k)
 
-    def one(b: int, h: int) -> Pattern:
-        return mask_from_rows(rows(b, h), kv_len)
-
-    if batch is None:
-        mod.check_batch(lambda b: all(one(b, h) == one(0, h) for h in range(heads or 1)))
     if mod.uses_h and heads is None:
         raise InvalidInput(f"{mod.name} uses the head index h: say how many heads there are with heads=")
 
     def entry(b: int) -> Pattern:
-        each = tuple(one(b, h) for h in range(heads if mod.uses_h and heads else 1))
+        each = tuple(mask_from_rows(rows(b, h), kv_len) for h in range(heads if mod.uses_h and heads else 1))
         return each[0] if len(set(each)) == 1 else PerHead(each)
 
-    entries = [entry(b) for b in range(batch if mod.uses_b and batch else 1)]
-    return entries[0] if all(one == entries[0] for one in entries) else per_batch(entries)
+    first = entry(0)
+    if batch is None:
+        mod.check_batch(lambda b: entry(b) == first)
+    entries = [first, *(entry(b) for b in range(1, batch if mod.uses_b and batch else 1))]
+    return first if all(one == first for one in entries) else per_batch(entries)
 
 
 def from_block_mask(block: Any, heads: int | None = None) -> Pattern:

@@ -89,8 +89,8 @@ class Plan:
         entry these may be all heads of it. Raises InvalidInput for numbers that are not those of the pattern."""
         if self.heads is None:
             return [0] * heads
-        entries = max(self.entries, 1)
-        wanted, given = len(self.heads) // entries, heads if batch == self.entries else heads // entries
+        wanted = len(self.heads) // max(self.entries, 1)
+        given = batch * heads // self.entries if self.entries else heads
         if given != wanted and (wanted > 1 or not self.entries):
             raise InvalidInput(f"the pattern is for {wanted} heads but q has {given}: give one pattern a head")
         return [p for p in self.heads for _ in range(given // wanted)]

@@ -32,8 +32,8 @@ class Request:
     """What a kernel family makes steps of.
 
     functions: the kernel's, the attention first. tables: of ``launches``, uploaded. works: of each launch, for kernels
-    that hand it out (hopper). layouts: of q, k, v and o. cap: the softcap, or 0. merge: whether the first launch, too,
-    starts from (O, LSE) in memory; lse_rows: how far one head's LSE is from the next, default: q_len (both: hopper).
+    that hand it out (hopper). layouts: of q, k, v and o. cap: the softcap, or 0. lse_rows: 0, or of an (O, LSE) that
+    the results are merged into how far one head's LSE is from the next (hopper).
     """
 
     gpu: Gpu
@@ -45,7 +45,6 @@ class Request:
     tables: DeviceTables
     layouts: Mapping[str, Layout]
     cap: float = 0.0
-    merge: bool = False
     lse_rows: int = 0
 
     @property

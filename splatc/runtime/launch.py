@@ -88,7 +88,7 @@ class Launcher:
                 or step != 1 or batch_step != head_step * shape.heads
                 or any(x.stride(-1) != 1 for x in tensors) or not all(one.mappable() for one in (*layouts, of_o))):
             return None  # fmt: skip
-        return self.prepared(shape, layouts, q.device.index, of_o, head_step)
+        return self.prepared(shape, layouts, q.device.index, (of_o, head_step))
 
     def expect(self, q_len: int, kv_len: int) -> None:
         """Calls of these lengths will come: lay their tables out now, for the batch, heads and GPU of the last call,
@@ -148,10 +148,10 @@ class Launcher:
         _say_copied(f"its strides {tuple(x.stride())} do not suit the tensor memory accelerator")
         return True
 
-    def prepared(self, shape: Shape, layouts: list[Layout], ordinal: int, into: Layout | None = None,
-                 lse_rows: int = 0) -> GpuCall:  # fmt: skip
+    def prepared(self, shape: Shape, layouts: list[Layout], ordinal: int,
+                 into: tuple[Layout, int] | None = None) -> GpuCall:  # fmt: skip
         """A call for q, k and v of these sizes and strides, seen as bhsd, on a GPU. into: of an o that it is merged
-        into, with an lse whose heads lie ``lse_rows`` apart."""
+        into, and how far the heads of its lse lie apart."""
         on = self._find_gpu(ordinal)
         spec = self._kernel.spec
         with on.framework.on(on.ordinal) if on.framework.device() != on.ordinal else nullcontext():
@@ -159,9 +159,9 @@ class Launcher:
             laid_out, tables = self._lay_out(on, shape), self._uploaded(on, shape)
             functions = load_functions(self._kernel.folder, spec.target.arch, on)
             named = dict(zip("qkv", layouts, strict=True))
-            named["o"] = into or output_layout(shape, self._layout, layouts[0].itemsize)
+            named["o"], lse_rows = into or (output_layout(shape, self._layout, layouts[0].itemsize), 0)
             request = Request(on, spec, shape, functions, laid_out.launches, laid_out.works, tables, named,
-                              self._cap, into is not None, lse_rows)  # fmt: skip
+                              self._cap, lse_rows)  # fmt: skip
             return GpuCall(request, hopper_steps(request) if self._hopper else portable_steps(request), self._layout)
 
     def _uploaded(self, on: Gpu, shape: Shape) -> DeviceTables:

@@ -94,8 +94,8 @@ def _common(request: Request, i: int, launch: Launch) -> dict[str, float]:
     names = ["work", "entries", "combine", "positions", "gather", "bits"]
     names += ["columns"] * request.spec.score.positional
     pointers = {f"{name}_ptr": request.tables.address(i, name) for name in names}
-    lse_rows = request.lse_rows or request.shape.q_len
-    return {**pointers, "heads": request.shape.heads, "q_len": lse_rows, "merge": int(launch.merge or request.merge)}
+    merge, lse_rows = launch.merge or request.lse_rows > 0, request.lse_rows or request.shape.q_len
+    return {**pointers, "heads": request.shape.heads, "q_len": lse_rows, "merge": int(merge)}
 
 
 def _output_box(request: Request, launch: Launch, view: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from splatc.codegen.hopper.shape import WARPGROUP
 from splatc.codegen.kernel import (
     SDDMM,
     SDDMM_FUNCTION,
@@ -38,7 +39,6 @@ from splatc.runtime.structure import Structure
 from splatc.runtime.tensor_map import ALIGNMENT
 from splatc.runtime.tensors import dtype_name
 
-WARPGROUP = 128  # threads that walk over tiles by themselves
 WARPS = 8  # rows of a softmax that a block has
 BLOCKS = 4  # of sddmm for each multiprocessor: fewer row tiles are cut to get there
 FEW = 32  # blocks for each multiprocessor, up to which the longest begin first: beyond, neighbours are better together

@@ -13,7 +13,8 @@ SMEM_BYTES = 227 * 1024  # dynamic shared memory of one block on sm_90
 RESERVED_BYTES = 1024  # of a multiprocessor's, for each block
 WARPGROUP_ROWS = 64  # rows of one wgmma
 ROW_BYTES = 128  # of a swizzled row
-TEAM = 128  # threads of the producer's warpgroup
+WARPGROUP = 128  # threads
+TEAM = WARPGROUP  # of the producer
 TURNERS = 3  # its warps that turn tiles of V over, where V needs it
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # A row of the table of columns: three strides and 0, then for each lane of a column tile how far its position is from

@@ -31,12 +31,12 @@ from splatc.codegen.hopper.emit import (
     wait_for_kernels_before,
     when,
 )
-from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, chunk
+from splatc.codegen.hopper.shape import ITEM_BYTES, ROW_BYTES, SMEM_BYTES, WARPGROUP, chunk
 from splatc.codegen.hopper.stored import type_of
 from splatc.codegen.kernel import KernelSpec
 from splatc.errors import Unsupported
 
-THREADS = 128  # a warpgroup
+THREADS = WARPGROUP
 LANES = 64  # rows and columns of a tile
 WARP_LINES = LANES // (THREADS // 32)
 WORDS = LANES // 32  # of a line's bits
