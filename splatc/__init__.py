@@ -35,6 +35,10 @@ HOMES = {  # as what these need is
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *MODULES})
+
+
 def __getattr__(name: str) -> Any:
     if name in MODULES:
         return import_module(f"splatc.{name}")

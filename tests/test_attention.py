@@ -1,5 +1,6 @@
 """Results end to end on the CPU, against the float64 oracle: every pattern, dtype, layout and kind of input."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,21 @@ def test_what_a_compiled_mask_says():
     assert "define" in attend.source and "splatc" in attend.source
     assert repr(attend).startswith("<splatc attention causal() & window(255, 0) 1024x1024 d=16 float32 on cpu:")
     assert attend.plan() is attend.plan(1024) and attend.plan(1024, 1024).heads is None
+
+
+@pytest.mark.parametrize("mask, options", [
+    (P.causal() & P.window(9, 0), {"layout": "bshd", "softcap": 2.0, "sinks": True}), ("causal() & nm(2, 4)", {}),
+    ([P.causal(), P.strided(3)], {"alibi": True}), (P.per_batch([P.causal(), P.full()]), {"dtype": "float64"}),
+    (np.eye(20, dtype=bool), {"tile": (64, 64), "v_head_dim": 8}),
+], ids=str)  # fmt: skip
+def test_pickled_it_is_what_it_was_compiled_from(mask, options):
+    f = splatc.compile(mask, **{"seq_len": 20, "head_dim": D, "dtype": "float32", "target": "cpu", **options})
+    twin = pickle.loads(pickle.dumps(f))
+    assert twin.kernel.spec == f.kernel.spec and repr(twin) == repr(f) and twin.plan().pattern == f.plan().pattern
+    q, k, v = (x.transpose(1, 2).contiguous() if f.layout == "bshd" else x
+               for x in tensors(20, 20, batch=2, dv=f.kernel.spec.v_head_dim, dtype=f.kernel.spec.dtype))  # fmt: skip
+    terms = {name: torch.ones(2) for name, asked in (("sinks", "sinks"), ("alibi_slopes", "alibi")) if asked in options}
+    assert torch.equal(twin(q, k, v, **terms), f(q, k, v, **terms))
 
 
 def test_analyze():

@@ -64,6 +64,12 @@ CALLS = {
     "lists": (lambda: splatc.attention([[1.0]], K, V, P.causal()), "q is a list: give torch tensors or NumPy arrays"),
     "none": (lambda: splatc.attention(Q, None, V, P.causal()), "k is a NoneType"),
     "a mixture": (lambda: splatc.attention(Q, K.numpy(), V, P.causal()), "q is a Tensor but k is a ndarray"),
+    "sparse tensors": (lambda: attend([Q, K, V.to_sparse()]), "v is a sparse tensor: .* only masks may be sparse"),
+    "nested tensors": (lambda: attend([torch.nested.nested_tensor(list(Q))] * 3), "q is a nested tensor: pack"),
+    "jagged tensors": (
+        lambda: attend([torch.nested.nested_tensor(list(Q.transpose(1, 2)), layout=torch.jagged).transpose(1, 2)] * 3),
+        r"q is a nested tensor: .* documents\(lengths\)",
+    ),
     "devices": (lambda: attend([Q, K, torch.zeros(1, 2, 20, 16, **META)]), "different devices.*v: meta.*move them"),
     "mixed dtypes": (lambda: attend([Q, K.half(), V]), "different dtypes.*k: float16.*convert"),
     "int64": (lambda: attend(qkv(dtype=torch.int64)), "int64: it must be one of float32, float16, bfloat16, float64"),
@@ -235,8 +241,10 @@ def test_terms_that_the_kernel_is_not_for():
     refused(lambda: full(*qkv(), alibi_slopes=ONES), "sinks is missing: this mask was compiled with sinks=True")
     refused(lambda: full(None, Q, Q), "q is a NoneType")
     refused(lambda: full(Q[0], Q[0], Q[0], alibi_slopes=ONES, sinks=ONES, bias_align="bottom_right"), "4 dimensions")
-    with pytest.raises(TypeError, match="alibi_slope"):
+    with pytest.raises(TypeError, match="no option 'alibi_slope': alibi_slopes, relative_bias"):
         full(*qkv(), alibi_slope=ONES)
+    with pytest.raises(TypeError, match="no option 'is_causal': it is the pattern"):
+        attend(qkv(), is_causal=True)
 
 
 def test_terms_without_a_kernel():

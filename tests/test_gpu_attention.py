@@ -72,8 +72,8 @@ def test_every_pattern(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
-@pytest.mark.parametrize(("dim", "v_dim"), [(16, 16), (32, 32), (40, 24), (96, 96), (128, 128), (192, 128), (192, 192),
-                                            (256, 256)])  # fmt: skip
+@pytest.mark.parametrize(("dim", "v_dim"), [(16, 16), (32, 32), (40, 24), (96, 96), (64, 128), (128, 64), (128, 128),
+                                            (192, 128), (192, 192), (256, 256)])  # fmt: skip
 def test_head_dims(dim: int, v_dim: int, dtype: str) -> None:
     check(STRIDED, STRIDED.dense(300), 300, 300, dim, dtype, v_dim)
 

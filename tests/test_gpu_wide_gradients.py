@@ -57,6 +57,14 @@ def test_patterns(name: str, dtype: str, dim: int, v_dim: int) -> None:
     checked(PATTERNS[name], 700, 700, (dtype, dim, v_dim))
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("kind", [("bfloat16", 64, 128), ("float16", 104, 64), ("bfloat16", 96, 8),
+                                  ("float16", 24, 128)])  # fmt: skip
+def test_rows_of_k_and_v_of_unlike_size(kind: tuple[str, int, int], name: str) -> None:
+    """No wide ones, but of one and of two times 128 bytes: low tiles and lists of keys among others."""
+    checked(PATTERNS[name], 700, 700, kind)
+
+
 @kinds
 def test_odd_sizes(dtype: str, dim: int, v_dim: int) -> None:
     for pattern in (P.causal("bottom_right"), MIXED, P.strided(7)):

@@ -31,16 +31,19 @@ from splatc.codegen.kernel import (
     kernel_spec,
     no_gradients,
     not_hopper,
+    not_pruned,
     only_two_walks,
     patch_tiles,
     tile_shapes,
     two_walks,
+    with_pruning,
 )
 from splatc.codegen.target import Target
 from splatc.codegen.toolchain import find_compiler
 from splatc.compile import best_plan
 from splatc.errors import CompileError, InvalidInput, Unsupported
 from splatc.ir.score import Score, score_of
+from splatc.patterns.pruned import split
 
 HOPPER = Target("cuda", "sm_90a")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler (nvcc or NVRTC) is installed")
@@ -60,6 +63,8 @@ SPECS = [
     spec_of(96, gather=True), spec_of(16), spec_of(72, 40, "float16"), spec_of(32, tile=(64, 64)),
     spec_of(64, tile=(64, 64), softcap=True), spec_of(128, tile=(64, 64)), spec_of(128, tile=(64, 80)),
     spec_of(64, tile=(64, 80)), spec_of(64, tile=(64, 128), dtype="float16"),
+    spec_of(64, 128, tile=(64, 64)), spec_of(8, 104, "float16", tile=(64, 64)), spec_of(64, 32, tile=(64, 128)),
+    spec_of(96, 8, tile=(128, 128), gather=True), spec_of(128, 16, tile=(128, 112), gather=True),
 ]  # fmt: skip
 SPECS += [spec_of(d, tile=tile) for d, tile in (
     (64, (128, 64)), (64, (128, 32)), (64, (128, 112)), (64, (192, 64)), (128, (128, 64)), (128, (128, 32)),
@@ -105,6 +110,7 @@ GRADIENTS += [
         (64, "float16", True, 64, True), (64, "bfloat16", False, 112, False), (128, "bfloat16", False, 64, False),
         (128, "float16", False, 128, True), (128, "bfloat16", True, 112, True))
 ]  # fmt: skip
+GRADIENTS += [replace(two_walks(spec_of(*dims))[0], tile_n=128, gather=True) for dims in ((104, 64), (24, 128))]
 LOW_TILES = spec_of(64), spec_of(96, dtype="float16"), spec_of(8), spec_of(128, 64), spec_of(64, 128)
 GRADIENTS += [replace(one, tile_m=64, tile_n=64) for spec in LOW_TILES for one in two_walks(spec)]
 BIASED = [spec_of(64, alibi=True), spec_of(128, **EVERYTHING), spec_of(256, alibi=True, dropout=True),
@@ -133,7 +139,7 @@ def test_budgets(spec: KernelSpec) -> None:
     s = shape_of(spec)
     producer, consumer = s.registers
     assert producer % 8 == consumer % 8 == 0
-    assert s.register_pool >= 0
+    assert s.register_pool >= 0 and s.product_registers <= s.start_registers
     assert s.live_registers < consumer
     assert s.smem_bytes <= SMEM_BYTES
 
@@ -149,6 +155,8 @@ def test_what_does_not_fit_is_refused() -> None:
         row_shape_of(replace(two_walks(spec_of(128, softcap=True))[0], tile_n=128))
     with pytest.raises(Unsupported, match="no tile"):
         shape_of(replace(spec_of(64, dtype="float32"), tile_n=112))
+    with pytest.raises(Unsupported, match="listed keys"):
+        row_shape_of(replace(two_walks(spec_of(128, 64))[0], gather=True))
     for dim, names in ((192, EVERYTHING), (208, ("relative", "block"))):
         rows = two_walks(spec_of(dim, **dict.fromkeys(names, True)))[0]
         with pytest.raises(Unsupported, match="nor the registers"):
@@ -160,13 +168,19 @@ def test_what_does_not_fit_is_refused() -> None:
     assert {tile for tile in HOPPER_TILES if _fits(tile)} == {(64, 64), (64, 80), (128, 64), (128, 32)}
 
 
+@pytest.mark.parametrize("pruning", [None, "nm(2, 4)", "nm(1, 2)"], ids=str)
 @pytest.mark.parametrize("names", [(), ("softcap",), ("alibi",), ("dropout",), tuple(EVERYTHING)], ids=str)
-def test_there_is_a_kernel_for_every_tile_that_is_considered(names: tuple[str, ...]) -> None:
+def test_there_is_a_kernel_for_every_tile_that_is_considered(names: tuple[str, ...], pruning: str | None) -> None:
     """Plans take the fastest tile without asking whether a kernel has it."""
-    dims = (8, 16, 40, 64, 72, 96, 128, 136, 160, 192, 200, 256)
-    for dim in dims[:9] if len(names) > 1 else dims:  # all expressions together are refused beyond 176
+    dims = 8, 16, 40, 64, 72, 96, 128, 136, 160, 192, 200, 256
+    known = dims[:9] if len(names) > 1 else dims  # all expressions together are refused beyond 176
+    for dim, v_dim in itertools.product(known, known):
         for dtype in ("bfloat16", "float32"):
-            spec = spec_of(dim, dtype=dtype, **dict.fromkeys(names, True))
+            spec = spec_of(dim, v_dim, dtype, **dict.fromkeys(names, True))
+            if pruning is not None:
+                if not_pruned(spec) is not None:
+                    continue
+                spec = with_pruning(spec, split(P.as_pattern(pruning))[1])
             for tile_m, tile_n in (*tile_shapes(spec), *patch_tiles(spec)):
                 shape_of(replace(spec, tile_m=tile_m, tile_n=tile_n))
             if by_tensor_cores(spec) and not no_gradients(spec):

@@ -250,8 +250,10 @@ def tile_shapes(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
 
 def patch_tiles(spec: KernelSpec) -> tuple[tuple[int, int], ...]:
     """What else is worth considering for neighbourhoods, where they fit: keys by 28 x 4 around 16 x 8 queries, or by
-    20 x 4 around 8 x 8, which gradients have not; those over columns have neither."""
-    if spec.role not in (FORWARD, ROWS) or max(spec.head_dim, spec.v_head_dim) > 128 or _crowded(spec):
+    20 x 4 around 8 x 8, which gradients have not; those over columns have neither, nor has pruning, which goes by 64
+    keys."""
+    wide, pruned = max(spec.head_dim, spec.v_head_dim) > 128, spec.score.pruning is not None
+    if spec.role not in (FORWARD, ROWS) or wide or pruned or _crowded(spec):
         return ()
     known = all_tiles(spec.kernel, spec.dtype)
     rows = {m for m, _ in tile_shapes(spec)} if spec.role == FORWARD else {128}

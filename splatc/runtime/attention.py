@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.costs import Costs, costs_of
@@ -186,6 +186,17 @@ class CompiledAttention:
     def __deepcopy__(self, memory: Any) -> CompiledAttention:
         """Itself: nothing that a copy of a module could change."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What it was compiled from: it is compiled again, or found in the cache, where it is loaded."""
+        from splatc.compile import compile
+
+        p, spec = self._plan, self.kernel.spec
+        options = dict(
+            seq_len=p.q_len, kv_len=p.kv_len, head_dim=spec.head_dim, v_head_dim=spec.v_head_dim, dtype=spec.dtype,
+            softcap=self.softcap, **self._asked._asdict(), target=spec.target, layout=self.layout,
+            tile=(spec.tile_m, spec.tile_n), allow_tf32=spec.kernel == "hopper")  # fmt: skip
+        return partial(compile, p.pattern, **options), ()
 
     def __repr__(self) -> str:
         p, spec = self._plan, self.kernel.spec

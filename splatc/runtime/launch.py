@@ -103,7 +103,7 @@ class Launcher:
     def _find(self, q: Any, k: Any, v: Any, enable_gqa: bool) -> _Known:
         try:
             return self._ready[call_key(q, k, v, enable_gqa)]
-        except (KeyError, AttributeError, TypeError):  # not seen yet, or no tensors at all
+        except (KeyError, AttributeError, TypeError, RuntimeError):  # not seen yet, or no tensors that have strides
             ready = self._prepare(q, k, v, enable_gqa)
             from splatc.runtime.likeness import likeness  # needed by calls on a GPU only
 

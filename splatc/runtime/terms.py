@@ -97,12 +97,17 @@ def terms_of(q: Any, k: Any, layout: str, dtype: str, score: Score | None = None
 
 def terms_by(convert: Convert, q: Any, k: Any, layout: str, score: Score | None = None, *, alibi_slopes: Any = None,
              relative_bias: Any = None, block_bias: Any = None, block_size: Any = None, sinks: Any = None,
-             bias_align: str = "top_left", dropout_p: float = 0.0, seed: Any = None) -> Terms:  # fmt: skip
+             bias_align: str = "top_left", dropout_p: float = 0.0, seed: Any = None,
+             **unknown: Any) -> Terms:  # fmt: skip
     """The terms of a call with q and k, made by ``convert``.
 
     score: what was compiled for, None for whatever is asked. Raises InvalidInput for what is missing, too much or no
-    such thing; shapes are for ``check_terms``.
+    such thing, and TypeError for unknown options; shapes are for ``check_terms``.
     """
+    for name in unknown:
+        masks = name in ("is_causal", "attn_mask")  # as PyTorch's attention has it
+        instead = "it is the pattern that says who attends" if masks else ", ".join(TermOptions.__annotations__)
+        raise TypeError(f"attention has no option {name!r}: {instead}")
     p = check_probability(dropout_p)
     check_align(bias_align)
     given = alibi_slopes, relative_bias, block_bias, sinks

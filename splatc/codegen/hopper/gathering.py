@@ -62,7 +62,8 @@ class GatheringProducer(Producer):
     def column_tile(self, view: Expr, at: Point, bits: Expr) -> None:
         b, s, a = self.block, self.s, self.a
         stage = self.kv_at.stage()
-        boxed, ahead = view >= 0, not s.positional  # there, registers are spoken for
+        boxed = view >= 0
+        ahead = not s.positional and s.d_chunks == s.dv_chunks  # else registers are spoken for
         b.k_ring.wait_empty(self.kv_at)
         with when(self.leads()):
             self.k_box(view, at, bits, T.if_then_else(boxed, T.int32(s.k_bytes), T.int32(0)))

@@ -186,11 +186,21 @@ class Shape:
         return {2: (24, 240) if self.wide else (40, 232), 3: (32, 160)}[self.warpgroups]
 
     @property
+    def start_registers(self) -> int:
+        """Registers that a thread starts with."""
+        return min(65536 // (self.threads * self.blocks) // 8 * 8, 240)
+
+    @property
+    def product_registers(self) -> int:
+        """What ptxas wants a thread to start with, or it compiles no product as wide as scores and O: accumulators, and
+        what it was seen to ask for beside them, more where P comes in registers."""
+        return max(self.n // 2 + 26, ceil_div(self.dv, 16) * 8 + 30)
+
+    @property
     def register_pool(self) -> int:
         """Registers of a block left over after setmaxnreg, a thread of a warpgroup: not negative."""
-        start = min(65536 // (self.threads * self.blocks) // 8 * 8, 240)
         producer, consumer = self.registers
-        return start * (self.warpgroups + 1) - producer - consumer * self.warpgroups
+        return self.start_registers * (self.warpgroups + 1) - producer - consumer * self.warpgroups
 
     @property
     def live_registers(self) -> int:
@@ -210,8 +220,11 @@ def slot_keys(n: int) -> list[int]:
 
 def can_gather(spec: KernelSpec) -> bool:
     """Whether there is a kernel with lists of keys for these sizes: blocks that share a multiprocessor have no
-    registers for copying them, nor have taller ones."""
-    return not_gathered(spec) is None and spec.tile_m == 128
+    registers for copying them, nor have taller ones, nor those whose scores and dQ take the most where rows of K and V,
+    of unlike size, are copied in steps of their own."""
+    k_chunks, v_chunks = (ceil_div(dim, chunk(spec.dtype)) for dim in (spec.head_dim, spec.v_head_dim))
+    most = spec.role == ROWS and spec.tile_n + ceil_div(spec.head_dim, 16) * 8 > 184
+    return not_gathered(spec) is None and spec.tile_m == 128 and not (most and k_chunks != v_chunks)
 
 
 def not_gathered(spec: KernelSpec) -> str | None:
@@ -256,7 +269,8 @@ def shape_of(spec: KernelSpec) -> Shape:
         for stages, q_stages, staged in ring_stages(spec.tile_n, turned):
             shape = Shape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score, spec.gather,
                           stages, q_stages, staged, blocks)  # fmt: skip
-            fits = shape.smem_bytes <= smem_limit(blocks) and shape.live_registers <= shape.most_registers
+            fits = (shape.smem_bytes <= smem_limit(blocks) and shape.live_registers <= shape.most_registers
+                    and shape.product_registers <= shape.start_registers)  # fmt: skip
             crowded = q_stages > 1 and shape.wide and not turned  # a second Q stage takes a register
             if fits and not crowded and (blocks == 1 or stages > 1):
                 return shape
