@@ -65,6 +65,7 @@ SPECS = [
     spec_of(64, tile=(64, 80)), spec_of(64, tile=(64, 128), dtype="float16"),
     spec_of(64, 128, tile=(64, 64)), spec_of(8, 104, "float16", tile=(64, 64)), spec_of(64, 32, tile=(64, 128)),
     spec_of(96, 8, tile=(128, 128), gather=True), spec_of(128, 16, tile=(128, 112), gather=True),
+    spec_of(96, 104, tile=(128, 128), gather=True, sinks=True),
 ]  # fmt: skip
 SPECS += [spec_of(d, tile=tile) for d, tile in (
     (64, (128, 64)), (64, (128, 32)), (64, (128, 112)), (64, (192, 64)), (128, (128, 64)), (128, (128, 32)),

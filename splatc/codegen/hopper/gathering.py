@@ -63,7 +63,7 @@ class GatheringProducer(Producer):
         b, s, a = self.block, self.s, self.a
         stage = self.kv_at.stage()
         boxed = view >= 0
-        ahead = not s.positional and s.d_chunks == s.dv_chunks  # else registers are spoken for
+        ahead = not s.positional and s.d == s.dv  # else registers are spoken for
         b.k_ring.wait_empty(self.kv_at)
         with when(self.leads()):
             self.k_box(view, at, bits, T.if_then_else(boxed, T.int32(s.k_bytes), T.int32(0)))
