@@ -222,9 +222,11 @@ def can_gather(spec: KernelSpec) -> bool:
     """Whether there is a kernel with lists of keys for these sizes: blocks that share a multiprocessor have no
     registers for copying them, nor have taller ones, nor those whose scores and dQ take the most where rows of K and V,
     of unlike size, are copied in steps of their own."""
+    if not_gathered(spec) is not None or spec.tile_m != 128:
+        return False
     k_chunks, v_chunks = (ceil_div(dim, chunk(spec.dtype)) for dim in (spec.head_dim, spec.v_head_dim))
     most = spec.role == ROWS and spec.tile_n + ceil_div(spec.head_dim, 16) * 8 > 184
-    return not_gathered(spec) is None and spec.tile_m == 128 and not (most and k_chunks != v_chunks)
+    return not most or k_chunks == v_chunks
 
 
 def not_gathered(spec: KernelSpec) -> str | None:
