@@ -57,8 +57,8 @@ def check_report(log: str, arch: str) -> None:
         if (spills and any(map(int, spills.groups()))) or _LOSS.search(line):
             said = line.partition(": ")[2] if line.startswith("ptxas") and ": " in line else line
             raise CompileError(
-                f"the kernel is not fit for {arch}: ptxas says {said.strip()!r}; if you chose the tile, choose another; else "
-                "use a smaller head_dim and report this"
+                f"the kernel is not fit for {arch}: ptxas says {said.strip()!r}; "
+                "if you chose the tile, choose another, else use a smaller head_dim and report this"
             )
 
 
