@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.hopper.shape import MAX_VIEWS, can_gather
@@ -89,8 +89,12 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
     """
     pattern, q_len, kv_len = resolve_mask(mask, seq_len, kv_len)
     cap = check_softcap(softcap)
-    score = score_of(cap > 0, *check_asked(Asked(alibi, relative_bias, block_bias, sinks, dropout)))
+    asked = check_asked(Asked(alibi, relative_bias, block_bias, sinks, dropout))
+    score = score_of(cap > 0, *asked)
     spec = kernel_spec(head_dim, v_head_dim, dtype, resolve_target(target), score, tile, allow_tf32)
+    again = partial(compile, pattern, seq_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=spec.dtype,
+                    v_head_dim=v_head_dim, softcap=softcap, target=spec.target, layout=layout, tile=tile,
+                    allow_tf32=allow_tf32, **asked._asdict())  # fmt: skip
     pattern, pruning = split(pattern)
     spec = with_pruning(spec, pruning)
     if layout not in LAYOUTS:
@@ -150,7 +154,7 @@ def compile(mask: Any, *, seq_len: int | None = None, kv_len: int | None = None,
         from splatc.runtime.folded import FoldedAttention  # seldom needed
 
         made = FoldedAttention
-    return made(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec))
+    return made(found(first.spec), first, plan, layout, cap, gradients, no_gradients(first.spec), again)
 
 
 def found(spec: KernelSpec) -> Kernel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from splatc.codegen.costs import Costs, costs_of
@@ -122,9 +122,10 @@ class CompiledAttention:
 
     def __init__(self, kernel: Kernel, plan: Plan, replan: Planner, layout: str = "bhsd", cap: float = 0.0,
                  gradients: Callable[[Planner, FindGpu], Gradients | GpuGradients | PortableGradients] | None = None,
-                 refused: str | None = None) -> None:  # fmt: skip
+                 refused: str | None = None, again: Callable[[], CompiledAttention] | None = None) -> None:  # fmt: skip
         """cap: the softcap of scores, 0 for none. gradients(planner of the mask, what finds GPUs): called at the first
-        backward pass. refused: why it must not be, None where there are gradients."""
+        backward pass. refused: why it must not be, None where there are gradients. again: compiles the same, and is
+        what pickles hold."""
         self.kernel = kernel
         self.layout = layout
         self._cap = cap
@@ -132,6 +133,7 @@ class CompiledAttention:
         self._asks = any(self._asked)
         self._make_gradients = None if refused else gradients
         self._refused = refused
+        self._again = again
         meaning = f"{plan.pattern} {plan.q_len} {plan.kv_len} {cap}"
         self._handle = new_handle(self, f"{kernel.spec.name} {layout}", meaning)  # now: compilers cannot trace this
         self._replan = replan
@@ -189,14 +191,7 @@ class CompiledAttention:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What it was compiled from: it is compiled again, or found in the cache, where it is loaded."""
-        from splatc.compile import compile
-
-        p, spec = self._plan, self.kernel.spec
-        options = dict(
-            seq_len=p.q_len, kv_len=p.kv_len, head_dim=spec.head_dim, v_head_dim=spec.v_head_dim, dtype=spec.dtype,
-            softcap=self.softcap, **self._asked._asdict(), target=spec.target, layout=self.layout,
-            tile=(spec.tile_m, spec.tile_n), allow_tf32=spec.kernel == "hopper")  # fmt: skip
-        return partial(compile, p.pattern, **options), ()
+        return self._again, ()
 
     def __repr__(self) -> str:
         p, spec = self._plan, self.kernel.spec
