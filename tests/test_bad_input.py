@@ -64,7 +64,7 @@ CALLS = {
     "lists": (lambda: splatc.attention([[1.0]], K, V, P.causal()), "q is a list: give torch tensors or NumPy arrays"),
     "none": (lambda: splatc.attention(Q, None, V, P.causal()), "k is a NoneType"),
     "a mixture": (lambda: splatc.attention(Q, K.numpy(), V, P.causal()), "q is a Tensor but k is a ndarray"),
-    "sparse tensors": (lambda: attend([Q, K, V.to_sparse()]), "v is a sparse tensor: .* only masks may be sparse"),
+    "sparse tensors": (lambda: attend([Q, K, V.to_sparse()]), "v is a sparse tensor: .*, only masks may be sparse"),
     "nested tensors": (lambda: attend([torch.nested.nested_tensor(list(Q))] * 3), "q is a nested tensor: pack"),
     "jagged tensors": (
         lambda: attend([torch.nested.nested_tensor(list(Q.transpose(1, 2)), layout=torch.jagged).transpose(1, 2)] * 3),

@@ -68,10 +68,10 @@ def check_call(q: Any, k: Any, v: Any, layout: str, enable_gqa: bool) -> Shape:
                                "(JAX arrays: to splatc.jax.attention)")  # fmt: skip
         if is_torch(x) != is_torch(q):
             raise InvalidInput(f"q is a {type(q).__name__} but {name} is a {type(x).__name__}: give three of one kind")
-        if is_torch(x) and (x.is_nested or str(x.layout) != "torch.strided"):
-            what, instead = ("nested", "pack the sequences into one, over documents(lengths)") if x.is_nested else (
-                "sparse", "give a dense one: only masks may be sparse")  # fmt: skip
-            raise InvalidInput(f"{name} is a {what} tensor: {instead}")
+        if is_torch(x) and x.is_nested:
+            raise InvalidInput(f"{name} is a nested tensor: pack the sequences into one, over documents(lengths)")
+        if is_torch(x) and str(x.layout) != "torch.strided":
+            raise InvalidInput(f"{name} is a sparse tensor: give a dense one, only masks may be sparse")
     return check_sizes(q, k, v, layout, enable_gqa)
 
 

@@ -104,8 +104,9 @@ def terms_by(convert: Convert, q: Any, k: Any, layout: str, score: Score | None 
     score: what was compiled for, None for whatever is asked. Raises InvalidInput for what is missing, too much or no
     such thing, and TypeError for unknown options; shapes are for ``check_terms``.
     """
-    for name in unknown:
-        masks = name in ("is_causal", "attn_mask")  # as PyTorch's attention has it
+    if unknown:
+        name = next(iter(unknown))
+        masks = name in ("is_causal", "attn_mask")  # as PyTorch's attention has them
         instead = "it is the pattern that says who attends" if masks else ", ".join(TermOptions.__annotations__)
         raise TypeError(f"attention has no option {name!r}: {instead}")
     p = check_probability(dropout_p)

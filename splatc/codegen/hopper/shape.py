@@ -220,13 +220,19 @@ def slot_keys(n: int) -> list[int]:
 
 def can_gather(spec: KernelSpec) -> bool:
     """Whether there is a kernel with lists of keys for these sizes: blocks that share a multiprocessor have no
-    registers for copying them, nor have taller ones, nor those whose scores and dQ take the most where rows of K and V,
-    of unlike size, are copied in steps of their own."""
+    registers for copying them, nor have taller ones; nor has that of dQ with scores and dQ at their widest, where rows
+    of K and V are of different size (docs/decisions/40-listed-keys.md)."""
     if not_gathered(spec) is not None or spec.tile_m != 128:
         return False
     k_chunks, v_chunks = (ceil_div(dim, chunk(spec.dtype)) for dim in (spec.head_dim, spec.v_head_dim))
-    most = spec.role == ROWS and spec.tile_n + ceil_div(spec.head_dim, 16) * 8 > 184
-    return not most or k_chunks == v_chunks
+    widest = spec.role == ROWS and spec.tile_n + ceil_div(spec.head_dim, 16) * 8 > 184
+    return not widest or k_chunks == v_chunks
+
+
+def check_gather(spec: KernelSpec) -> None:
+    """Raise Unsupported for lists of keys where there is no kernel with them."""
+    if spec.gather and not can_gather(spec):
+        raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
 
 
 def not_gathered(spec: KernelSpec) -> str | None:
@@ -263,8 +269,7 @@ def shape_of(spec: KernelSpec) -> Shape:
     turned = spec.dtype == "float32"
     if spec.tile_m not in (64, 128, 192) or spec.tile_n % (32 if turned else 16) or not 16 <= spec.tile_n <= 256:
         raise Unsupported(f"the Hopper kernel has no tile of {spec.tile_m} x {spec.tile_n}")
-    if spec.gather and not can_gather(spec):
-        raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
+    check_gather(spec)
     if spec.score.pruning is not None and spec.tile_n % 64:
         raise Unsupported(f"{spec.name}: metadata words are of 64 keys, so tiles must be of a multiple of them")
     for blocks in (3, 2, 1) if spec.tile_m == WARPGROUP_ROWS and not turned else (1,):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splatc.codegen.constants import ceil_div
-from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS, can_gather, chunk, ring_stages, smem_limit
+from splatc.codegen.hopper.shape import ROW_BYTES, WARPGROUP_ROWS, check_gather, chunk, ring_stages, smem_limit
 from splatc.codegen.hopper.shape import Shape as TileShape
 from splatc.codegen.kernel import GRADIENTS, WIDEST_IN_ONE_WALK, KernelSpec
 from splatc.errors import Unsupported
@@ -275,8 +275,7 @@ def row_shape_of(spec: KernelSpec) -> RowShape:
     """The sizes of the kernel for dQ that a spec asks for; raises Unsupported for what there is no kernel for."""
     if spec.tile_m not in (64, 128) or spec.tile_n % 16 or not 16 <= spec.tile_n <= 128:
         raise Unsupported(f"{spec.name}: gradients of queries are computed by tiles of 64 or 128 queries")
-    if spec.gather and not can_gather(spec):
-        raise Unsupported(f"{spec.name}: consumers leave a producer of listed keys too few registers")
+    check_gather(spec)
     for blocks in (3, 2) if spec.tile_m == WARPGROUP_ROWS else (1,):
         for stages, q_stages, _ in ring_stages(spec.tile_n, turned=False):
             shape = RowShape(spec.head_dim, spec.v_head_dim, spec.tile_m, spec.tile_n, spec.dtype, spec.score,
