@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 import splatc  # noqa: E402
 from splatc import patterns as P  # noqa: E402
 from splatc.integrations.transformers import replace_attention  # noqa: E402
+from tests import few_queries  # noqa: E402
 from tests import test_own_sparse as own  # noqa: E402
 from tests import test_transformers as hugging  # noqa: E402
 from tests.gpu_gradients import DEVICE, MARKS  # noqa: E402
@@ -54,6 +55,26 @@ def test_a_decoder(name):
     theirs, ours = half(exact), half(exact)
     ours.set_attn_implementation("splatc")
     check(run(ours), run(theirs), run(exact))
+
+
+@pytest.mark.parametrize("pattern", [P.causal(), P.causal() & P.strided(7), P.global_cols(2) | P.window(2, 0),
+                                     ~P.causal()])  # fmt: skip
+@pytest.mark.parametrize("q_len, kv_len", [(1, 300), (3, 200)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (20, 20), (64, 128)])
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (3.0, True)])
+@pytest.mark.parametrize("dtype", few_queries.BOUNDS)
+def test_few_queries(pattern, q_len, kv_len, dims, softcap, sinks, dtype):
+    few_queries.check(pattern, dtype, DEVICE, q_len, kv_len, dims, softcap, sinks)
+
+
+def test_a_new_length_is_not_planned():
+    """No kernel of cuDNN's, which would take 40 ms and more for a length that it has not seen."""
+    q, k = (torch.randn(1, heads, n, 64, dtype=torch.bfloat16, device=DEVICE) for heads, n in ((8, 1), (2, 777)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile, torch.no_grad():
+        few_queries.few.attend(P.full(), q, k, k, None, None, None)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    assert any("flash" in name for name in names) and not any("cudnn" in name for name in names)
 
 
 @pytest.mark.parametrize("kind", ["Longformer", "BigBird"])

@@ -15,6 +15,7 @@ from splatc import patterns as P  # noqa: E402
 from splatc.errors import InvalidInput, Unsupported  # noqa: E402
 from splatc.integrations.transformers import few, register, set_patterns  # noqa: E402
 from splatc.integrations.transformers.tail import tail  # noqa: E402
+from tests import few_queries  # noqa: E402
 
 register()
 SIZES: dict[str, object] = {
@@ -181,18 +182,9 @@ def test_a_pattern_is_its_dense_mask(pattern):
                                      P.per_head([P.causal(), P.window(3, 0), P.strided(4), P.full()])])  # fmt: skip
 @pytest.mark.parametrize("q_len, kv_len", [(1, 17), (3, 23)])
 @pytest.mark.parametrize("softcap, sinks", [(None, False), (3.0, True)])
-def test_few_queries(pattern, q_len, kv_len, softcap, sinks):
-    """Against float64, head by head; rows of nothing give 0."""
-    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len)))
-    logits = torch.randn(4) if sinks else None
-    ours = few.attend(tail(pattern), q, k, v, 0.3, softcap, logits)
-    for h, one in enumerate(P.heads_of(pattern, 4)):
-        s = 0.3 * (q[:, h].double() @ k[:, h // 2].double().mT)
-        s = s if softcap is None else softcap * torch.tanh(s / softcap)
-        s = s.masked_fill(~torch.from_numpy(one.dense(kv_len)[kv_len - q_len :]), -float("inf"))
-        total = s.exp().sum(-1, keepdim=True) + (0 if logits is None else logits[h].double().exp())
-        expected = s.exp() / total.masked_fill(total == 0, 1) @ v[:, h // 2].double()
-        assert torch.linalg.norm(ours[:, h] - expected) <= 1e-6 * (1 + torch.linalg.norm(expected))
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_few_queries(pattern, q_len, kv_len, softcap, sinks, dtype):
+    few_queries.check(pattern, dtype, q_len=q_len, kv_len=kv_len, softcap=softcap, sinks=sinks)
 
 
 def test_few_queries_in_float16():

@@ -12,12 +12,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from splatc.patterns import Pattern, heads_of
 
 MOST = 8  # queries; more are worth a plan
-# The operator: the function of the same name would be replaced by splatc.patch_sdpa, under whatever name it is called.
+# Operators: the function of the first's name would be replaced by splatc.patch_sdpa, under whatever name it is called.
 _sdpa = torch.ops.aten.scaled_dot_product_attention.default
+_flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+_bmm_to = getattr(torch.ops.aten.bmm, "dtype", None)  # from torch 2.8 on, for CUDA and without gradients
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,31 @@ def attend(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     rows = _rows(pattern, q.shape[2], k.shape[2], q.device)
     if rows.keys is not None:  # a slice takes PyTorch as long as all else here
         k, v = k[:, :, rows.keys], v[:, :, rows.keys]
-    if not k.shape[2]:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
-    if rows.mask is None and softcap is None and sinks is None:
-        return _sdpa(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
+    if k.shape[2] and rows.mask is None and softcap is None and sinks is None:
+        return _to_all(q, k, v, scale)
     return _by_hand(q, k, v, rows.mask, scale, softcap, sinks)
+
+
+def _to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Attention to all keys. On a GPU PyTorch would choose cuDNN, which plans for 40 to 60 ms at each new length."""
+    gqa = q.shape[1] != k.shape[1]
+    if q.device.type != "cuda":
+        return _sdpa(q, k, v, scale=scale, enable_gqa=gqa)  # type: ignore[no-any-return]
+    if q.shape[3] % 8 == 0 and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, gqa)):
+        return _flash(q, k, v, scale=scale)[0]  # type: ignore[no-any-return]
+    return _by_hand(q, k, v, None, scale, None, None)
 
 
 def _by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
              softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        q, k, v = (x.to(exact) for x in (q, k, v))  # so that gradients are not rounded on their way
     batch, heads, q_len, head_dim = q.shape
-    q = q * (head_dim**-0.5 if scale is None else scale)  # before the product: float16 ends at 65504
-    q = q.reshape(batch, k.shape[1], -1, head_dim)  # the query heads of a key head are rows like its queries
-    s = (q @ k.transpose(2, 3)).view(batch, heads, q_len, -1)
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    kv_heads, kv_len, v_head_dim = v.shape[1:]
+    rows = heads // kv_heads * q_len  # the query heads of a key head are rows like its queries
+    s = _scores(q.reshape(batch, kv_heads, rows, head_dim), k, exact).view(batch, heads, q_len, kv_len)
+    s = s * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if mask is not None:
@@ -62,8 +76,15 @@ def _by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
         p = p[..., :-1]
     if mask is not None:
         p = p.masked_fill(~mask, 0.0)  # a row of nothing is NaN before
-    p = p.to(v.dtype).reshape(batch, k.shape[1], -1, k.shape[2])
-    return (p @ v).view(batch, heads, q_len, -1)
+    p = p.to(v.dtype).reshape(batch, kv_heads, rows, kv_len)
+    return (p @ v).view(batch, heads, q_len, v_head_dim).to(dtype)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
+    """q k^T in float32 at least: rounded to bfloat16, large scores would be a percent and more off."""
+    if q.dtype == exact or q.device.type != "cuda" or _bmm_to is None:
+        return q.to(exact) @ k.to(exact).mT
+    return _bmm_to(q.flatten(0, 1), k.flatten(0, 1).mT, exact).unflatten(0, q.shape[:2])  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=64)
