@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import splatc  # noqa: E402
 from splatc import patterns as P  # noqa: E402
-from splatc.integrations.transformers import replace_attention  # noqa: E402
+from splatc.integrations.transformers import few, replace_attention  # noqa: E402
 from tests import few_queries  # noqa: E402
 from tests import test_own_sparse as own  # noqa: E402
 from tests import test_transformers as hugging  # noqa: E402
@@ -71,7 +71,7 @@ def test_a_new_length_is_not_planned():
     """No kernel of cuDNN's, which would take 40 ms and more for a length that it has not seen."""
     q, k = (torch.randn(1, heads, n, 64, dtype=torch.bfloat16, device=DEVICE) for heads, n in ((8, 1), (2, 777)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile, torch.no_grad():
-        few_queries.few.attend(P.full(), q, k, k, None, None, None)
+        few.attend(P.full(), q, k, k, None, None, None)
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages()]
     assert any("flash" in name for name in names) and not any("cudnn" in name for name in names)

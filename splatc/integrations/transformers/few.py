@@ -17,7 +17,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from splatc.patterns import Pattern, heads_of
 
 MOST = 8  # queries; more are worth a plan
-# Operators: the function of the first's name would be replaced by splatc.patch_sdpa, under whatever name it is called.
+# Operators, as splatc.patch_sdpa would replace the function F.scaled_dot_product_attention, by whatever name.
 _sdpa = torch.ops.aten.scaled_dot_product_attention.default
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 _bmm_to = getattr(torch.ops.aten.bmm, "dtype", None)  # from torch 2.8 on, for CUDA and without gradients
